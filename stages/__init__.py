@@ -1,0 +1,1 @@
+"""The two stages (precompute, align) and what both stand on: preferences, models, sites, packing, scoring."""
