@@ -1,0 +1,91 @@
+"""Files that appear whole or not at all, and text that is the same for the same content.
+
+In: paths, bytes, JSON-able objects. Out: files on disk, hashes, canonical text.
+"""
+
+import hashlib
+import json
+import os
+import re
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_TMP_NAME = re.compile(r".+\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}")
+
+
+def user_folder() -> Path:
+    """The folder for what can be made again: `$FPO_HOME`, else `$XDG_CACHE_HOME/fpo`, else `~/.cache/fpo`."""
+    if home := os.environ.get("FPO_HOME"):
+        return Path(home)
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "fpo"
+    return Path.home() / ".cache" / "fpo"
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """SHA-256 of a text's UTF-8 bytes, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def canonical_json(obj: Any) -> str:
+    """The one JSON text of `obj`: sorted keys, no spaces, no escapes beyond JSON's own.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `path` that takes its name, durably, when the block ends without an error."""
+    tmp = path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
+    try:
+        with tmp.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        tmp.replace(path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    # The new name survives a power cut only once the folder itself is on disk.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes `data` to `path` such that a reader sees the old file or the new one, also after a crash."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files in `folder` whose writer ran on this host and is dead."""
+    for path in folder.iterdir():
+        name = _TMP_NAME.fullmatch(path.name)
+        if name and name["host"] == socket.gethostname() and not _is_alive(int(name["pid"])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True  # it is another user's
+    return True

@@ -1,0 +1,131 @@
+"""The identity of a cache: what it means and how it was computed.
+
+In: hashes, names and settings. Out: a fingerprint, and the fields in which two identities differ.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from .files import canonical_json, sha256_text
+
+
+class IdentityError(ValueError):
+    """Two caches, or a cache and a run, were made from different specs."""
+
+
+@dataclass(frozen=True)
+class SiteMeaning:
+    """One site and the SAE that reads it.
+
+    Attributes:
+        site: the activation's name, as `blocks.25.hook_resid_post`.
+        sae: SHA-256 of the SAE's files.
+        width: the number of the SAE's features.
+        architecture: the SAE's kind, as `jumprelu`.
+    """
+
+    site: str
+    sae: str
+    width: int
+    architecture: str
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the numbers of a cache mean; every field is part of the fingerprint.
+
+    Attributes:
+        format_version: of the layout on disk.
+        model: SHA-256 of the reference model's files.
+        tokenizer: SHA-256 of the tokenizer's files.
+        chat_template: its full text.
+        sites: in the order of the feature columns.
+        recipe: the arithmetic, `fp32` or `bf16`.
+        pooling: how features are pooled over a response.
+        keep_features: how many features are kept per response; None for all above 0.
+        max_length: prompt and response together, tokens.
+        max_prompt_length: tokens.
+        truncation: the rule by which longer ones are cut.
+        skip_rules: the reasons for which a pair is skipped.
+        drop_ties: whether pairs of equal score are skipped.
+        dataset: SHA-256 of the data set's content.
+        split: its name, letters, digits, `_` and `.`.
+        limit: how many raw rows were taken; None for all.
+        order: the order of raw rows.
+    """
+
+    format_version: int
+    model: str
+    tokenizer: str
+    chat_template: str
+    sites: tuple[SiteMeaning, ...]
+    recipe: str
+    pooling: str
+    keep_features: int | None
+    max_length: int
+    max_prompt_length: int
+    truncation: str
+    skip_rules: tuple[str, ...]
+    drop_ties: bool
+    dataset: str
+    split: str
+    limit: int | None
+    order: str
+
+    @property
+    def widths(self) -> list[int]:
+        """The SAE width of every site."""
+        return [site.width for site in self.sites]
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the canonical JSON of all fields."""
+        return sha256_text(canonical_json(dataclasses.asdict(self)))
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What may move the last bits of the numbers, not what they mean.
+
+    Attributes:
+        attention: the attention implementation.
+        token_budget: tokens of a packed row.
+        shard_size: raw rows of a shard.
+        device: the device's kind and name.
+        threads: CPU threads.
+        versions: of the libraries, by name.
+    """
+
+    attention: str
+    token_budget: int
+    shard_size: int
+    device: str
+    threads: int
+    versions: dict[str, str]
+
+
+def differences(expected: Meaning | Numerics, found: Meaning | Numerics) -> list[str]:
+    """The fields in which two identities differ, one line each with both values."""
+    left, right = (dict(_leaves(dataclasses.asdict(identity))) for identity in (expected, found))
+    return [
+        f"{name}: expected {_short(left, name)}, found {_short(right, name)}"
+        for name in dict.fromkeys([*left, *right])
+        if name not in left or name not in right or left[name] != right[name]
+    ]
+
+
+def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        prefix = f"{name}." if name else ""
+        return [leaf for key, item in value.items() for leaf in _leaves(item, f"{prefix}{key}")]
+    if isinstance(value, tuple) and any(isinstance(item, dict) for item in value):
+        return [leaf for i, item in enumerate(value) for leaf in _leaves(item, f"{name}[{i}]")]
+    return [(name, value)]
+
+
+def _short(leaves: dict[str, Any], name: str) -> str:
+    if name not in leaves:
+        return "nothing"
+    text = repr(leaves[name])
+    # The hash tells two long values apart whose beginnings are equal.
+    return text if len(text) <= 80 else f"{text[:40]}… ({len(text)} characters, SHA-256 {sha256_text(text)[:8]})"

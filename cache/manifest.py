@@ -1,0 +1,220 @@
+"""The table of contents of a finished cache.
+
+In: the identity of a cache and what each shard reports. Out: `manifest.json`, and the same read back and checked.
+"""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .files import canonical_json, sha256_text, write_atomically
+from .identity import IdentityError, Meaning, Numerics, SiteMeaning, differences
+from .records import decode, parse_json
+from .schema import FORMAT_VERSION
+
+__all__ = [
+    "IdentityError",
+    "Manifest",
+    "Meaning",
+    "Noise",
+    "Numerics",
+    "ShardRecord",
+    "ShardReport",
+    "SiteMeaning",
+    "differences",
+    "shard_name",
+]
+
+MANIFEST_NAME = "manifest.json"
+MAX_SHARDS = 99_999
+
+_SPLIT = re.compile(r"\w+(\.\w+)*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The largest difference that another packing made.
+
+    Attributes:
+        logp: of a response's log-probability, nats.
+        feature_mse: the `D_F` between two packings, by site.
+    """
+
+    logp: float
+    feature_mse: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What stage one has to say about one shard.
+
+    Attributes:
+        index: the shard's number, from 0.
+        start: its first raw row.
+        stop: one past its last raw row.
+        skipped: raw rows without a row in the cache, ascending, each with the reason.
+        counts: what else was counted, as `ties`, `truncated_prompts`, `truncated_responses`, `tokens`.
+        noise: between two packings; None if this shard holds no sample.
+    """
+
+    index: int
+    start: int
+    stop: int
+    skipped: tuple[tuple[int, str], ...]
+    counts: dict[str, int]
+    noise: Noise | None
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One shard in the manifest.
+
+    Attributes:
+        name: path relative to the cache's folder, `data/train-00007-of-00060.parquet`.
+        rows: pairs in it.
+        bytes: the file's size.
+        sha256: of the file.
+        report: as in its footer.
+    """
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+    report: ShardReport
+
+
+def shard_name(split: str, index: int, num_shards: int) -> str:
+    """The path of a shard relative to the cache's folder.
+
+    Raises:
+        ValueError: the split's name cannot be part of a file name, or there are too many shards.
+    """
+    if _SPLIT.fullmatch(split) is None:
+        raise ValueError(f"split: expected letters, digits, '_' and inner '.', found {split!r}; rename it")
+    if num_shards > MAX_SHARDS:
+        raise ValueError(f"expected at most {MAX_SHARDS} shards, found {num_shards}; raise --shard-size")
+    return f"data/{split}-{index:05d}-of-{num_shards:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The table of contents of a finished cache."""
+
+    meaning: Meaning
+    numerics: Numerics
+    shards: tuple[ShardRecord, ...]
+
+    @property
+    def num_pairs(self) -> int:
+        """Rows of all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """The number of skipped raw rows by reason."""
+        return Counter(reason for shard in self.shards for _, reason in shard.report.skipped)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """The shards' counts, added."""
+        total: Counter[str] = Counter()
+        for shard in self.shards:
+            total.update(shard.report.counts)
+        return total
+
+    @property
+    def noise(self) -> Noise | None:
+        """The largest noise of any shard; None if none was measured."""
+        noises = [shard.report.noise for shard in self.shards if shard.report.noise is not None]
+        if not noises:
+            return None
+        by_site = zip(*(noise.feature_mse for noise in noises), strict=True)
+        return Noise(max(noise.logp for noise in noises), tuple(max(site) for site in by_site))
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256, in hexadecimal, of the canonical JSON of the manifest without this field."""
+        return sha256_text(canonical_json(self._document()))
+
+    def _document(self) -> dict[str, Any]:
+        totals = {
+            "pairs": self.num_pairs,
+            "bytes": self.num_bytes,
+            "skipped": dict(self.skipped),
+            "counts": dict(self.counts),
+            "noise": None if self.noise is None else dataclasses.asdict(self.noise),
+        }
+        # Through JSON, so that tuples are lists, as they are in a manifest that was read.
+        fields = {"fingerprint": self.meaning.fingerprint(), "totals": totals, **dataclasses.asdict(self)}
+        return dict(json.loads(canonical_json(fields)))
+
+    def save(self, folder: Path) -> None:
+        """Writes `manifest.json`, the same bytes for the same content."""
+        write_atomically(folder / MANIFEST_NAME, _pretty({**self._document(), "sha256": self.sha256}))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Reads and checks `manifest.json`.
+
+        Raises:
+            FileNotFoundError: there is none, so stage one has not finished.
+            ValueError: it was altered, is of another format version, or contradicts itself.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{path}: no manifest, so the cache is not complete; finish `fpo precompute`"
+            ) from None
+        try:
+            return cls._parse(data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}; download it again, or delete it and run `fpo precompute`") from error
+
+    @classmethod
+    def _parse(cls, data: bytes) -> "Manifest":
+        document = parse_json(data)
+        if not isinstance(document, dict):
+            raise ValueError(f"expected a JSON object, found {type(document).__name__}")
+        meaning = document.get("meaning")
+        version = meaning.get("format_version") if isinstance(meaning, dict) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(f"expected format version {FORMAT_VERSION}, found {version}")
+        stated = document.pop("sha256", None)
+        if stated != sha256_text(canonical_json(document)) or _pretty({**document, "sha256": stated}) != data:
+            raise ValueError("its SHA-256 is not the one that it states, so it was altered")
+        derived = {name: document.pop(name, None) for name in ("fingerprint", "totals")}
+        manifest = decode(cls, document, "manifest")
+        for name, value in derived.items():
+            if value != manifest._document()[name]:
+                raise ValueError(f"{name} does not follow from its other fields")
+        manifest._check_shards()
+        return manifest
+
+    def _check_shards(self) -> None:
+        start = 0
+        for index, shard in enumerate(self.shards):
+            name, report = shard_name(self.meaning.split, index, len(self.shards)), shard.report
+            if shard.name != name:
+                raise ValueError(f"shard {index}: expected the name {name!r}, found {shard.name!r}")
+            if (report.index, report.start) != (index, start) or report.stop < start:
+                raise ValueError(f"{name}: its raw rows do not follow those of the shard before")
+            if shard.rows + len(report.skipped) != report.stop - report.start:
+                raise ValueError(f"{name}: rows and skipped rows do not add up to its range of raw rows")
+            start = report.stop
+
+
+def _pretty(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()

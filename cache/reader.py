@@ -1,0 +1,185 @@
+"""Stage two's side of the cache: rows by number, from memory that all processes of a machine share.
+
+In: a finished cache's folder. Out: a `Cache` to index, or the list of what is damaged.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from filelock import FileLock
+
+from .columns import Columns, table_to_batch
+from .files import atomic_file, remove_leftovers, sha256_file, sha256_text, user_folder
+from .manifest import MANIFEST_NAME, Manifest, ShardRecord, differences
+from .records import parse_json
+from .schema import CachedPair, arrow_schema
+from .shard import DAMAGE, check_range, read_footer, read_table
+from .writer import PROVENANCE_NAME
+
+
+class Cache:
+    """A finished cache, decoded and memory-mapped.
+
+    Attributes:
+        folder: of the cache.
+        manifest: of the cache.
+        sites: names, in the order of a row's features.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, sites: Sequence[str], decoded: Path):
+        """Maps a file of `_decode`, one record batch a shard; use `open_cache`."""
+        self.folder, self.manifest, self.sites = folder, manifest, tuple(sites)
+        self._decoded = decoded
+        self._numbers = _site_numbers(manifest, self.sites)
+        self._file = pa.ipc.open_file(pa.memory_map(str(decoded)))
+        self._starts = [0, *accumulate(shard.rows for shard in manifest.shards)]
+        # Arrays over a shard are made when it is first read: there may be ten thousand shards.
+        self._columns: list[Columns | None] = [None] * len(manifest.shards)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A data loader's process maps the file again.
+        return Cache, (self.folder, self.manifest, self.sites, self._decoded)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, i: int) -> CachedPair:
+        """Row i; its arrays are read-only views of the mapped file."""
+        row = range(len(self))[i]
+        shard = bisect_right(self._starts, row) - 1
+        columns = self._columns[shard]
+        if columns is None:
+            columns = self._columns[shard] = Columns(self._file.get_batch(shard), self._numbers)
+        return columns.row(row - self._starts[shard])
+
+    def provenance(self) -> list[dict[str, Any]]:
+        """The records of `provenance.jsonl`, oldest first; none if there is no such file.
+
+        Raises:
+            ValueError: a line is no JSON.
+        """
+        path = self.folder / PROVENANCE_NAME
+        if not path.exists():
+            return []
+        records = []
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                records.append(parse_json(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}; remove the line") from error
+        return records
+
+
+def open_cache(folder: Path, *, sites: Sequence[str] | None = None, trust_hashes: bool = False) -> Cache:
+    """Checks a cache and opens it for reading, decoding it if this machine has not yet.
+
+    Args:
+        folder: of the cache.
+        sites: names of the sites whose features are wanted, in that order; all by default, none if empty.
+        trust_hashes: whether to skip the SHA-256 of shards that were decoded before.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        ValueError: the cache is damaged or has no such site.
+    """
+    folder = Path(folder)
+    manifest = Manifest.load(folder)
+    names = [site.site for site in manifest.meaning.sites] if sites is None else list(sites)
+    numbers = _site_numbers(manifest, names)
+    for fault in _folder_faults(folder, manifest, hashes=not trust_hashes):
+        raise ValueError(f"{folder}: {fault}; download it again, or delete it and run `fpo precompute`")
+    key = sha256_text("\n".join([manifest.sha256, *names]))
+    decoded = user_folder() / "decoded" / f"{key}.arrow"
+    decoded.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(decoded.with_suffix(".lock")):
+        if not decoded.exists():
+            remove_leftovers(decoded.parent)
+            _decode(folder, manifest, numbers, decoded)
+    return Cache(folder, manifest, names, decoded)
+
+
+def _site_numbers(manifest: Manifest, names: Sequence[str]) -> list[int]:
+    known = [site.site for site in manifest.meaning.sites]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"site {name}: the cache has {', '.join(known) or 'none'}; name one of these")
+    if len(set(names)) < len(names):
+        raise ValueError(f"sites: expected each once, found {', '.join(names)}")
+    return [known.index(name) for name in names]
+
+
+def _decode(folder: Path, manifest: Manifest, sites: Sequence[int], decoded: Path) -> None:
+    """Writes tokens and the chosen sites' features as Arrow IPC, one record batch a shard, one shard at a time."""
+    meaning = manifest.meaning
+    with (
+        atomic_file(decoded) as file,
+        pa.ipc.new_file(file, arrow_schema(meaning.widths, sites)) as writer,
+    ):
+        for record in manifest.shards:
+            path = folder / record.name
+            # Hashed even if hashes are trusted: what is decoded once is read by every later run.
+            if sha256_file(path) != record.sha256:
+                raise ValueError(f"{path}: its SHA-256 is not the manifest's; download it again")
+            try:
+                table = read_table(path, meaning, sites)
+                check_range(table, record.report)
+            except DAMAGE as error:
+                raise ValueError(f"{path}: {error}; download it again") from error
+            writer.write_batch(table_to_batch(table))
+
+
+def verify(folder: Path) -> list[str]:
+    """Every damage of a cache, one line each, which begins with the file's name; none if it is sound."""
+    folder = Path(folder)
+    try:
+        manifest = Manifest.load(folder)
+    except (OSError, ValueError) as error:
+        return [f"{MANIFEST_NAME}: {error}"]
+    faults = list(_folder_faults(folder, manifest, hashes=True))
+    damaged = {fault.split(":", 1)[0] for fault in faults}
+    for record in manifest.shards:
+        # A file with the wrong bytes is not parsed any further.
+        if record.name not in damaged:
+            try:
+                check_range(read_table(folder / record.name, manifest.meaning), record.report)
+            except DAMAGE as error:
+                faults.append(f"{record.name}: {error}")
+    return faults
+
+
+def _folder_faults(folder: Path, manifest: Manifest, hashes: bool) -> Iterator[str]:
+    names = {record.name for record in manifest.shards}
+    for path in sorted((folder / "data").glob("*.parquet")):
+        if f"data/{path.name}" not in names:
+            yield f"data/{path.name}: not in the manifest"
+    for record in manifest.shards:
+        for fault in _shard_faults(folder / record.name, manifest, record, hashes):
+            yield f"{record.name}: {fault}"
+            break
+
+
+def _shard_faults(path: Path, manifest: Manifest, record: ShardRecord, hashes: bool) -> Iterator[str]:
+    try:
+        size = path.stat().st_size
+        if size != record.bytes:
+            yield f"expected {record.bytes} bytes, found {size}"
+        if hashes and (sha256 := sha256_file(path)) != record.sha256:
+            yield f"expected SHA-256 {record.sha256}, found {sha256}"
+        footer = read_footer(path)
+    except FileNotFoundError:
+        yield "missing"
+        return
+    except DAMAGE as error:
+        yield f"unreadable ({error})"
+        return
+    found = differences(manifest.meaning, footer.meaning) + differences(manifest.numerics, footer.numerics)
+    if found:
+        yield f"of another spec ({'; '.join(found)})"
+    if footer.rows != record.rows:
+        yield f"expected {record.rows} rows, found {footer.rows}"
+    if footer.report != record.report:
+        yield "its report is not the one in the manifest"

@@ -1,0 +1,119 @@
+"""One shard as Parquet bytes.
+
+In: a table of rows, the identity of the cache and the shard's report. Out: bytes, and from a file the same three.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .checks import check_table
+from .files import canonical_json
+from .manifest import Meaning, Numerics, ShardReport
+from .records import decode, parse_json
+from .schema import SIDES, TOKEN_COLUMNS, arrow_schema, feature_column, raw_row_of
+
+# What pyarrow raises for a file that is no Parquet or is damaged (ArrowInvalid is a ValueError).
+DAMAGE = (OSError, ValueError, pa.ArrowException)
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a shard says about itself.
+
+    Attributes:
+        meaning: of the cache.
+        numerics: of the cache.
+        report: of this shard.
+        rows: pairs in it.
+    """
+
+    meaning: Meaning
+    numerics: Numerics
+    report: ShardReport
+    rows: int
+
+
+def encode_shard(table: pa.Table, meaning: Meaning, numerics: Numerics, report: ShardReport) -> bytes:
+    """Encodes rows as one row group; equal input gives equal bytes."""
+    encoding = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in TOKEN_COLUMNS}
+    for column in (feature_column(side, site) for side in SIDES for site in range(len(meaning.sites))):
+        encoding[f"{column}.ids.list.element"] = "DELTA_BINARY_PACKED"
+        encoding[f"{column}.values.list.element"] = "BYTE_STREAM_SPLIT"
+    metadata = {
+        "fpo.fingerprint": meaning.fingerprint(),
+        "fpo.meaning": canonical_json(dataclasses.asdict(meaning)),
+        "fpo.numerics": canonical_json(dataclasses.asdict(numerics)),
+        "fpo.shard": canonical_json(dataclasses.asdict(report)),
+    }
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink,
+        table.schema,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=False,
+        column_encoding=encoding,
+        write_page_checksum=True,
+    ) as writer:
+        writer.write_table(table, row_group_size=max(1, table.num_rows))
+        writer.add_key_value_metadata(metadata)
+    return bytes(sink.getvalue())
+
+
+def read_footer(source: Path | pa.BufferReader) -> Footer:
+    """Reads a shard's footer alone.
+
+    Raises:
+        One of `DAMAGE`: the file is missing, no Parquet, or its footer is not one that `encode_shard` writes.
+    """
+    parquet = pq.read_metadata(source)
+    metadata = parquet.metadata or {}
+    parts: dict[str, Any] = {}
+    for key, kind in (("meaning", Meaning), ("numerics", Numerics), ("shard", ShardReport)):
+        text = metadata.get(f"fpo.{key}".encode())
+        if text is None:
+            raise ValueError(f"its footer has no fpo.{key}")
+        parts[key] = decode(kind, parse_json(text), f"fpo.{key}")
+    if metadata.get(b"fpo.fingerprint") != parts["meaning"].fingerprint().encode():
+        raise ValueError("its footer's fpo.fingerprint is not that of its fpo.meaning")
+    return Footer(parts["meaning"], parts["numerics"], parts["shard"], parquet.num_rows)
+
+
+def read_table(source: Path | pa.BufferReader, meaning: Meaning, sites: Sequence[int] | None = None) -> pa.Table:
+    """Reads and checks a shard's rows.
+
+    Args:
+        source: the shard.
+        meaning: of the cache.
+        sites: the sites whose features are read; all by default.
+
+    Raises:
+        One of `DAMAGE`: the file is damaged, or a row breaks a rule of `check_table`.
+    """
+    names = arrow_schema(meaning.widths, sites).names
+    with pq.ParquetFile(source, page_checksum_verification=True) as file:
+        table = file.read(columns=names).select(names).replace_schema_metadata(None)
+    check_table(table, meaning.widths, sites)
+    return table
+
+
+def check_range(table: pa.Table, report: ShardReport) -> None:
+    """Checks that every raw row of the shard's range is either a row or skipped.
+
+    Raises:
+        ValueError: one is neither, both, or of another shard.
+    """
+    kept = [raw_row_of(name) for name in table.column("pair_id").to_pylist()]
+    found = sorted([*kept, *(row for row, _ in report.skipped)])
+    if found != list(range(report.start, report.stop)):
+        odd = sorted(set(found) ^ set(range(report.start, report.stop)))
+        which = f"missing or foreign: {odd[:5]}" if odd else "some appear twice"
+        raise ValueError(
+            f"expected every raw row of {report.start} to {report.stop - 1} once, as a row or as skipped; {which}"
+        )

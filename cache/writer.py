@@ -1,0 +1,195 @@
+"""Stage one's side of the cache: shards, one at a time, and the manifest last.
+
+In: rows and a report per shard. Out: a folder of Parquet shards, `manifest.json`, `README.md`, `provenance.jsonl`.
+
+Any number of workers may write into one folder, each in its own process:
+
+    for index in my_shards:
+        with writer.lock(index) as mine:
+            if mine:
+                writer.write_shard(*score(writer.shard_range(index)))
+    writer.finish()
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .card import data_card
+from .checks import check_table
+from .columns import rows_to_table
+from .files import canonical_json, remove_leftovers, sha256_file, write_atomically
+from .manifest import (
+    MANIFEST_NAME,
+    IdentityError,
+    Manifest,
+    Meaning,
+    Numerics,
+    ShardRecord,
+    ShardReport,
+    differences,
+    shard_name,
+)
+from .schema import FORMAT_VERSION, CachedPair
+from .shard import DAMAGE, check_range, encode_shard, read_footer, read_table
+
+PROVENANCE_NAME = "provenance.jsonl"
+
+
+class CacheWriter:
+    """A cache that is being written, perhaps by several workers.
+
+    Attributes:
+        folder: of the cache.
+        meaning: of the cache.
+        numerics: of the cache.
+        num_rows: raw rows of the data set, after `limit`.
+        num_shards: at least 1, so that a data set without rows has a shard that says so.
+    """
+
+    def __init__(self, folder: Path, meaning: Meaning, numerics: Numerics, num_rows: int):
+        """Opens `folder`, makes it if need be, and removes what dead writers left half-written.
+
+        Raises:
+            IdentityError: the folder holds a cache of another spec.
+            ValueError: the spec cannot be written, or the folder holds shards that do not belong.
+        """
+        if meaning.format_version != FORMAT_VERSION:
+            raise ValueError(f"expected format version {FORMAT_VERSION}, found {meaning.format_version}")
+        if numerics.shard_size < 1 or num_rows < 0:
+            raise ValueError(f"expected a shard size above 0 and rows, found {numerics.shard_size} and {num_rows}")
+        names = [site.site for site in meaning.sites]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sites: expected each once, found {', '.join(names)}")
+        self.folder, self.meaning, self.numerics, self.num_rows = Path(folder), meaning, numerics, num_rows
+        self.num_shards = max(1, -(-num_rows // numerics.shard_size))
+        self._names = [shard_name(meaning.split, i, self.num_shards) for i in range(self.num_shards)]
+        for name in ("data", ".locks"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._check_folder()
+        for folder in (self.folder, self.folder / "data"):
+            remove_leftovers(folder)
+
+    def _check_folder(self) -> None:
+        if (self.folder / MANIFEST_NAME).exists():
+            manifest = Manifest.load(self.folder)
+            self._check_identity(MANIFEST_NAME, manifest.meaning, manifest.numerics)
+        for path in sorted((self.folder / "data").glob("*.parquet")):
+            try:
+                footer = read_footer(path)
+            except DAMAGE:
+                footer = None  # a damaged shard is not done, and is written again
+            if footer is not None:
+                self._check_identity(path.name, footer.meaning, footer.numerics)
+            if f"data/{path.name}" not in self._names:
+                raise ValueError(f"{path}: expected one of {self.num_shards} shards, {self._names[0]} …; move it away")
+
+    def _check_identity(self, name: str, meaning: Meaning, numerics: Numerics) -> None:
+        if found := differences(self.meaning, meaning) + differences(self.numerics, numerics):
+            what = "; ".join(found)
+            raise IdentityError(
+                f"{self.folder}: {name} is of another spec ({what}); take another folder or the same spec"
+            )
+
+    def shard_range(self, index: int) -> range:
+        """The raw rows of a shard."""
+        start = index * self.numerics.shard_size
+        return range(start, min(start + self.numerics.shard_size, self.num_rows))
+
+    def shard_path(self, index: int) -> Path:
+        """Where a shard lies once it is done."""
+        return self.folder / self._names[index]
+
+    def is_done(self, index: int) -> bool:
+        """Whether the shard is there and its footer is that of this spec and number."""
+        try:
+            footer = read_footer(self.shard_path(index))
+        except DAMAGE:
+            return False
+        raw_rows = self.shard_range(index)
+        return (footer.meaning, footer.numerics) == (self.meaning, self.numerics) and (
+            footer.report.index,
+            footer.report.start,
+            footer.report.stop,
+        ) == (index, raw_rows.start, raw_rows.stop)
+
+    def missing(self) -> list[int]:
+        """The shards that are not done."""
+        return [index for index in range(self.num_shards) if not self.is_done(index)]
+
+    @contextmanager
+    def lock(self, index: int) -> Iterator[bool]:
+        """Holds a shard, without waiting: True if it is this worker's to write, False if it is taken or done."""
+        lock = FileLock(self.folder / ".locks" / f"{index:05d}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            # Looked at under the lock: another worker may have just finished it.
+            yield not self.is_done(index)
+        finally:
+            lock.release()
+
+    def write_shard(self, rows: Sequence[CachedPair], report: ShardReport) -> None:
+        """Checks and commits one shard.
+
+        Args:
+            rows: the pairs of the shard's raw rows that were not skipped, in their order.
+            report: of this shard; every raw row of its range is in `rows` or skipped in it.
+
+        Raises:
+            ValueError: a row breaks a rule of `check_table`, or rows and report do not cover the shard's range.
+        """
+        name, raw_rows = self._names[report.index], self.shard_range(report.index)
+        if (report.start, report.stop) != (raw_rows.start, raw_rows.stop):
+            raise ValueError(f"{name}: expected the report of raw {raw_rows}, found {range(report.start, report.stop)}")
+        table = rows_to_table(rows, self.meaning.widths)
+        try:
+            check_table(table, self.meaning.widths)
+            check_range(table, report)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        data = encode_shard(table, self.meaning, self.numerics, report)
+        write_atomically(self.shard_path(report.index), data)
+
+    def finish(self) -> Manifest | None:
+        """Reads every shard back, then writes `README.md` and `manifest.json`; again if called again.
+
+        Returns:
+            The manifest, or None if shards are missing.
+
+        Raises:
+            ValueError: a shard does not read back.
+        """
+        if self.missing():
+            return None
+        manifest = Manifest(self.meaning, self.numerics, tuple(self._record(i) for i in range(self.num_shards)))
+        write_atomically(self.folder / "README.md", data_card(manifest).encode())
+        manifest.save(self.folder)
+        return manifest
+
+    def _record(self, index: int) -> ShardRecord:
+        path = self.shard_path(index)
+        try:
+            footer, table = read_footer(path), read_table(path, self.meaning)
+            check_range(table, footer.report)
+        except DAMAGE as error:
+            raise ValueError(f"{path}: {error}; delete it and run `fpo precompute` again") from error
+        return ShardRecord(self._names[index], footer.rows, path.stat().st_size, sha256_file(path), footer.report)
+
+    def append_provenance(self, record: dict[str, Any]) -> None:
+        """Adds one line to `provenance.jsonl`, whole even when several workers add at once."""
+        line = (canonical_json(record) + "\n").encode()
+        file = os.open(self.folder / PROVENANCE_NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(file, line) != len(line):
+                raise OSError(f"{self.folder / PROVENANCE_NAME}: the line was cut; free some space on the disk")
+            os.fsync(file)
+        finally:
+            os.close(file)

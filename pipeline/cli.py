@@ -1,0 +1,176 @@
+"""The command line: one command a function. What a command does is in `runs.py`; its options are fields of `RunConfig`.
+
+In: arguments. Out: exit code 0; 1 for a damaged cache or numbers that are not finite; 2 for a mistake of the user's,
+with one line on stderr that says what was expected, what was found and what to do.
+"""
+
+import inspect
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, get_args
+
+import typer
+
+from .config import RunConfig, load_config, to_yaml
+
+app = typer.Typer(
+    help="Feature-level constrained preference optimization, in two offline stages.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+cache_app = typer.Typer(help="Look into a cache.", no_args_is_help=True)
+config_app = typer.Typer(help="Look into a configuration.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+app.add_typer(config_app, name="config")
+
+Command = Callable[[RunConfig, frozenset[str]], None]
+
+MODEL = ("model", "device", "attention", "dtype")
+DATA = ("dataset", "dataset_config", "split", "chat_template", "limit", "drop_ties", "max_length", "max_prompt_length")
+
+
+def _option(name: str) -> inspect.Parameter:
+    """The command-line option of a field of `RunConfig`; not given is None."""
+    field = RunConfig.model_fields[name]
+    default = (
+        "" if field.default in (None, ()) or "default" in (field.description or "") else f" [default: {field.default}]"
+    )
+    kinds = {kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)}
+    kind: Any = str  # pydantic reads the text, so that files and options obey the same rules
+    flag = f"--{name.replace('_', '-')}"
+    if bool in kinds or field.annotation is bool:
+        kind, flag = bool, f"{flag}/--no-{name.replace('_', '-')}"
+    elif isinstance(field.default, tuple):
+        kind = list[str]
+    option = typer.Option(flag, help=f"{field.description}{default}", show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def configured(group: typer.Typer, name: str, *fields: str) -> Callable[[Command], Command]:
+    """Registers a command that takes `--config` and the given fields of `RunConfig` as options."""
+    config_help = "YAML file, or a profile: smollm2-135m, gemma-3-270m, gemma-2-2b, gemma-2-9b."
+    config_option = inspect.Parameter(
+        "config",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[str | None, typer.Option("--config", help=config_help, show_default=False)],
+    )
+
+    def register(function: Command) -> Command:
+        def command(**values: Any) -> None:
+            name = values.pop("config")
+            given = {key: value for key, value in values.items() if value not in (None, [])}
+            with user_errors():
+                function(load_config(name, given), frozenset(given))
+
+        parameters = [config_option, *map(_option, fields)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        command.__doc__ = function.__doc__
+        group.command(name)(command)
+        return function
+
+    return register
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns a user's mistake into one line and exit code 2; with FPO_TRACEBACK set, into a traceback."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("FPO_TRACEBACK"):
+            raise
+        typer.echo(f"fpo: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error
+    except KeyboardInterrupt:
+        typer.echo("fpo: stopped; what was finished is kept: run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@configured(app, "precompute", *MODEL, *DATA, "sae", "out", "keep_features", "token_budget", "shard_size")
+def precompute(config: RunConfig, given: frozenset[str]) -> None:
+    """Stage one: run the frozen reference and its SAEs over preference data, once, into a cache."""
+    from .runs import run_precompute
+
+    run_precompute(config)
+
+
+@configured(
+    app,
+    "align",
+    *MODEL,
+    *("cache", "eval_cache", "trust_hashes", "out", "method", "reference", "sae", "site"),
+    *("beta", "alpha", "gamma", "kl_beta", "stop_gradient", "top_k"),
+    *("epochs", "max_steps", "batch_size", "accumulation", "lr", "lr_scheduler", "warmup_steps", "optimizer"),
+    *("max_grad_norm", "token_budget", "activation_checkpointing", "lora_r", "merge", "seed", "resume"),
+    *("allow_different_start", "logging_steps", "save_steps", "eval_steps", "report_to", "push_to_hub"),
+)
+def align(config: RunConfig, given: frozenset[str]) -> None:
+    """Stage two: train the policy against a cache; the reference model is not loaded."""
+    from .runs import run_align
+
+    run_align(config, given)
+
+
+@configured(app, "train-sae", *MODEL, *DATA, "site", "width", "tokens", "seed", "out")
+def train_sae(config: RunConfig, given: frozenset[str]) -> None:
+    """Train a JumpReLU SAE on the model's own activations, for models that have no public one."""
+    from .runs import run_train_sae
+
+    run_train_sae(config)
+
+
+CacheFolder = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
+
+
+@cache_app.command("info")
+def cache_info(folder: CacheFolder) -> None:
+    """What is in a cache: pairs, sites, sizes, what was skipped, noise, provenance."""
+    from .inspect_cache import print_info
+
+    with user_errors():
+        print_info(folder)
+
+
+@cache_app.command("verify")
+def cache_verify(folder: CacheFolder) -> None:
+    """Check every byte of a cache; exit code 1 and the names of what is damaged."""
+    from ..cache.reader import verify
+
+    with user_errors():
+        damages = verify(folder)
+    for damage in damages:
+        typer.echo(damage)
+    if damages:
+        raise typer.Exit(1)
+    typer.echo("sound")
+
+
+@configured(config_app, "show", *RunConfig.model_fields)
+def config_show(config: RunConfig, given: frozenset[str]) -> None:
+    """Print the resolved configuration."""
+    typer.echo(to_yaml(config), nl=False)
+
+
+def main() -> None:
+    """Entry point of `fpo`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The run configuration: every option of every command, from a YAML file or a profile, options on top.
+
+In: a file or profile name and the options given. Out: one frozen, validated `RunConfig`, which is written whole into
+every output. A field's description is the option's help.
+"""
+
+import difflib
+import importlib.resources
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from ..stages.methods import METHODS, MethodName
+
+
+class RunConfig(BaseModel):
+    """All settings; a command reads those that its `--help` lists."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = Field(None, description="Causal LM: hub id, folder, .gguf file, or package:NAME/FILE.gguf.")
+    dataset: str | None = Field(None, description="Preference data: hub id, Parquet/JSON/JSONL file or folder.")
+    dataset_config: str | None = Field(None, description="Configuration of a hub data set.")
+    split: str = Field("train_prefs", description="Split of the data set.")
+    chat_template: str | None = Field(
+        None, description="Jinja file; default the tokenizer's, or Gemma's turns where it has none."
+    )
+    sae: tuple[str, ...] = Field(
+        (), description="SAE: release:sae_id, a folder that SAELens saved, or params.npz@site. Repeatable."
+    )
+    out: Path | None = Field(None, description="Folder to write.")
+    device: str = Field("auto", description="auto (a GPU where there is one), cpu or cuda[:N].")
+    attention: Literal["auto", "eager", "sdpa", "flex_attention"] = Field(
+        "auto", description="Attention implementation; auto is the fastest that is exact for the model and device."
+    )
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="Recipe of both stages: fp32, or bf16 autocast.")
+    token_budget: PositiveInt = Field(2048, description="Tokens of a packed row; sets memory, not results.")
+    seed: int = Field(0, description="Seed of data order and initialisation.")
+
+    limit: PositiveInt | None = Field(None, description="Use only the first N raw rows; default all.")
+    drop_ties: bool = Field(False, description="Skip pairs whose scores are equal (default: kept and counted).")
+    keep_features: PositiveInt | Literal["all"] = Field(
+        512, description="Largest features kept per response and site, or 'all' that are not zero."
+    )
+    max_length: PositiveInt = Field(1024, description="Longest prompt and response together, tokens.")
+    max_prompt_length: PositiveInt = Field(512, description="Longest prompt, tokens; its beginning is cut.")
+    shard_size: PositiveInt = Field(1024, description="Raw rows of a shard.")
+
+    cache: Path | None = Field(None, description="Cache that stage one wrote.")
+    eval_cache: Path | None = Field(None, description="Cache of a held-out split, same in all else.")
+    trust_hashes: bool = Field(False, description="Skip the SHA-256 of every shard.")
+    method: MethodName = Field("fpo", description=f"Objective: {', '.join(METHODS)}.")
+    reference: str | None = Field(None, description="Live reference, for tdpo1, tdpo2 and simpo-kl (as --model).")
+    site: tuple[str, ...] = Field(
+        (), description="Site: of the constraint (align; repeatable, D_F is their mean) or of the SAE (train-sae)."
+    )
+    beta: PositiveFloat | None = Field(None, description="β; default the method's (0.1; simpo, simpo-kl 2).")
+    alpha: float | None = Field(None, ge=0, description="α, weight of the constraint; default 0.5; 0 is off.")
+    gamma: float | None = Field(None, description="γ, constant margin of simpo and simpo-kl; default 0.5.")
+    kl_beta: PositiveFloat | None = Field(None, description="β of simpo-kl's constraint; default 0.1.")
+    stop_gradient: bool | None = Field(None, description="Hold D(y_w) fixed in the constraint; default yes.")
+    top_k: PositiveInt = Field(50, description="k of D_F, features.")
+
+    epochs: PositiveFloat = Field(1.0, description="Passes over the cache.")
+    max_steps: int = Field(-1, description="Stop after N steps; default -1, by epochs.")
+    batch_size: PositiveInt = Field(32, description="Pairs per optimiser step, over all devices.")
+    accumulation: PositiveInt = Field(1, description="Batches per optimiser step that --batch-size is split into.")
+    lr: PositiveFloat = Field(5e-7, description="Peak learning rate.")
+    lr_scheduler: str = Field("constant_with_warmup", description="Schedule, by the Trainer's names.")
+    warmup_steps: float = Field(150, ge=0, description="Linear warm-up, steps (below 1: share of all steps).")
+    optimizer: Literal["adam", "rmsprop"] = Field("adam", description="Optimiser.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off.")
+    activation_checkpointing: bool = Field(False, description="Recompute layers in backward: less memory, slower.")
+    lora_r: PositiveInt | None = Field(None, description="Train a LoRA adapter of this rank (PEFT); default none.")
+    merge: bool = Field(False, description="With --lora-r: save the merged model, not the adapter.")
+    resume: bool = Field(False, description="Go on from the last checkpoint in --out.")
+    allow_different_start: bool = Field(
+        False, description="Train although the policy is not the cache's reference; recorded."
+    )
+    logging_steps: PositiveInt = Field(10, description="Steps between log lines.")
+    save_steps: PositiveInt = Field(200, description="Steps between checkpoints (the last two are kept).")
+    eval_steps: PositiveInt | None = Field(None, description="Steps between evaluations; default once, at the end.")
+    report_to: str = Field("none", description="Tracker, by the Trainer's names (wandb, tensorboard, ...).")
+    push_to_hub: bool = Field(False, description="Upload the result to the hub.")
+
+    width: PositiveInt = Field(4096, description="Features of the SAE.")
+    tokens: PositiveInt = Field(200_000, description="Tokens to train the SAE on.")
+
+
+def profile_names() -> list[str]:
+    """Names of the profiles that come with the package."""
+    folder = importlib.resources.files(__package__) / "profiles"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(name: str | None, given: Mapping[str, Any]) -> RunConfig:
+    """Resolves a configuration.
+
+    Args:
+        name: a YAML file, or a profile's name; None for defaults.
+        given: options, by field name; they win over the file.
+
+    Raises:
+        FileNotFoundError: if there is no such file or profile.
+        ValueError: naming the key, what was expected and what was found; an unknown key with the nearest known one.
+    """
+    values, where = ({}, "options") if name is None else _read(name)
+    for key in values:
+        if key not in RunConfig.model_fields:
+            near = difflib.get_close_matches(str(key), RunConfig.model_fields, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where}: unknown key '{key}'; the nearest known key is '{near}'")
+    try:
+        return RunConfig(**{**values, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        place = f"--{key.replace('_', '-')}" if key in given else f"{where}: {key}"
+        raise ValueError(f"{place}: {first['msg']}, found {first['input']!r}") from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain YAML; a key that stands twice is an error, since one of them would be ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read(name: str) -> tuple[dict[str, Any], str]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        text = path.read_text()
+    elif name in profile_names():
+        text = (importlib.resources.files(__package__) / "profiles" / f"{name}.yaml").read_text()
+    else:
+        raise FileNotFoundError(
+            f"--config: expected a YAML file or one of the profiles {', '.join(profile_names())}, found no '{name}'"
+        )
+    try:
+        content = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{name}: expected YAML, found: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: expected a mapping of options, found {type(content).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}, name
+
+
+def to_yaml(config: RunConfig, extra: Mapping[str, Any] | None = None) -> str:
+    """The configuration whole, as YAML; `extra` keys after it."""
+    content = {**config.model_dump(mode="json"), **(extra or {})}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,390 @@
+"""What the commands do: a resolved configuration to the stages and back to the terminal.
+
+In: a `RunConfig`. Out: a cache, a trained policy or an SAE in `--out`, with the configuration beside it. What can be
+refused is refused before anything is written.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..cache.manifest import Manifest, Meaning, differences
+from ..cache.reader import Cache, open_cache
+from ..stages.methods import METHODS, make_objective
+from ..stages.models import (
+    ModelSource,
+    choose_attention,
+    default_device,
+    find_model,
+    load_model,
+    load_tokenizer,
+    tokenizer_sha256,
+)
+from ..stages.sites import SiteSAE, check_fits, load_sae, parse_site
+from .config import RunConfig, to_yaml
+
+console = Console(highlight=False)
+
+# What a held-out split's cache may differ in.
+SPLIT_FIELDS = ("dataset", "split", "limit")
+
+
+def required(config: RunConfig, *names: str) -> tuple[Any, ...]:
+    """The values of options that a command cannot do without.
+
+    Raises:
+        ValueError: naming the option, if one is missing.
+    """
+    values = tuple(getattr(config, name) for name in names)
+    for name, value in zip(names, values, strict=True):
+        if value is None or value == ():
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option}: expected a value, found none; give {option} or '{name}' in the configuration")
+    return values
+
+
+def device_of(config: RunConfig) -> str:
+    """The device that `--device` names.
+
+    Raises:
+        ValueError: if it is none that torch has here.
+    """
+    if config.device == "auto":
+        return default_device()
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device: expected auto, cpu or a GPU of this machine, found '{config.device}': {error}"
+        ) from error
+    return config.device
+
+
+def run_precompute(config: RunConfig) -> None:
+    """`fpo precompute`."""
+    from ..stages.precompute import Reference, precompute
+
+    _, _, _, out = required(config, "model", "dataset", "sae", "out")
+    source, preferences, chat, limits = _load_data(config)
+    device = device_of(config)
+    saes = tuple(load_sae(spec, device=device) for spec in config.sae)
+    sites = [sae.site.name for sae in saes]
+    if len(set(sites)) < len(sites):
+        raise ValueError(f"--sae: expected one SAE a site, found {', '.join(sites)}")
+    model = load_model(source, attention=choose_attention(config.attention, source, device), device=device)
+    for sae in saes:
+        check_fits(sae, model)
+    with _pair_progress(len(preferences)) as advance:
+        manifest = precompute(
+            Reference(source, model, chat, saes, config.dtype),
+            preferences,
+            limits,
+            out,
+            keep_features=None if config.keep_features == "all" else config.keep_features,
+            token_budget=config.token_budget,
+            shard_size=config.shard_size,
+            limit=config.limit,
+            on_pairs=advance,
+        )
+    if manifest is None:
+        console.print("shards of this cache are still with other workers; whoever finishes last writes the manifest")
+        return
+    (out / "run.yaml").write_text(to_yaml(config))
+    _print_totals(manifest, out)
+
+
+def _load_data(config: RunConfig) -> tuple[ModelSource, Any, Any, Any]:
+    from ..stages.preferences import ChatFormat, Limits, load_preferences, load_template
+
+    assert config.model is not None and config.dataset is not None
+    limits = Limits(config.max_length, config.max_prompt_length, config.drop_ties)
+    template = load_template(config.chat_template)
+    preferences = load_preferences(config.dataset, split=config.split, config=config.dataset_config, limit=config.limit)
+    source = find_model(config.model)
+    return source, preferences, ChatFormat(load_tokenizer(source), template), limits
+
+
+@contextmanager
+def _pair_progress(total: int) -> Iterator[Callable[[int, int], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("pairs  {task.fields[rate]:>7} tokens/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("precompute", total=total, rate="-")
+        scored = 0
+
+        def advance(rows: int, tokens: int) -> None:
+            nonlocal scored
+            scored += tokens
+            elapsed = progress.tasks[0].elapsed or 0.0
+            rate = f"{scored / elapsed:.0f}" if scored and elapsed else "-"
+            progress.update(task, advance=rows, rate=rate)
+
+        yield advance
+
+
+def _print_totals(manifest: Manifest, out: Path) -> None:
+    counts = manifest.counts
+    console.print(
+        f"{out}: {manifest.num_pairs} pairs in {len(manifest.shards)} shards, {manifest.num_bytes / 1e6:.1f} MB "
+        f"({manifest.num_bytes / max(1, manifest.num_pairs):.0f} bytes a pair), {counts['scored_tokens']} tokens scored"
+    )
+    console.print(
+        f"ties {counts['ties']}, truncated prompts {counts['truncated_prompts']}, "
+        f"truncated responses {counts['truncated_responses']}"
+    )
+    for reason, number in sorted(manifest.skipped.items()):
+        console.print(f"skipped {number}: {reason}")
+    if manifest.noise:
+        mse = ", ".join(f"{value:.2g}" for value in manifest.noise.feature_mse)
+        console.print(f"noise between two packings: log-probs {manifest.noise.logp:.2g} nats, D_F {mse}")
+
+
+def run_train_sae(config: RunConfig) -> None:
+    """`fpo train-sae`."""
+    from ..stages.preferences import tokenize_pair
+    from ..stages.train_sae import train_sae
+
+    _, _, (site_name, *more), out = required(config, "model", "dataset", "site", "out")
+    if more:
+        raise ValueError(f"--site: expected one site to train an SAE for, found {len(more) + 1}")
+    site = parse_site(site_name)
+    source, preferences, chat, limits = _load_data(config)
+    device = device_of(config)
+    model = load_model(source, attention=choose_attention(config.attention, source, device), device=device)
+    sequences, seen = [], set()
+    for row in range(len(preferences)):
+        pair = tokenize_pair(preferences.example(row), row, chat, limits).pair
+        if pair is None:
+            continue
+        for ids in (pair.chosen_ids, pair.rejected_ids):
+            conversation = np.concatenate([pair.prompt_ids, ids])
+            if conversation.tobytes() not in seen:  # prompts and answers repeat across pairs
+                seen.add(conversation.tobytes())
+                sequences.append(conversation)
+    console.print(f"{len(sequences)} conversations, {sum(map(len, sequences))} tokens, site {site.name}")
+    quality = train_sae(
+        model,
+        sequences,
+        site=site,
+        width=config.width,
+        tokens=config.tokens,
+        out=out,
+        model_name=source.name,
+        seed=config.seed,
+    )
+    (out / "run.yaml").write_text(to_yaml(config))
+    console.print(
+        f"{out}: L0 {quality.l0:.1f}, explained variance {quality.explained_variance:.3f}, "
+        f"dead features {quality.dead:.1%}, on {quality.tokens} held-out tokens after {quality.passes:.1f} passes"
+    )
+
+
+def run_align(config: RunConfig, given: frozenset[str]) -> None:
+    """`fpo align`."""
+    from ..stages.align import FPOTrainer
+
+    _, cache_folder, out = required(config, "model", "cache", "out")
+    args = _training_arguments(config, given)
+    divergence = METHODS[config.method].divergence
+    if divergence == "kl" and config.reference is None:
+        raise ValueError(
+            f"--reference: method {config.method} measures a KL to a live reference; give its folder or id"
+        )
+    if divergence != "kl" and "reference" in given:
+        raise ValueError(f"--reference: method {config.method} ignores it; leave it out")
+    sites = _sites_to_read(config) if divergence == "features" else []
+    cache = open_cache(cache_folder, sites=sites, trust_hashes=config.trust_hashes)
+    meaning = cache.manifest.meaning
+    source = find_model(config.model)  # type: ignore[arg-type]
+    tokenizer = _check_start(config, source, meaning)
+    eval_cache = None
+    if config.eval_cache:
+        eval_cache = open_cache(config.eval_cache, sites=sites, trust_hashes=config.trust_hashes)
+        _check_same_but_split(eval_cache, cache)
+    device = device_of(config)
+    attention = choose_attention(config.attention, source, device)
+    saes = _load_constraint_saes(config, cache, sites, device)
+    _check_resume(config, out, cache)
+    policy = load_model(source, attention=attention, device=device)
+    for sae in saes:
+        check_fits(sae, policy)
+    if config.lora_r:
+        policy = _with_lora(policy, config.lora_r)
+    reference = None
+    if divergence == "kl":
+        reference = load_model(find_model(config.reference), attention=attention, device=device)  # type: ignore[arg-type]
+    trainer = FPOTrainer(policy, args, cache, eval_cache, saes=saes, reference=reference, processing_class=tokenizer)
+    versions = {name: importlib.metadata.version(name) for name in ("fpo", "torch", "transformers", "sae-lens")}
+    record = {"cache_fingerprint": meaning.fingerprint(), "versions": versions, "training_device": str(args.device)}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "run.yaml").write_text(to_yaml(config, record))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(out) if config.resume else None)
+    if eval_cache is not None:
+        trainer.evaluate()
+    _save(config, trainer, out)
+
+
+def _training_arguments(config: RunConfig, given: frozenset[str]) -> Any:
+    from ..stages.align import FPOConfig
+
+    settings = ("beta", "alpha", "gamma", "kl_beta", "stop_gradient")
+    objective = {name: getattr(config, name) for name in settings}
+    make_objective(config.method, **objective)
+    if METHODS[config.method].divergence != "features":
+        for name in sorted({"site", "sae", "top_k"} & given):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: method {config.method} has no feature constraint; leave it out"
+            )
+    if config.merge and not config.lora_r:
+        raise ValueError("--merge: there is no adapter to merge without --lora-r; leave it out")
+    world = max(1, int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1)
+    parts = config.accumulation * world
+    if config.batch_size % parts:
+        raise ValueError(
+            f"--batch-size: expected a multiple of accumulation x devices ({parts}), found {config.batch_size}"
+        )
+    return FPOConfig(
+        output_dir=str(config.out),
+        method=config.method,
+        **objective,
+        top_k=config.top_k,
+        token_budget=config.token_budget,
+        allow_different_start=config.allow_different_start,
+        bf16=config.dtype == "bf16",
+        use_cpu=device_of(config) == "cpu",
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size // parts,
+        per_device_eval_batch_size=config.batch_size // parts,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=config.warmup_steps,
+        optim={"adam": "adamw_torch", "rmsprop": "rmsprop"}[config.optimizer],
+        weight_decay=0.0,
+        max_grad_norm=config.max_grad_norm,
+        activation_checkpointing=config.activation_checkpointing,
+        seed=config.seed,
+        logging_steps=config.logging_steps,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        eval_strategy="steps" if config.eval_cache and config.eval_steps else "no",
+        eval_steps=config.eval_steps,
+        report_to=config.report_to,
+        push_to_hub=config.push_to_hub,
+    )
+
+
+def _sites_to_read(config: RunConfig) -> list[str]:
+    (sites,) = required(config, "site")
+    return [parse_site(site).name for site in sites]
+
+
+def _check_start(config: RunConfig, source: ModelSource, meaning: Meaning) -> Any:
+    """Refuses a cache of another model, tokenizer or recipe; returns the tokenizer with the cache's template."""
+    if meaning.recipe != config.dtype:
+        raise ValueError(
+            f"--dtype: the cache was made with {meaning.recipe}, found {config.dtype}; policy and reference must be "
+            "measured under one recipe"
+        )
+    tokenizer = load_tokenizer(source)
+    if tokenizer_sha256(tokenizer) != meaning.tokenizer:
+        raise ValueError(
+            f"cache {config.cache}: its tokenizer is not that of {source.name} (hashes {meaning.tokenizer[:12]} and "
+            f"{tokenizer_sha256(tokenizer)[:12]}); make a cache with this model"
+        )
+    if source.sha256 != meaning.model and not config.allow_different_start:
+        raise ValueError(
+            f"cache {config.cache}: its reference is not {source.name} (weight hashes {meaning.model[:12]} and "
+            f"{source.sha256[:12]}); start from the model that the cache was made with, or pass --allow-different-start"
+        )
+    tokenizer.chat_template = meaning.chat_template
+    return tokenizer
+
+
+def _check_same_but_split(eval_cache: Cache, cache: Cache) -> None:
+    lines = differences(cache.manifest.meaning, eval_cache.manifest.meaning)
+    wrong = [line for line in lines if line.split(":")[0] not in SPLIT_FIELDS]
+    if wrong:
+        raise ValueError(
+            f"--eval-cache {eval_cache.folder}: expected a cache like the training cache's but for the split; "
+            f"{'; '.join(wrong)}"
+        )
+
+
+def _load_constraint_saes(config: RunConfig, cache: Cache, sites: list[str], device: str) -> list[SiteSAE]:
+    """The SAEs of the chosen sites, as --sae names them, checked against the cache's hashes."""
+    if not sites:
+        return []
+    required(config, "sae")
+    by_site = {sae.site.name: sae for sae in (load_sae(spec, device=device) for spec in config.sae)}
+    hashes = {site.site: site.sae for site in cache.manifest.meaning.sites}
+    for site in sites:
+        if site not in by_site:
+            raise ValueError(f"--sae: expected an SAE for site {site}, found SAEs for {', '.join(by_site)}")
+        if by_site[site].sha256 != hashes[site]:
+            raise ValueError(
+                f"--sae: the cache's features at {site} are of another SAE than {by_site[site].spec} (hashes "
+                f"{hashes[site][:12]} and {by_site[site].sha256[:12]}); give the one it was made with"
+            )
+    kept = cache.manifest.meaning.keep_features
+    if kept is not None and config.top_k > kept:
+        raise ValueError(f"--top-k: the cache keeps {kept} features a response, found {config.top_k}; choose fewer")
+    return [by_site[site] for site in sites]
+
+
+def _check_resume(config: RunConfig, out: Path, cache: Cache) -> None:
+    """Refuses to mix two runs in one folder."""
+    record = out / "run.yaml"
+    if not config.resume:
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"--out: expected a new or empty folder, found files in {out}; pass --resume to go on")
+        return
+    if not record.exists():
+        raise FileNotFoundError(f"--resume: expected a run in {out}, found no run.yaml; leave --resume out")
+    before = yaml.safe_load(record.read_text())
+    now = {**yaml.safe_load(to_yaml(config)), "cache_fingerprint": cache.manifest.meaning.fingerprint()}
+    changed = [
+        f"{key}: was {before.get(key)!r}, is {value!r}"
+        for key, value in now.items()
+        if key not in ("resume", "cache", "eval_cache", "trust_hashes") and before.get(key) != value
+    ]
+    if changed:
+        raise ValueError(f"--resume: expected the settings of the run in {out}; {'; '.join(changed)}")
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoint: str | None = get_last_checkpoint(str(out))
+    return checkpoint
+
+
+def _with_lora(policy: Any, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(policy, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
+def _save(config: RunConfig, trainer: Any, out: Path) -> None:
+    if config.merge:
+        trainer.model = trainer.model.merge_and_unload()
+    trainer.save_model(str(out))
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    console.print(f"{out}: the {'adapter' if config.lora_r and not config.merge else 'model'}, run.yaml, metrics.jsonl")

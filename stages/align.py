@@ -1,0 +1,324 @@
+"""Stage two: the policy, trained against a cache.
+
+In: a cache, a policy, the SAEs of the chosen sites (and a live reference for the methods whose constraint is the KL).
+Out: a `transformers.Trainer` that trains any objective of `objectives.py`, logs under TRL's names, and refuses to start
+from a policy that is not the cache's reference.
+
+Shapes: R responses of a packed row, B pairs of a packed row (R = 2B, chosen and rejected in turn).
+"""
+
+import resource
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..cache.reader import Cache
+from .batches import RowBatch, RowCollator
+from .methods import make_objective
+from .metrics import MetricsFile, PairMeans
+from .models import Recipe
+from .objectives import PairLosses, PairScores, pair_losses
+from .parity import check_parity
+from .scoring import RowScores, attach_scoring, causal_lm, check_head, live_reference, row_multiple
+from .sites import SiteSAE
+
+
+@dataclass
+class FPOConfig(TrainingArguments):
+    """Settings of `FPOTrainer`: those of the objective, and the Trainer's own with the paper's defaults (Table 5).
+
+    `bf16` selects the compute recipe and must be the cache's; `per_device_train_batch_size` counts pairs.
+    """
+
+    method: str = field(default="fpo", metadata={"help": "Objective: fpo, dpo, simpo, tdpo1, tdpo2 or simpo-kl."})
+    beta: float | None = field(default=None, metadata={"help": "β; None for the method's default."})
+    alpha: float | None = field(default=None, metadata={"help": "α, weight of the constraint."})
+    gamma: float | None = field(default=None, metadata={"help": "γ, SimPO's constant margin."})
+    kl_beta: float | None = field(default=None, metadata={"help": "β of SimPO+KL's constraint."})
+    stop_gradient: bool | None = field(default=None, metadata={"help": "Hold D(y_w) fixed in the constraint."})
+    top_k: int = field(default=50, metadata={"help": "k of D_F, features."})
+    token_budget: int = field(default=2048, metadata={"help": "Tokens of a packed row, the unit of one backward."})
+    parity_pairs: int = field(default=8, metadata={"help": "Cached pairs scored before the first step."})
+    allow_different_start: bool = field(
+        default=False, metadata={"help": "Train although the policy is not the cache's reference."}
+    )
+
+    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Schedule after warm-up."})
+    warmup_steps: float = field(default=150, metadata={"help": "Linear warm-up, steps."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the cache."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Pairs a step and device."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Pairs an evaluation batch."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Unused: there are no columns."})
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default_factory=lambda: {"use_reentrant": False},
+        metadata={"help": "Non-reentrant: under the other kind a hook inside a layer gets no gradient."},
+    )
+
+    def __post_init__(self) -> None:
+        """Checks what the Trainer cannot know.
+
+        Raises:
+            ValueError: if reentrant checkpointing is asked for, or the objective's settings do not fit the method.
+        """
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        kwargs = self.activation_checkpointing_kwargs
+        if isinstance(kwargs, dict) and kwargs.get("use_reentrant", True):
+            raise ValueError("activation_checkpointing_kwargs: expected use_reentrant=False; features need gradients")
+        self.objective = make_objective(
+            self.method,
+            beta=self.beta,
+            alpha=self.alpha,
+            gamma=self.gamma,
+            kl_beta=self.kl_beta,
+            stop_gradient=self.stop_gradient,
+        )
+
+    @property
+    def recipe(self) -> Recipe:
+        """The compute recipe."""
+        return "bf16" if self.bf16 else "fp32"
+
+
+class FPOTrainer(Trainer):
+    """Trains a policy on cached preference pairs.
+
+    Args:
+        model: the policy, a causal LM or a PEFT model around one, weights in fp32.
+        args: the settings.
+        train_cache: the cache to train on, opened with the sites of `saes`.
+        eval_cache: a cache of another split that agrees with it otherwise.
+        saes: SAEs of the sites that the constraint reads, in the cache's order; empty for other methods.
+        reference: a live reference, for methods whose constraint is the KL.
+        processing_class: the tokenizer that is saved beside the weights.
+        callbacks: as the Trainer's.
+
+    Raises:
+        ValueError: if the method lacks its SAEs or its reference, or was given one that it does not read; if weights
+            are not fp32; if the recipe is not the cache's.
+    """
+
+    args: FPOConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: FPOConfig,
+        train_cache: Cache,
+        eval_cache: Cache | None = None,
+        saes: Sequence[SiteSAE] = (),
+        reference: nn.Module | None = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        divergence = args.objective.rule.divergence
+        if (divergence == "features") != bool(saes):
+            raise ValueError(f"method {args.method}: expected {'SAEs' if divergence == 'features' else 'no SAE'}")
+        if (divergence == "kl") != (reference is not None):
+            raise ValueError(f"method {args.method}: expected {'a' if divergence == 'kl' else 'no'} live reference")
+        for cache in (train_cache, eval_cache):
+            if cache is not None and cache.manifest.meaning.recipe != args.recipe:
+                raise ValueError(
+                    f"cache {cache.folder}: expected recipe {args.recipe}, found {cache.manifest.meaning.recipe}; "
+                    "make a cache of this recipe or change --dtype"
+                )
+        dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad}
+        if dtypes != {"torch.float32"}:
+            raise ValueError(f"policy: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
+        check_head(model)
+        attach_scoring(model)
+        self.policy, self.train_cache, self.saes = model, train_cache, tuple(saes)
+        self._means = {"train": PairMeans(), "eval": PairMeans()}
+        self._tokens, self._started = 0, time.monotonic()
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=RowCollator(args.token_budget, row_multiple(model), tuple(sae.width for sae in self.saes)),
+            train_dataset=train_cache,
+            eval_dataset=eval_cache,
+            processing_class=processing_class,
+            callbacks=[MetricsFile(), *(callbacks or [])],
+        )
+        self.reference = None if reference is None else reference.to(args.device).requires_grad_(False).eval()
+        # The loss is divided by the number of pairs here, so the Trainer must not divide by accumulation steps again.
+        self.loss_is_scaled_for_ga = True
+
+    def train(  # type: ignore[override]  # the Trainer's other arguments pass through
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
+        """Checks parity (not on resume), then trains; see `Trainer.train`."""
+        if not resume_from_checkpoint and not self.args.allow_different_start:
+            parity = check_parity(
+                self.policy,
+                self.train_cache,
+                self.saes,
+                self.args.recipe,
+                pairs=self.args.parity_pairs,
+                token_budget=self.args.token_budget,
+            )
+            self.log(parity)
+        self._tokens, self._started = 0, time.monotonic()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def score(self, model: nn.Module, row: RowBatch) -> RowScores:
+        """Scores one row with the policy, inside the forward of what wraps it."""
+        reference = None
+        if self.reference is not None:
+            reference = live_reference(self.reference, row.packed, self.args.recipe)
+        return model(  # type: ignore[no-any-return]
+            packed=row.packed,
+            saes=self.saes,
+            recipe=self.args.recipe,
+            cached=row.cached,
+            top_k=self.args.top_k,
+            reference=reference,
+        )
+
+    def row_losses(self, model: nn.Module, row: RowBatch, mode: str) -> PairLosses:
+        """The losses of one row's pairs; adds its metrics to the running sums."""
+        scores = self.score(model, row)
+        divergence = self.args.objective.rule.divergence
+        if divergence == "features":
+            divergence_R = torch.stack([drift.mse_R for drift in scores.drifts]).mean(0)
+        else:
+            divergence_R = scores.kl_R
+        lengths_R = torch.tensor(row.packed.lengths, dtype=torch.float64, device=scores.logps_R.device)
+        losses = pair_losses(
+            self.args.objective,
+            PairScores(
+                chosen_logp=scores.logps_R[::2],
+                rejected_logp=scores.logps_R[1::2],
+                chosen_ref_logp=row.ref_logps_R[::2],
+                rejected_ref_logp=row.ref_logps_R[1::2],
+                chosen_tokens=lengths_R[::2],
+                rejected_tokens=lengths_R[1::2],
+                chosen_divergence=divergence_R[::2] if divergence else None,
+                rejected_divergence=divergence_R[1::2] if divergence else None,
+            ),
+        )
+        self._count(mode, losses, scores, divergence_R)
+        return losses
+
+    @torch.no_grad()
+    def _count(self, mode: str, losses: PairLosses, scores: RowScores, divergence_R: Tensor) -> None:
+        margins = losses.chosen_reward - losses.rejected_reward
+        values = {
+            "rewards/chosen": losses.chosen_reward,
+            "rewards/rejected": losses.rejected_reward,
+            "rewards/margins": margins,
+            "rewards/accuracies": (margins > 0).double() + 0.5 * (margins == 0).double(),
+            "logps/chosen": scores.logps_R[::2],
+            "logps/rejected": scores.logps_R[1::2],
+        }
+        if mode == "eval":
+            values["loss"] = losses.loss
+        divergence = self.args.objective.rule.divergence
+        if divergence:
+            name = "features/mse" if divergence == "features" else "kl"
+            values |= {
+                f"{name}_chosen": divergence_R[::2],
+                f"{name}_rejected": divergence_R[1::2],
+                "constraint/delta": losses.constraint,
+            }
+        if divergence == "features":
+            values["features/miss_rate"] = torch.stack([drift.miss_rate_R for drift in scores.drifts]).mean(0)
+            values["features/error_bound"] = torch.stack([drift.error_bound_R for drift in scores.drifts]).mean(0)
+        self._means[mode].add(values)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One backward a packed row, so that memory is set by the token budget, not by the batch size.
+
+        The loss is summed over pairs and divided by their number over all ranks and accumulated batches; DDP and FSDP
+        average gradients over ranks, which the factor `num_processes` undoes.
+        """
+        assert num_items_in_batch is not None
+        model.train()
+        rows: Any = self._prepare_inputs(inputs)["rows"]
+        scale = self.accelerator.num_processes / num_items_in_batch
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        for number, row in enumerate(rows):
+            last = number == len(rows) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                losses = self.row_losses(model, row, "train")
+                if number == 0 and self._logs_this_step():
+                    self._measure_constraint(losses)
+                loss = losses.loss.sum() * scale
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            self._tokens += row.tokens
+        return total
+
+    def _logs_this_step(self) -> bool:
+        return (self.state.global_step + 1) % max(1, self.state.logging_steps or 1) == 0
+
+    def _measure_constraint(self, losses: PairLosses) -> None:
+        """Logs by how much the constraint pulls: the norm of its gradient over that of the rest of the loss.
+
+        Taken at the weights of the lowest layer that the constraint reads (the last one for the KL) on the step's first
+        row, so that it costs a backward through the layers above only.
+        """
+        if not losses.constraint.requires_grad:
+            return
+        layers = causal_lm(self.policy).get_decoder().layers
+        layer = layers[min((sae.site.layer for sae in self.saes), default=len(layers) - 1)]
+        weights = [weight for weight in layer.parameters() if weight.requires_grad]
+        if not weights:
+            return
+        slope_B = -torch.expm1(-losses.loss.detach())  # -dL/du of L = -log σ(u)
+        norms = []
+        for part_B in (losses.constraint, losses.lpd):
+            grads = torch.autograd.grad((slope_B * part_B).sum(), weights, retain_graph=True, allow_unused=True)
+            norms.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads if g is not None])))
+        self._means["train"].add({"constraint/grad_ratio": norms[0] / norms[1]})
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """Losses of one batch without gradient; the metrics are weighted by pairs when they are logged."""
+        losses = []
+        with torch.no_grad():
+            for row in self._prepare_inputs(inputs)["rows"]:
+                losses.append(self.row_losses(model, row, "eval").loss)
+        return torch.cat(losses).mean(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics gathered since the last line of the same kind: means over pairs, over all ranks."""
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        prefix = "eval_" if mode == "eval" else ""
+        if "train_runtime" in logs:
+            logs |= self._cost()
+        elif mode == "eval" or "loss" in logs:
+            logs |= {prefix + name: mean for name, mean in self._means[mode].read(self.accelerator).items()}
+        super().log(logs, start_time)
+
+    def _cost(self) -> dict[str, float]:
+        seconds = time.monotonic() - self._started
+        if self.args.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.args.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"train_tokens_per_second": round(self._tokens / seconds, 1), "train_peak_memory_bytes": peak}
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        pairs = sum(len(row.packed.pairs) for batch in batch_samples for row in batch["rows"])
+        if self.accelerator.num_processes == 1:
+            return pairs
+        counted = self.accelerator.reduce(torch.tensor(pairs, device=device), "sum")
+        return int(counted)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of the settings: nothing here reads it, and run.yaml holds them.
+        folder = output_dir or self.args.output_dir
+        assert folder is not None
+        (Path(folder) / "training_args.bin").unlink(missing_ok=True)

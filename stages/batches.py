@@ -1,0 +1,67 @@
+"""Cached pairs to batches of packed rows.
+
+In: rows of a cache. Out: packed rows with what the reference said about them, as the Trainer's collator hands them on.
+
+Shapes: L positions of a row, R responses of a row (two a pair).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..cache.schema import CachedPair
+from .features import CachedFeatures
+from .packing import PackedRow, pack
+
+
+@dataclass(frozen=True, eq=False)
+class RowBatch:
+    """One packed row with what the cache says about its responses.
+
+    Attributes:
+        packed: the row.
+        cached: the reference's features, one entry a site.
+        ref_logps_R: float64, the reference's log-probabilities.
+        tokens: tokens of the row without padding.
+    """
+
+    packed: PackedRow
+    cached: tuple[CachedFeatures, ...]
+    ref_logps_R: Tensor
+    tokens: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "RowBatch":
+        """The same on `device`; accelerate's loader calls it."""
+        cached = tuple(features.to(device) for features in self.cached)
+        ref_logps_R = self.ref_logps_R.to(device, non_blocking=non_blocking)
+        return RowBatch(self.packed.to(device), cached, ref_logps_R, self.tokens)
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """Packs a batch of cached pairs into rows.
+
+    Attributes:
+        token_budget: tokens of a row.
+        pad_to: row lengths are padded to a multiple of this.
+        widths: widths of the SAEs whose features are read; empty where the method reads none.
+    """
+
+    token_budget: int
+    pad_to: int
+    widths: tuple[int, ...]
+
+    def __call__(self, pairs: Sequence[CachedPair]) -> dict[str, list[RowBatch]]:
+        """Rows of the batch; together they hold every pair once."""
+        rows = []
+        for packed in pack([cached.pair for cached in pairs], self.token_budget, self.pad_to):
+            responses = [side for index in packed.pairs for side in (pairs[index].chosen, pairs[index].rejected)]
+            cached = tuple(
+                CachedFeatures.collate([response.features[site] for response in responses], width)
+                for site, width in enumerate(self.widths)
+            )
+            ref_logps_R = torch.tensor([response.logp for response in responses], dtype=torch.float64)
+            rows.append(RowBatch(packed, cached, ref_logps_R, int((packed.pair_L >= 0).sum())))
+        return {"rows": rows}

@@ -1,0 +1,299 @@
+"""From a preference example to a tokenised pair, in the chat format that the model was (or will be) tuned in.
+
+In: an `Example` (turns or plain text), a tokenizer, optionally the text of a chat template, and limits of length.
+Out: the token ids of the prompt and of both responses, cut where the template puts the boundary, or why there are none.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from ..cache.schema import Pair, pair_id
+
+# Gemma's turns, for base models, whose tokenizers carry no template.
+GEMMA_TURNS = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}"
+    "{{ (message['content'] | trim) + '<end_of_turn>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+
+SKIP_REASONS = (
+    "responses of several turns",
+    "empty response",
+    "identical responses",
+    "empty prompt",
+    "tie",
+    "identical after truncation",
+)
+
+PROBE = "fpo-probe-answer"  # an answer that no template writes by itself
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: who speaks (`system`, `user`, `assistant`, …) and what is said."""
+
+    role: str
+    content: str
+
+
+Turns = tuple[Message, ...]
+Text = Turns | str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One preference pair, whatever shape it was stored in: a shared prompt and what follows it on either side.
+
+    Attributes:
+        prompt: the turns both sides share, or plain text that takes no template.
+        chosen: the preferred response alone: one assistant turn (none if the row had no answer), or plain text.
+        rejected: the other response, likewise.
+        score_chosen: the annotator's score of the chosen response, if there is one.
+        score_rejected: likewise.
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    score_chosen: float | None = None
+    score_rejected: float | None = None
+
+    @property
+    def one_answer_each(self) -> bool:
+        """Whether both sides are one answer to the same turns; some of Anthropic-HH's dialogues part earlier."""
+        return all(
+            isinstance(response, str) or [message.role for message in response] in ([], ["assistant"])
+            for response in (self.chosen, self.rejected)
+        )
+
+    @property
+    def tie(self) -> bool:
+        """Whether both responses have a score and the scores are equal."""
+        return self.score_chosen is not None and self.score_chosen == self.score_rejected
+
+
+def load_template(path: Path | str | None) -> str | None:
+    """Reads a Jinja chat template; `None` stays `None`, which means the tokenizer's own.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"expected a chat template (Jinja) at {path}, found no such file")
+    return Path(path).read_text(encoding="utf-8")
+
+
+class ChatFormat:
+    """A tokenizer with a chat template: renders examples and cuts them into prompt and response tokens.
+
+    Attributes:
+        tokenizer: the tokenizer.
+        template: the text of the template in use: the one given, else the tokenizer's own, else `GEMMA_TURNS`.
+        bos_id: the token that may begin a prompt, or `None`.
+        end_id: the token that closes every templated response: the template's end of turn, or EOS if it writes none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
+        """Probes the template once for what it writes after an answer.
+
+        Raises:
+            ValueError: the tokenizer has no EOS, or the template cannot be rendered or leaves the answer out.
+        """
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"expected a tokenizer with an EOS token, found none in {tokenizer.name_or_path!r}")
+        own = tokenizer.get_chat_template() if tokenizer.chat_template else GEMMA_TURNS
+        self.template = own if template is None else template
+        self.tokenizer = tokenizer
+        self.bos_id: int | None = tokenizer.bos_token_id
+        # A text, because some tokenizers give nothing at all for an empty one.
+        self._adds_bos = self.bos_id is not None and self._ids("a", True)[0] == self.bos_id
+
+        text = self._render((Message("user", "Hi"), Message("assistant", PROBE)), answer_next=False)
+        _, found, self._closing = text.rpartition(PROBE)
+        if not found:
+            raise ValueError("the chat template leaves out the assistant's answer; give another one by a file")
+        closing_ids = self._ids(self._closing.rstrip())
+        self._appends_eos = not closing_ids or closing_ids[-1] not in tokenizer.added_tokens_decoder
+        self.end_id: int = tokenizer.eos_token_id if self._appends_eos else closing_ids[-1]
+
+    def prompt_and_responses(self, example: Example) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of the prompt (BOS at most once, the opening of the answer included) and of both responses.
+
+        Each part is encoded on its own, so the prompt's ids are the same for both responses. A response ends with
+        the token that ends its turn, without the white space that some templates write after it.
+
+        Raises:
+            ValueError: the template refuses the turns, or an answer does not follow the prompt it was asked with.
+        """
+        prompt, chosen, rejected = example.prompt, example.chosen, example.rejected
+        if isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
+            if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
+                raise ValueError("expected prompt, chosen and rejected all as text or all as turns, found a mixture")
+            eos: list[int] = [self.tokenizer.eos_token_id]
+            return self._prompt_ids(prompt), self._ids(chosen) + eos, self._ids(rejected) + eos
+        prompt = self._accepted(prompt)
+        prompt_text = self._render(prompt, answer_next=True)
+        chosen_ids, rejected_ids = (self._response_ids(prompt, prompt_text, answer) for answer in (chosen, rejected))
+        return self._prompt_ids(prompt_text), chosen_ids, rejected_ids
+
+    def _response_ids(self, prompt: Turns, prompt_text: str, answer: Turns) -> list[int]:
+        text = self._render(prompt + answer, answer_next=False)
+        if not text.startswith(prompt_text):
+            raise ValueError(
+                "the chat template renders a prompt differently once it is answered: expected the conversation to "
+                f"begin with …{prompt_text[-40:]!r}; give a template that only appends, by a file"
+            )
+        if not text.endswith(self._closing):
+            raise ValueError(
+                f"the chat template closes this answer otherwise than others: expected {self._closing!r} at the end, "
+                f"found …{text[-40:]!r}; give a template that closes every answer alike, by a file"
+            )
+        spare = len(self._closing) - len(self._closing.rstrip())
+        ids = self._ids(text[len(prompt_text) : len(text) - spare])
+        return [*ids, self.end_id] if self._appends_eos else ids
+
+    def _accepted(self, prompt: Turns) -> Turns:
+        """The prompt, its system turn folded into the first user turn if the template refuses or drops it."""
+        if not prompt or prompt[0].role != "system":
+            return prompt
+        system, rest = prompt[0], prompt[1:]
+        try:
+            if system.content.strip() in self._apply(prompt, answer_next=True):
+                return prompt
+        except TemplateError:
+            pass  # refused: fold it, and let the second rendering speak of anything else that is wrong
+        if not rest or rest[0].role != "user":
+            return (replace(system, role="user"), *rest)
+        parts = [part for part in (system.content, rest[0].content) if part.strip()]
+        return (Message("user", "\n\n".join(parts)), *rest[1:])
+
+    def _render(self, messages: Turns, answer_next: bool) -> str:
+        try:
+            return self._apply(messages, answer_next)
+        except TemplateError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise ValueError(f"the chat template refuses the turns {roles}: {error}") from error
+
+    def _apply(self, messages: Turns, answer_next: bool) -> str:
+        turns = [asdict(message) for message in messages]
+        text = self.tokenizer.apply_chat_template(
+            turns, chat_template=self.template, tokenize=False, add_generation_prompt=answer_next
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        ids = self._ids(text)
+        return [self.bos_id, *ids] if self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids
+
+    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        # verbose=False: a text over the model's length is no news, it is cut and counted later.
+        return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of a pair is kept.
+
+    Attributes:
+        max_length: tokens of prompt and one response together; the response's end is cut.
+        max_prompt_length: tokens of the prompt; BOS and the prompt's end are kept.
+        drop_ties: skip pairs whose scores are equal, instead of only counting them.
+
+    Raises:
+        ValueError: the prompt could fill the whole length, or has no room for BOS and one token.
+    """
+
+    max_length: int
+    max_prompt_length: int
+    drop_ties: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.max_prompt_length < self.max_length:
+            raise ValueError(
+                "expected 2 <= max_prompt_length < max_length, so that there is room for a response, "
+                f"found {self.max_prompt_length} and {self.max_length}"
+            )
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """What became of one raw row.
+
+    Attributes:
+        pair: the tokenised pair, or `None` if it was skipped.
+        skipped: one of `SKIP_REASONS`, or `None`.
+        tie: both responses have the same score (skipped or not).
+        prompt_truncated: the prompt was cut.
+        responses_truncated: how many of the two responses were cut.
+    """
+
+    pair: Pair | None
+    skipped: str | None
+    tie: bool
+    prompt_truncated: bool = False
+    responses_truncated: int = 0
+
+
+def tokenize_pair(example: Example, raw_row: int, chat: ChatFormat, limits: Limits) -> Tokenized:
+    """Tokenises one example and cuts it to the limits.
+
+    Args:
+        example: the pair as text.
+        raw_row: its row number in the split, from 0.
+        chat: the chat format that makes tokens of it.
+        limits: the lengths to cut to, and what to do with ties.
+
+    Raises:
+        ValueError: the chat template cannot render the example; the message has the row's number.
+    """
+    skipped = _reason_to_skip(example, limits)
+    if skipped is not None:
+        return Tokenized(None, skipped, example.tie)
+    try:
+        prompt, *responses = chat.prompt_and_responses(example)
+    except ValueError as error:
+        raise ValueError(f"row {raw_row}: {error}") from error
+    if responses[0] == responses[1]:  # they differed in white space that the template trims
+        return Tokenized(None, "identical responses", example.tie)
+
+    kept_prompt = prompt
+    if len(prompt) > limits.max_prompt_length:
+        bos = prompt[:1] if prompt[0] == chat.bos_id else []
+        kept_prompt = bos + prompt[len(prompt) - limits.max_prompt_length + len(bos) :]
+    room = limits.max_length - len(kept_prompt)
+    kept = [response[:room] for response in responses]
+    if kept[0] == kept[1]:
+        return Tokenized(None, "identical after truncation", example.tie)
+    ids = [np.asarray(part, dtype=np.int32) for part in (kept_prompt, *kept)]
+    return Tokenized(
+        Pair(pair_id(ids[0], ids[1], ids[2], raw_row), ids[0], ids[1], ids[2]),
+        None,
+        example.tie,
+        prompt_truncated=len(prompt) > limits.max_prompt_length,
+        responses_truncated=sum(len(response) > room for response in responses),
+    )
+
+
+def _reason_to_skip(example: Example, limits: Limits) -> str | None:
+    if not example.one_answer_each:
+        return "responses of several turns"
+    if _is_blank(example.chosen) or _is_blank(example.rejected):
+        return "empty response"
+    if example.chosen == example.rejected:
+        return "identical responses"
+    if _is_blank(example.prompt):
+        return "empty prompt"
+    return "tie" if limits.drop_ties and example.tie else None
+
+
+def _is_blank(text: Text) -> bool:
+    return not (text if isinstance(text, str) else "".join(message.content for message in text)).strip()

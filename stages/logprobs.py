@@ -1,0 +1,112 @@
+"""Response log-probabilities, and the sequential KL to a reference, without the logits.
+
+In: hidden states at the prediction positions and the weight of the output head. Out: one number a token. The logits
+exist for one chunk of tokens at a time, in forward and again in backward, never for a whole response.
+
+Shapes: T tokens, C tokens of one chunk, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits that exist at once: 32 Mi entries, 128 MiB in fp32.
+CHUNK_ENTRIES = 2**25
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """How many tokens' logits exist at once for a vocabulary of this size."""
+    return max(1, CHUNK_ENTRIES // vocabulary)
+
+
+def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    size = chunk_tokens(vocabulary)
+    return (slice(start, start + size) for start in range(0, tokens, size))
+
+
+def _logits(hidden_CD: Tensor, head_VD: Tensor, softcap: float | None, dtype: torch.dtype) -> Tensor:
+    """Logits of one chunk, fp32 [C, V]; the product is taken in `dtype`."""
+    logits_CV = (hidden_CD.to(dtype) @ head_VD.to(dtype).T).float()
+    return logits_CV if softcap is None else torch.tanh_(logits_CV.div_(softcap)).mul_(softcap)
+
+
+class _TokenScores(torch.autograd.Function):
+    """log π(target) and KL(π_ref ‖ π) per token, chunk by chunk, with the logits computed again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        head_VD: Tensor,
+        targets_T: Tensor,
+        softcap: float | None,
+        reference: tuple[Tensor, Tensor] | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden_TD, head_VD, targets_T, *(reference or ()))
+        ctx.softcap, ctx.dtype = softcap, dtype
+        logps_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TD.device)
+        kl_T = torch.zeros_like(logps_T)
+        for part in _chunks(len(targets_T), head_VD.shape[0]):
+            logp_CV = torch.log_softmax(_logits(hidden_TD[part], head_VD, softcap, dtype), dim=-1)
+            logps_T[part] = logp_CV.gather(1, targets_T[part, None]).squeeze(1)
+            if reference is not None:
+                ref_logp_CV = torch.log_softmax(_logits(reference[0][part], reference[1], softcap, dtype), dim=-1)
+                kl_T[part] = (ref_logp_CV.exp() * (ref_logp_CV - logp_CV)).sum(-1)
+        return logps_T, kl_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logps_T, grad_kl_T = grads
+        hidden_TD, head_VD, targets_T, *reference = ctx.saved_tensors
+        grad_hidden_TD = torch.empty_like(hidden_TD)
+        grad_head_VD = torch.zeros_like(head_VD) if ctx.needs_input_grad[1] else None
+        for part in _chunks(len(targets_T), head_VD.shape[0]):
+            logits_CV = _logits(hidden_TD[part], head_VD, ctx.softcap, ctx.dtype)
+            probs_CV = torch.softmax(logits_CV, dim=-1)
+            # d logp[target] / d logits = 1[target] - p;   d KL(ref ‖ p) / d logits = p - p_ref
+            grad_CV = probs_CV * -grad_logps_T[part, None]
+            grad_CV.scatter_add_(1, targets_T[part, None], grad_logps_T[part, None])
+            if reference:
+                ref_logits_CV = _logits(reference[0][part], reference[1], ctx.softcap, ctx.dtype)
+                grad_CV.addcmul_(probs_CV.sub_(torch.softmax(ref_logits_CV, dim=-1)), grad_kl_T[part, None])
+            if ctx.softcap is not None:
+                grad_CV.mul_(1 - (logits_CV / ctx.softcap).square())
+            grad_CV = grad_CV.to(ctx.dtype)
+            grad_hidden_TD[part] = grad_CV @ head_VD.to(ctx.dtype)
+            if grad_head_VD is not None:
+                grad_head_VD += grad_CV.T @ hidden_TD[part].to(ctx.dtype)
+        return grad_hidden_TD, grad_head_VD, None, None, None, None
+
+
+def token_scores(
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    softcap: float | None = None,
+    reference: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target token and, given a reference, the forward KL at its position.
+
+    The matrix product runs in autocast's dtype where autocast is on and in the hidden states' otherwise; softmax,
+    soft-capping and both results are fp32. Gradients flow to `hidden_TD` and `head_VD`, none to the reference.
+
+    Args:
+        hidden_TD: hidden states after the model's final norm, at the positions that predict the targets.
+        head_VD: the output head's weight.
+        targets_T: int64, the tokens predicted.
+        softcap: Gemma-2's final logit soft-capping, `c·tanh(logits/c)`; None for none.
+        reference: the reference's hidden states [T, D'] at the same positions and its head's weight [V, D'].
+
+    Returns:
+        `logps_T` fp32 in nats, and `kl_T` fp32 in nats, KL(π_ref ‖ π_θ) (method.md section 2), zeros without a
+        reference.
+    """
+    device = hidden_TD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
+    with torch.autocast(device, enabled=False):
+        logps_T, kl_T = _TokenScores.apply(hidden_TD, head_VD, targets_T, softcap, reference, dtype)  # type: ignore[no-untyped-call]
+    return logps_T, kl_T

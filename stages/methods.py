@@ -1,0 +1,93 @@
+"""The methods and their settings; knows no torch, so that the command line can list them at once.
+
+In: a method's name and the settings that a user gave. Out: a validated `Objective`, which `objectives.py` computes.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+MethodName = Literal["fpo", "dpo", "simpo", "tdpo1", "tdpo2", "simpo-kl"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What distinguishes one method from another.
+
+    Attributes:
+        per_token: whether log-probabilities are divided by the response's length in the LPD and in the margin.
+        reference_margin: whether the margin is the reference's LPD; if not, it is the constant γ.
+        divergence: what the constraint δ is made of.
+        defaults: the method's settings (method.md section 4); a setting that is not named here has no effect on it.
+    """
+
+    per_token: bool
+    reference_margin: bool
+    divergence: Literal["features", "kl"] | None
+    defaults: dict[str, float | bool]
+
+
+METHODS: dict[str, Method] = {
+    "dpo": Method(False, True, None, {"beta": 0.1}),
+    "simpo": Method(True, False, None, {"beta": 2.0, "gamma": 0.5}),
+    "tdpo1": Method(False, True, "kl", {"beta": 0.1}),
+    "tdpo2": Method(False, True, "kl", {"beta": 0.1, "alpha": 0.5, "stop_gradient": True}),
+    "simpo-kl": Method(
+        True, False, "kl", {"beta": 2.0, "gamma": 0.5, "alpha": 0.5, "kl_beta": 0.1, "stop_gradient": True}
+    ),
+    "fpo": Method(True, True, "features", {"beta": 0.1, "alpha": 0.5, "stop_gradient": True}),
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A method with its settings.
+
+    Attributes:
+        method: one of `METHODS`.
+        beta: β, scales log-probabilities and divergences.
+        alpha: α, weight of the constraint (0 switches it off).
+        gamma: γ, the constant margin of SimPO.
+        kl_beta: β of SimPO+KL's divergence, whose own β is that of SimPO.
+        stop_gradient: whether the chosen response's divergence carries no gradient (sg).
+    """
+
+    method: MethodName
+    beta: float
+    alpha: float = 1.0
+    gamma: float = 0.0
+    kl_beta: float | None = None
+    stop_gradient: bool = False
+
+    @property
+    def rule(self) -> Method:
+        """What distinguishes this objective's method."""
+        return METHODS[self.method]
+
+
+def make_objective(method: str, **settings: float | bool | None) -> Objective:
+    """A method with its defaults, overridden by the settings that are not None.
+
+    Args:
+        method: one of `METHODS`.
+        settings: fields of `Objective`.
+
+    Raises:
+        ValueError: if the method is unknown, or ignores a setting that was given, or a setting is out of range.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, found '{method}'")
+    given = {name: value for name, value in settings.items() if value is not None}
+    defaults = METHODS[method].defaults
+    for name in given:
+        if name not in {field.name for field in fields(Objective)}:
+            raise ValueError(f"setting: expected one of {', '.join(defaults)}, found '{name}'")
+        if name not in defaults:
+            option = "--no-stop-gradient" if name == "stop_gradient" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option}: method {method} ignores it (it reads {', '.join(defaults)}); leave it out")
+    values = defaults | given
+    for name in ("beta", "kl_beta"):
+        if values.get(name, 1.0) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, found {values[name]}")
+    if values.get("alpha", 0.0) < 0:
+        raise ValueError(f"--alpha: expected a number that is not negative, found {values['alpha']}")
+    return Objective(method=method, **values)  # type: ignore[arg-type]

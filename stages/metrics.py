@@ -1,0 +1,58 @@
+"""What a run says about itself: running means over pairs, and the file that keeps every log line.
+
+In: per-pair values of each row. Out: means over all pairs and ranks since the last log line, and `metrics.jsonl`.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+
+class PairMeans:
+    """Means over pairs since they were last read, without a synchronisation with the device in between."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Adds one value a pair under each name."""
+        for name, value in values.items():
+            value = value.detach().double().flatten()
+            entry = torch.stack([value.sum(), value.new_tensor(value.numel())])
+            self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """The means over all ranks, by name; starts anew."""
+        sums, self._sums = self._sums, {}
+        totals = {name: accelerator.reduce(entry, "sum").tolist() for name, entry in sorted(sums.items())}
+        return {name: total / count for name, (total, count) in totals.items()}
+
+
+class MetricsFile(TrainerCallback):
+    """Writes every log line to `metrics.jsonl` in the output folder, without the lines that a resumed run repeats."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drops lines of steps after the checkpoint that training goes on from."""
+        path = Path(args.output_dir) / "metrics.jsonl"
+        if state.is_world_process_zero and path.exists() and state.global_step > 0:
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            kept = [line for line in lines if line["step"] <= state.global_step]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Appends one line; numbers that are not finite become null."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        path = Path(args.output_dir) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in logs.items()
+        }
+        with path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **line}) + "\n")

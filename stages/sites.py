@@ -1,0 +1,299 @@
+"""A sparse autoencoder (SAE) and the activation that it reads.
+
+In: the text a user gives for an SAE; a causal LM. Out: the SAE with its site and hash; the activations at the sites as
+a forward pass computes them. `resid_post` is the output of a decoder layer; `mlp_out` is what the layer's MLP adds to
+the residual stream, which for Gemma-2 and Gemma-3 is the output of `post_feedforward_layernorm`.
+"""
+
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+SiteKind = Literal["resid_post", "mlp_out"]
+
+# These encode every position by itself, from the same activation that they reconstruct. SAELens saves its BatchTopK
+# kinds as "jumprelu". Transcoders reconstruct another activation than they read; temporal SAEs look at other positions.
+_READABLE_ARCHITECTURES = ("standard", "gated", "topk", "jumprelu")
+_READABLE_SITES = (
+    "blocks.L.hook_resid_post, blocks.L.hook_mlp_out, model.layers.L, model.layers.L.output or "
+    "model.layers.L.post_feedforward_layernorm.output"
+)
+_SITE_SPELLINGS: tuple[tuple[str, SiteKind], ...] = (
+    (r"blocks\.(\d+)\.hook_resid_post", "resid_post"),
+    (r"blocks\.(\d+)\.hook_mlp_out", "mlp_out"),
+    (r"model\.layers\.(\d+)(?:\.output)?", "resid_post"),
+    (r"model\.layers\.(\d+)\.post_feedforward_layernorm(?:\.output)?", "mlp_out"),
+)
+# Layers whose MLP output enters the residual stream as it is hold these and nothing else.
+_PLAIN_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """Where in a model an SAE reads: a layer (from 0) and a hook."""
+
+    layer: int
+    kind: SiteKind
+
+    @property
+    def name(self) -> str:
+        """The TransformerLens name, as `blocks.25.hook_resid_post`."""
+        return f"blocks.{self.layer}.hook_{self.kind}"
+
+
+@dataclass(frozen=True, eq=False)
+class SiteSAE:
+    """An SAE in eval mode, without gradients, in its own dtype, and the site that it reads.
+
+    `sha256` covers what defines the features: the weights and every configuration value but device and metadata, so
+    the same SAE has the same hash from whichever file format it came. `spec` is what the user wrote.
+    """
+
+    site: Site
+    sae: Any  # sae_lens.SAE, which takes three seconds to import
+    sha256: str
+    spec: str
+
+    @property
+    def width(self) -> int:
+        """The number of features, `m`."""
+        return int(self.sae.cfg.d_sae)
+
+    @property
+    def d_in(self) -> int:
+        """The size of the activation, `d`."""
+        return int(self.sae.cfg.d_in)
+
+    @property
+    def architecture(self) -> str:
+        """SAELens' name of the encoder's kind, as `jumprelu`."""
+        return str(self.sae.cfg.architecture())
+
+
+def parse_site(text: str) -> Site:
+    """Reads a site in TransformerLens' spelling or as a Hugging Face module path.
+
+    Raises:
+        ValueError: `text` is none of the spellings that are read.
+    """
+    for pattern, kind in _SITE_SPELLINGS:
+        if match := re.fullmatch(pattern, text):
+            return Site(int(match[1]), kind)
+    hint = ""
+    if (match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", text)) and int(match[1]) > 0:
+        hint = f" (the same activation is blocks.{int(match[1]) - 1}.hook_resid_post)"
+    raise ValueError(f"expected a site as {_READABLE_SITES}, got {text!r}{hint}")
+
+
+def load_sae(spec: str, *, device: torch.device | str = "cpu") -> SiteSAE:
+    """Loads an SAE.
+
+    Args:
+        spec: one of
+            `release:sae_id`, a name in SAELens' list of published SAEs, fetched from the hub;
+            a folder that SAELens saved (`cfg.json`, `sae_weights.safetensors`);
+            a Gemma Scope file with its site, `path/params.npz@blocks.25.hook_resid_post`.
+            `@site` may follow the others too, and must follow a folder whose metadata names no site.
+        device: where the SAE is to be.
+
+    Raises:
+        ValueError: the SAE cannot be read, has no site or another one than `spec` says, or is not of a kind that
+            encodes one activation by itself.
+        OSError: there is no such file or folder, or the hub is out of reach.
+    """
+    where, given = spec, None
+    if "@" in spec and not Path(spec).exists():
+        where, _, site_text = spec.rpartition("@")
+        given = parse_site(site_text)
+    if where.endswith(".npz"):
+        sae = _read_npz(Path(where))
+    elif Path(where).is_dir():
+        sae = _read_folder(Path(where))
+    elif re.fullmatch(r"[^:]+:[^:]+", where):
+        sae = _fetch(*where.split(":"))
+    else:
+        raise FileNotFoundError(
+            f"expected an SAE as release:sae_id, as a folder that SAELens saved or as params.npz@site; "
+            f"there is no folder {where!r} and it is not release:sae_id"
+        )
+    _check_readable(sae, spec)
+    site = _site_of(sae, given, spec)
+    sha256 = _hash(sae)
+    sae = sae.to(device=device).eval().requires_grad_(False)
+    return SiteSAE(site=site, sae=sae, sha256=sha256, spec=spec)
+
+
+def _read_npz(path: Path) -> Any:
+    """Builds a JumpReLU SAE from a Gemma Scope file, which holds float32 arrays and nothing about the model."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"expected an npz file of plain arrays, {path} is not one: {error}") from error
+    expected = {"W_enc", "b_enc", "threshold", "W_dec", "b_dec"}
+    if set(arrays) != expected:
+        raise ValueError(f"expected the arrays {sorted(expected)} in {path}, found {sorted(arrays)}")
+    if wrong := {key: str(array.dtype) for key, array in arrays.items() if array.dtype != np.float32}:
+        raise ValueError(f"expected float32 arrays in {path}, found {wrong}")
+    if arrays["W_enc"].ndim != 2:
+        raise ValueError(f"expected W_enc [d_in, width] in {path}, found shape {list(arrays['W_enc'].shape)}")
+    d, m = arrays["W_enc"].shape
+    shapes = {"W_enc": (d, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, d), "b_dec": (d,)}
+    if wrong := {key: array.shape for key, array in arrays.items() if array.shape != shapes[key]}:
+        raise ValueError(f"expected shapes {shapes} in {path} (from W_enc), found {wrong}")
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d, d_sae=m, dtype="float32", apply_b_dec_to_input=False))
+    sae.load_state_dict({key: torch.from_numpy(array) for key, array in arrays.items()})
+    return sae
+
+
+def _read_folder(folder: Path) -> Any:
+    from sae_lens import SAE
+
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        if not (folder / name).is_file():
+            found = sorted(path.name for path in folder.iterdir())
+            raise FileNotFoundError(f"expected {name} in {folder}, as SAELens saves an SAE; found {found}")
+    try:
+        return SAE.load_from_disk(folder, device="cpu")
+    except (RuntimeError, KeyError) as error:  # how torch and SAELens refuse weights or a configuration
+        raise ValueError(f"SAELens cannot read the SAE in {folder}: {' '.join(str(error).split())}") from error
+
+
+def _fetch(release: str, sae_id: str) -> Any:
+    from sae_lens import SAE
+
+    try:
+        return SAE.from_pretrained(release, sae_id, device="cpu")
+    except OSError as error:
+        raise OSError(
+            f"cannot fetch SAE {sae_id!r} of release {release!r}: {' '.join(str(error).split())}; "
+            f"where the hub is out of reach, give a folder that SAELens saved or params.npz@site"
+        ) from error
+
+
+def _check_readable(sae: Any, spec: str) -> None:
+    """Refuses an SAE that does not map one activation of a Hugging Face model to the features of that position."""
+    architecture, normalization = sae.cfg.architecture(), sae.cfg.normalize_activations
+    if architecture not in _READABLE_ARCHITECTURES:
+        raise ValueError(
+            f"expected an SAE of architecture {', '.join(_READABLE_ARCHITECTURES)}, got {architecture!r} from {spec!r}"
+        )
+    if normalization in ("expected_average_only_in", "covariance_whitening"):
+        raise ValueError(
+            f"the SAE {spec!r} was trained on rescaled activations ({normalization}) and its weights do not hold the "
+            f"scale, so its features would be wrong: fold the scale into the weights and save it again"
+        )
+    if (sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"):
+        raise ValueError(f"the SAE {spec!r} reads a centred residual stream, which is not supported")
+    for name, tensor in sae.state_dict().items():
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise ValueError(f"{bad} of {tensor.numel()} values of {name} are not finite in the SAE {spec!r}")
+
+
+def _site_of(sae: Any, given: Site | None, spec: str) -> Site:
+    metadata = sae.cfg.metadata
+    if metadata.hook_head_index is not None:
+        raise ValueError(f"the SAE {spec!r} reads one attention head, which is not supported")
+    if not (hook_name := metadata.hook_name or metadata.hf_hook_name):
+        if given is None:
+            raise ValueError(f"nothing says which site the SAE {spec!r} reads: add it, as …@blocks.25.hook_resid_post")
+        return given
+    try:
+        site = parse_site(hook_name)
+    except ValueError as error:
+        raise ValueError(f"the SAE {spec!r} reads a site that is not supported: {error}") from error
+    if given is not None and given != site:
+        raise ValueError(f"the SAE {spec!r} was trained on {site.name}, as its metadata say: leave the @site out")
+    return site
+
+
+def _hash(sae: Any) -> str:
+    settings = {field.name: getattr(sae.cfg, field.name) for field in fields(sae.cfg)}
+    del settings["device"], settings["metadata"]
+    settings["architecture"] = sae.cfg.architecture()
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_fits(site_sae: SiteSAE, model: PreTrainedModel) -> None:
+    """Checks that the model has the SAE's layer and activations of its size.
+
+    Raises:
+        ValueError: it does not.
+    """
+    _module_at(model, site_sae.site)
+    hidden_size = model.config.get_text_config().hidden_size
+    if site_sae.d_in != hidden_size:
+        raise ValueError(
+            f"the SAE {site_sae.spec!r} reads activations of size {site_sae.d_in}, the model has {hidden_size}: "
+            f"choose an SAE that was trained on this model"
+        )
+
+
+@contextmanager
+def capture_sites(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Hands over the activations at `sites` of a forward pass that is run inside the context.
+
+    Gradients flow through what is captured. With activation checkpointing, use the non-reentrant kind (`use_reentrant`
+    False): the reentrant one cuts `mlp_out` off from the gradient without a word.
+
+    Args:
+        model: a causal LM whose `get_decoder()` has `layers`; of a PEFT model, the model inside.
+        sites: which activations to capture.
+
+    Yields:
+        A dict that the forward pass fills: `[batch, length, d]` for every site, in the model's dtype.
+
+    Raises:
+        ValueError: the model has no such layer, or it is not known where its layers hold the site.
+    """
+    captured: dict[Site, Tensor] = {}
+
+    def hook_for(site: Site) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            captured[site] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    modules = {site: _module_at(model, site) for site in sites}
+    handles = [module.register_forward_hook(hook_for(site)) for site, module in modules.items()]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _module_at(model: PreTrainedModel, site: Site) -> nn.Module:
+    """Returns the module whose output is the activation at `site`."""
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"expected a decoder with `layers`, {type(decoder).__name__} has none: not a supported model")
+    if site.layer >= len(layers):
+        raise ValueError(f"the site {site.name} is not in the model, whose layers are 0 to {len(layers) - 1}")
+    layer = layers[site.layer]
+    if site.kind == "resid_post":
+        return layer
+    children = dict(layer.named_children())
+    if "post_feedforward_layernorm" in children:
+        return children["post_feedforward_layernorm"]
+    if "mlp" in children and children.keys() <= _PLAIN_LAYER:
+        return children["mlp"]
+    raise ValueError(f"no part of {type(layer).__name__} is known to be {site.name}; its parts are {list(children)}")

@@ -1,0 +1,112 @@
+"""Random rows of a cache, and a small finished cache of them, for tests."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fpo.cache.manifest import Manifest, Meaning, Noise, Numerics, ShardReport, SiteMeaning
+from fpo.cache.schema import CachedPair, Pair, ReferenceResponse, SparseFeatures, pair_id
+from fpo.cache.writer import CacheWriter
+
+SITES = (
+    SiteMeaning("blocks.1.hook_resid_post", "5a" * 32, 64, "jumprelu"),
+    SiteMeaning("blocks.2.hook_mlp_out", "5b" * 32, 70_000, "relu"),
+)
+WIDTHS = [site.width for site in SITES]
+MEANING = Meaning(
+    format_version=1,
+    model="11" * 32,
+    tokenizer="22" * 32,
+    chat_template="{{ bos }}«é»",
+    sites=SITES,
+    recipe="fp32",
+    pooling="mean",
+    keep_features=8,
+    max_length=64,
+    max_prompt_length=32,
+    truncation="keep_bos_and_prompt_end",
+    skip_rules=("empty", "identical"),
+    drop_ties=False,
+    dataset="33" * 32,
+    split="train",
+    limit=None,
+    order="raw",
+)
+NUMERICS = Numerics("sdpa", 256, 4, "cpu", 2, {"torch": "2.9", "pyarrow": "26"})
+
+
+def random_features(rng: np.random.Generator, width: int, keep: int) -> SparseFeatures:
+    nnz = int(rng.integers(0, 2 * keep))
+    ids = np.sort(rng.choice(width, size=nnz, replace=False))
+    values = (rng.random(nnz) + 0.01).astype(np.float32)
+    kept = np.sort(np.argsort(-values, kind="stable")[:keep])
+    left_out = np.delete(values, kept)
+    floor = float(left_out.max()) if len(left_out) else 0.0
+    dtype = np.uint16 if width <= 1 << 16 else np.uint32
+    return SparseFeatures(ids[kept].astype(dtype), values[kept], floor, nnz)
+
+
+def random_row(rng: np.random.Generator, raw_row: int, widths: Sequence[int] = WIDTHS, keep: int = 8) -> CachedPair:
+    prompt, chosen, rejected = (rng.integers(0, 1 << 18, rng.integers(1, 12)).astype(np.int32) for _ in range(3))
+    answers = [
+        ReferenceResponse(-float(rng.random()), len(ids), tuple(random_features(rng, width, keep) for width in widths))
+        for ids in (chosen, rejected)
+    ]
+    return CachedPair(Pair(pair_id(prompt, chosen, rejected, raw_row), prompt, chosen, rejected), *answers)
+
+
+def random_rows(seed: int, raw_rows: Sequence[int], widths: Sequence[int] = WIDTHS) -> list[CachedPair]:
+    """A row depends on the seed and its number alone, so every worker makes the same."""
+    return [random_row(np.random.default_rng([seed, raw_row]), raw_row, widths) for raw_row in raw_rows]
+
+
+def shard(writer: CacheWriter, index: int, seed: int = 0) -> tuple[list[CachedPair], ShardReport]:
+    """What stage one would make of a shard; every raw row whose number ends in 3 is skipped."""
+    raw_rows = writer.shard_range(index)
+    skipped = tuple((row, "empty") for row in raw_rows if row % 10 == 3)
+    rows = random_rows(seed, [row for row in raw_rows if row % 10 != 3], writer.meaning.widths)
+    noise = Noise(0.25 + index, tuple(1e-6 * (site + 1) for site in range(len(writer.meaning.sites))))
+    counts = {"tokens": sum(row.chosen.num_tokens + row.rejected.num_tokens for row in rows), "ties": 1}
+    return rows, ShardReport(index, raw_rows.start, raw_rows.stop, skipped, counts, noise)
+
+
+def write_cache(
+    folder: Path, num_rows: int = 10, seed: int = 0, meaning: Meaning = MEANING, numerics: Numerics = NUMERICS
+) -> Manifest:
+    """Writes a finished cache."""
+    writer = CacheWriter(folder, meaning, numerics, num_rows)
+    for index in writer.missing():
+        writer.write_shard(*shard(writer, index, seed))
+    manifest = writer.finish()
+    assert manifest is not None
+    return manifest
+
+
+def with_damaged_pages(data: bytes) -> Iterator[bytes]:
+    """A shard's bytes with the last bit of one column's values flipped, for each column."""
+    group = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0)
+    for i in range(group.num_columns):
+        column = group.column(i)
+        last = column.data_page_offset + column.total_compressed_size - 1
+        yield data[:last] + bytes([data[last] ^ 1]) + data[last + 1 :]
+
+
+def assert_same(found: CachedPair, expected: CachedPair) -> None:
+    """Bit for bit and dtype for dtype."""
+    assert found.pair.pair_id == expected.pair.pair_id
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert_same_array(getattr(found.pair, name), getattr(expected.pair, name))
+    for side in ("chosen", "rejected"):
+        left, right = getattr(found, side), getattr(expected, side)
+        assert (left.logp, left.num_tokens, len(left.features)) == (right.logp, right.num_tokens, len(right.features))
+        for mine, theirs in zip(left.features, right.features, strict=True):
+            assert_same_array(mine.ids, theirs.ids)
+            assert_same_array(mine.values, theirs.values)
+            assert (mine.floor, mine.nnz) == (theirs.floor, theirs.nnz)
+
+
+def assert_same_array(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == expected.dtype
+    assert found.tolist() == expected.tolist()

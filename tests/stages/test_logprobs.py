@@ -1,0 +1,123 @@
+import pytest
+import torch
+from fpo.stages import logprobs
+from fpo.stages.logprobs import chunk_tokens, token_scores
+from torch import Tensor
+
+TOKENS, HIDDEN, VOCABULARY = 11, 6, 17
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_ENTRIES", 3 * VOCABULARY + 1)
+    assert chunk_tokens(VOCABULARY) == 3
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def targets() -> Tensor:
+    return torch.randint(0, VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(0))
+
+
+def full_log_softmax(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+    logits = hidden @ head.T
+    return torch.log_softmax(logits if softcap is None else softcap * torch.tanh(logits / softcap), dim=-1)
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+    assert (found.detach().double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("with_reference", [True, False])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_chunks_give_the_values_and_gradients_of_full_logits(softcap, with_reference, tied):
+    body, head = random(HIDDEN, HIDDEN).requires_grad_(), random(VOCABULARY, HIDDEN, seed=1).requires_grad_()
+    body_64, head_64 = (tensor.detach().double().requires_grad_() for tensor in (body, head))
+    inputs, ids = random(TOKENS, HIDDEN, seed=2), torch.arange(TOKENS)
+    # Of another hidden size: a reference need not have the policy's.
+    reference = (random(TOKENS, 4, seed=3), random(VOCABULARY, 4, seed=4)) if with_reference else None
+
+    hidden, hidden_64 = (
+        torch.tanh((head[ids] if tied else inputs).to(body.dtype) @ body)
+        for head, body in ((head, body), (head_64, body_64))
+    )
+    logps, kl = token_scores(hidden, head, targets(), softcap=softcap, reference=reference)
+
+    log_softmax = full_log_softmax(hidden_64, head_64, softcap)
+    expected_logps = log_softmax.gather(1, targets()[:, None]).squeeze(1)
+    expected_kl = torch.zeros(TOKENS, dtype=torch.float64)
+    if reference is not None:
+        ref = full_log_softmax(reference[0].double(), reference[1].double(), softcap)
+        expected_kl = torch.nn.functional.kl_div(log_softmax, ref, log_target=True, reduction="none").sum(-1)
+    assert logps.dtype == kl.dtype == torch.float32
+    assert_close(logps, expected_logps)
+    assert_close(kl, expected_kl)
+
+    weights = random(2, TOKENS, seed=5)
+    found = torch.autograd.grad((weights[0] * logps + weights[1] * kl).sum(), (body, head))
+    expected = torch.autograd.grad((weights[0] * expected_logps + weights[1] * expected_kl).sum(), (body_64, head_64))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_still_do():
+    hidden, head = random(TOKENS, HIDDEN).requires_grad_(), random(VOCABULARY, HIDDEN, seed=1)
+    token_scores(hidden, head, targets())[0].sum().backward()
+    assert head.grad is None
+    expected = hidden.detach().requires_grad_()
+    full_log_softmax(expected, head, None)[range(TOKENS), targets()].sum().backward()
+    assert_close(hidden.grad, expected.grad.double())
+
+
+def test_no_gradient_reaches_the_reference():
+    hidden, head = random(TOKENS, HIDDEN).requires_grad_(), random(VOCABULARY, HIDDEN, seed=1).requires_grad_()
+    reference = (random(TOKENS, HIDDEN, seed=2).requires_grad_(), random(VOCABULARY, HIDDEN, seed=3).requires_grad_())
+    token_scores(hidden, head, targets(), reference=reference)[1].sum().backward()
+    assert hidden.grad.abs().max() > 0
+    assert reference[0].grad is reference[1].grad is None
+
+
+def test_the_divergence_from_itself_is_0_to_the_bit():
+    hidden, head = 5 * random(TOKENS, HIDDEN), random(VOCABULARY, HIDDEN, seed=1)
+    assert token_scores(hidden, head, targets(), softcap=3.0, reference=(hidden, head))[1].tolist() == [0.0] * TOKENS
+
+
+def test_the_result_does_not_depend_on_the_chunks(monkeypatch):
+    hidden, head = random(TOKENS, HIDDEN), random(VOCABULARY, HIDDEN, seed=1)
+    first, _ = token_scores(hidden, head, targets())
+    monkeypatch.setattr(logprobs, "CHUNK_ENTRIES", 1)  # a vocabulary larger than the chunk: one token at a time
+    assert_close(token_scores(hidden, head, targets())[0], first.double())
+
+
+def test_what_backward_keeps_is_smaller_than_the_logits():
+    tokens = 50
+    hidden, head = random(tokens, HIDDEN).requires_grad_(), random(VOCABULARY, HIDDEN, seed=1).requires_grad_()
+    reference = (random(tokens, HIDDEN, seed=2), random(VOCABULARY, HIDDEN, seed=3))
+    kept: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        token_scores(hidden, head, torch.zeros(tokens, dtype=torch.int64), softcap=3.0, reference=reference)
+    assert kept
+    assert max(kept) < tokens * VOCABULARY
+
+
+def test_bf16_autocast_is_close_and_its_gradients_are_fp32():
+    hidden, head = random(TOKENS, HIDDEN).requires_grad_(), random(VOCABULARY, HIDDEN, seed=1).requires_grad_()
+    expected = torch.autograd.grad(token_scores(hidden, head, targets())[0].sum(), (hidden, head))
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, _ = token_scores(hidden, head, targets())
+        product = hidden @ head.T
+    # Only the product is rounded to bf16; softmax is as exact as ever.
+    assert_close(logps, torch.log_softmax(product.double(), -1)[range(TOKENS), targets()].detach())
+    found = torch.autograd.grad(logps.sum(), (hidden, head))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert_close(ours, theirs.double(), 0.03)
+        assert not torch.equal(ours, theirs)
