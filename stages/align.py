@@ -57,6 +57,7 @@ class FPOConfig(TrainingArguments):
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Pairs a step and device."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Pairs an evaluation batch."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step: its loss is known."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Unused: there are no columns."})
     activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
         default_factory=lambda: {"use_reentrant": False},
@@ -259,7 +260,8 @@ class FPOTrainer(Trainer):
         return total
 
     def _logs_this_step(self) -> bool:
-        return (self.state.global_step + 1) % max(1, self.state.logging_steps or 1) == 0
+        step, every = self.state.global_step + 1, max(1, self.state.logging_steps)
+        return step % every == 0 or (step == 1 and self.args.logging_first_step)
 
     def _measure_constraint(self, losses: PairLosses) -> None:
         """Logs by how much the constraint pulls: the norm of its gradient over that of the rest of the loss.

@@ -3,6 +3,7 @@
 In: a method's name and the settings that a user gave. Out: a validated `Objective`, which `objectives.py` computes.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -85,9 +86,11 @@ def make_objective(method: str, **settings: float | bool | None) -> Objective:
             option = "--no-stop-gradient" if name == "stop_gradient" else f"--{name.replace('_', '-')}"
             raise ValueError(f"{option}: method {method} ignores it (it reads {', '.join(defaults)}); leave it out")
     values = defaults | given
-    for name in ("beta", "kl_beta"):
-        if values.get(name, 1.0) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, found {values[name]}")
-    if values.get("alpha", 0.0) < 0:
-        raise ValueError(f"--alpha: expected a number that is not negative, found {values['alpha']}")
+    for name, value in values.items():  # not (a < b) refuses NaN too
+        if name in ("beta", "kl_beta") and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, found {value}")
+        if name == "alpha" and not 0 <= value < math.inf:
+            raise ValueError(f"--alpha: expected a number that is not negative, found {value}")
+        if name == "gamma" and not math.isfinite(value):
+            raise ValueError(f"--gamma: expected a number, found {value}")
     return Objective(method=method, **values)  # type: ignore[arg-type]

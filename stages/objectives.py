@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from .methods import Objective
 
@@ -81,7 +81,7 @@ def pair_losses(objective: Objective, scores: PairScores) -> PairLosses:
     margin = reference if rule.reference_margin else torch.full_like(lpd, objective.gamma)
     constraint = _constraint(objective, scores) if rule.divergence else torch.zeros_like(lpd)
     return PairLosses(
-        loss=softplus(-(lpd - margin - constraint)),
+        loss=-logsigmoid(lpd - margin - constraint),
         lpd=lpd,
         margin=margin,
         constraint=constraint,
