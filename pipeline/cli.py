@@ -96,7 +96,8 @@ def user_errors() -> Iterator[None]:
         typer.echo(f"fpo: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error
     except KeyboardInterrupt:
-        typer.echo("fpo: stopped; what was finished is kept: run the same command again to go on", err=True)
+        message = "fpo: stopped; what was finished is kept: run the same command again to go on (align: with --resume)"
+        typer.echo(message, err=True)
         raise typer.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -127,7 +128,7 @@ def align(config: RunConfig, given: frozenset[str]) -> None:
     run_align(config, given)
 
 
-@configured(app, "train-sae", *MODEL, *DATA, "site", "width", "tokens", "seed", "out")
+@configured(app, "train-sae", "model", "device", "attention", *DATA, "site", "width", "tokens", "seed", "out")
 def train_sae(config: RunConfig, given: frozenset[str]) -> None:
     """Train a JumpReLU SAE on the model's own activations, for models that have no public one."""
     from .runs import run_train_sae

@@ -19,7 +19,7 @@ from ..stages.methods import METHODS, MethodName
 class RunConfig(BaseModel):
     """All settings; a command reads those that its `--help` lists."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(None, description="Causal LM: hub id, folder, .gguf file, or package:NAME/FILE.gguf.")
     dataset: str | None = Field(None, description="Preference data: hub id, Parquet/JSON/JSONL file or folder.")
@@ -65,7 +65,7 @@ class RunConfig(BaseModel):
     top_k: PositiveInt = Field(50, description="k of D_F, features.")
 
     epochs: PositiveFloat = Field(1.0, description="Passes over the cache.")
-    max_steps: int = Field(-1, description="Stop after N steps; default -1, by epochs.")
+    max_steps: PositiveInt | None = Field(None, description="Stop after N steps, whatever --epochs says.")
     batch_size: PositiveInt = Field(32, description="Pairs per optimiser step, over all devices.")
     accumulation: PositiveInt = Field(1, description="Batches per optimiser step that --batch-size is split into.")
     lr: PositiveFloat = Field(5e-7, description="Peak learning rate.")
@@ -121,11 +121,16 @@ def load_config(name: str | None, given: Mapping[str, Any]) -> RunConfig:
         raise ValueError(f"{place}: {first['msg']}, found {first['input']!r}") from error
 
 
+def _field_name(key: object) -> str:
+    """`batch-size` and `batch_size` are one key."""
+    return str(key).replace("-", "_")
+
+
 class _StrictLoader(yaml.SafeLoader):
     """Plain YAML; a key that stands twice is an error, since one of them would be ignored."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
+        keys = [_field_name(key.value) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
@@ -135,9 +140,9 @@ class _StrictLoader(yaml.SafeLoader):
 def _read(name: str) -> tuple[dict[str, Any], str]:
     path = Path(name).expanduser()
     if path.is_file():
-        text = path.read_text()
+        text = path.read_bytes()  # yaml knows its encodings, and names what is none
     elif name in profile_names():
-        text = (importlib.resources.files(__package__) / "profiles" / f"{name}.yaml").read_text()
+        text = (importlib.resources.files(__package__) / "profiles" / f"{name}.yaml").read_bytes()
     else:
         raise FileNotFoundError(
             f"--config: expected a YAML file or one of the profiles {', '.join(profile_names())}, found no '{name}'"
@@ -148,7 +153,7 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
         raise ValueError(f"{name}: expected YAML, found: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name}: expected a mapping of options, found {type(content).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}, name
+    return {_field_name(key): value for key, value in content.items()}, name
 
 
 def to_yaml(config: RunConfig, extra: Mapping[str, Any] | None = None) -> str:

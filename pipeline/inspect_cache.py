@@ -1,13 +1,12 @@
 """What is in a cache, as a person wants to read it.
 
-In: a cache's folder. Out: a table on the terminal.
+In: a cache's folder. Out: a line for each fact, on the terminal.
 """
 
 from pathlib import Path
 
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.table import Table
 
 from ..cache.manifest import Manifest
 from ..cache.reader import open_cache
@@ -23,10 +22,10 @@ def print_info(folder: Path) -> None:
     cache = open_cache(folder, sites=[])
     manifest = cache.manifest
     meaning, numerics = manifest.meaning, manifest.numerics
-    table = Table(show_header=False, box=None, pad_edge=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
 
     def line(name: str, value: object) -> None:
-        table.add_row(name, str(value))
+        console.print(f"{name:<14} {value}")
 
     pairs, counts = max(1, manifest.num_pairs), manifest.counts
     line("pairs", f"{manifest.num_pairs} in {len(manifest.shards)} shards of {numerics.shard_size} raw rows")
@@ -56,7 +55,6 @@ def print_info(folder: Path) -> None:
             f"{record['finished']} {record['host']}: {record['model']} over {record['dataset']}, {record['shards']} "
             f"shards, {record['scored_tokens']} tokens in {record['seconds']} s ({rate:.0f} tokens/s)",
         )
-    Console(highlight=False, soft_wrap=True).print(table)
 
 
 def _feature_statistics(folder: Path, manifest: Manifest, site: int) -> str:

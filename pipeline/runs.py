@@ -5,6 +5,7 @@ refused is refused before anything is written.
 """
 
 import importlib.metadata
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..cache.manifest import Manifest, Meaning, differences
 from ..cache.reader import Cache, open_cache
 from ..stages.methods import METHODS, make_objective
+from ..stages.metrics import RunRecord
 from ..stages.models import (
     ModelSource,
     choose_attention,
@@ -31,7 +33,7 @@ from ..stages.models import (
 from ..stages.sites import SiteSAE, check_fits, load_sae, parse_site
 from .config import RunConfig, to_yaml
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, soft_wrap=True)
 
 # What a held-out split's cache may differ in.
 SPLIT_FIELDS = ("dataset", "split", "limit")
@@ -60,6 +62,8 @@ def device_of(config: RunConfig) -> str:
     if config.device == "auto":
         return default_device()
     try:
+        if config.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda[:N]")
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
@@ -75,10 +79,7 @@ def run_precompute(config: RunConfig) -> None:
     _, _, _, out = required(config, "model", "dataset", "sae", "out")
     source, preferences, chat, limits = _load_data(config)
     device = device_of(config)
-    saes = tuple(load_sae(spec, device=device) for spec in config.sae)
-    sites = [sae.site.name for sae in saes]
-    if len(set(sites)) < len(sites):
-        raise ValueError(f"--sae: expected one SAE a site, found {', '.join(sites)}")
+    saes = _load_saes(config, device)
     model = load_model(source, attention=choose_attention(config.attention, source, device), device=device)
     for sae in saes:
         check_fits(sae, model)
@@ -99,6 +100,14 @@ def run_precompute(config: RunConfig) -> None:
         return
     (out / "run.yaml").write_text(to_yaml(config))
     _print_totals(manifest, out)
+
+
+def _load_saes(config: RunConfig, device: str) -> tuple[SiteSAE, ...]:
+    saes = tuple(load_sae(spec, device=device) for spec in config.sae)
+    sites = [sae.site.name for sae in saes]
+    if len(set(sites)) < len(sites):
+        raise ValueError(f"--sae: expected one SAE a site, found {', '.join(sites)}")
+    return saes
 
 
 def _load_data(config: RunConfig) -> tuple[ModelSource, Any, Any, Any]:
@@ -219,22 +228,31 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
     device = device_of(config)
     attention = choose_attention(config.attention, source, device)
     saes = _load_constraint_saes(config, cache, sites, device)
-    _check_resume(config, out, cache)
+    if os.environ.get("RANK", "0") == "0":  # the others may come when it has already written
+        _check_resume(config, out, cache)
     policy = load_model(source, attention=attention, device=device)
     for sae in saes:
         check_fits(sae, policy)
     if config.lora_r:
-        policy = _with_lora(policy, config.lora_r)
+        policy = _with_lora(policy, config.lora_r, config.seed)
     reference = None
     if divergence == "kl":
-        reference = load_model(find_model(config.reference), attention=attention, device=device)  # type: ignore[arg-type]
-    trainer = FPOTrainer(policy, args, cache, eval_cache, saes=saes, reference=reference, processing_class=tokenizer)
+        reference = load_model(_find_reference(config, meaning), attention=attention, device=device)
     versions = {name: importlib.metadata.version(name) for name in ("fpo", "torch", "transformers", "sae-lens")}
     record = {"cache_fingerprint": meaning.fingerprint(), "versions": versions, "training_device": str(args.device)}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "run.yaml").write_text(to_yaml(config, record))
+    trainer = FPOTrainer(
+        policy,
+        args,
+        cache,
+        eval_cache,
+        saes=saes,
+        reference=reference,
+        processing_class=tokenizer,
+        callbacks=[RunRecord(to_yaml(config, record))],
+    )
     trainer.train(resume_from_checkpoint=_last_checkpoint(out) if config.resume else None)
-    if eval_cache is not None:
+    last_step = [line for line in trainer.state.log_history if line["step"] == trainer.state.global_step]
+    if eval_cache is not None and not any("eval_loss" in line for line in last_step):
         trainer.evaluate()
     _save(config, trainer, out)
 
@@ -250,10 +268,13 @@ def _training_arguments(config: RunConfig, given: frozenset[str]) -> Any:
             raise ValueError(
                 f"--{name.replace('_', '-')}: method {config.method} has no feature constraint; leave it out"
             )
+    if "eval_steps" in given and config.eval_cache is None:
+        raise ValueError("--eval-steps: there is nothing to evaluate on without --eval-cache; leave it out")
+    if {"epochs", "max_steps"} <= given:
+        raise ValueError("--epochs: --max-steps alone says when to stop; leave one of them out")
     if config.merge and not config.lora_r:
         raise ValueError("--merge: there is no adapter to merge without --lora-r; leave it out")
-    world = max(1, int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1)
-    parts = config.accumulation * world
+    parts = config.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch_size % parts:
         raise ValueError(
             f"--batch-size: expected a multiple of accumulation x devices ({parts}), found {config.batch_size}"
@@ -268,7 +289,7 @@ def _training_arguments(config: RunConfig, given: frozenset[str]) -> Any:
         bf16=config.dtype == "bf16",
         use_cpu=device_of(config) == "cpu",
         num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
+        max_steps=config.max_steps or -1,
         per_device_train_batch_size=config.batch_size // parts,
         per_device_eval_batch_size=config.batch_size // parts,
         gradient_accumulation_steps=config.accumulation,
@@ -317,6 +338,17 @@ def _check_start(config: RunConfig, source: ModelSource, meaning: Meaning) -> An
     return tokenizer
 
 
+def _find_reference(config: RunConfig, meaning: Meaning) -> ModelSource:
+    assert config.reference is not None
+    source = find_model(config.reference)
+    if source.sha256 != meaning.model:
+        raise ValueError(
+            f"--reference: expected the model that the cache was made with, found {source.name} (weight hashes "
+            f"{meaning.model[:12]} and {source.sha256[:12]}); rewards and KL would measure against two models"
+        )
+    return source
+
+
 def _check_same_but_split(eval_cache: Cache, cache: Cache) -> None:
     lines = differences(cache.manifest.meaning, eval_cache.manifest.meaning)
     wrong = [line for line in lines if line.split(":")[0] not in SPLIT_FIELDS]
@@ -332,7 +364,7 @@ def _load_constraint_saes(config: RunConfig, cache: Cache, sites: list[str], dev
     if not sites:
         return []
     required(config, "sae")
-    by_site = {sae.site.name: sae for sae in (load_sae(spec, device=device) for spec in config.sae)}
+    by_site = {sae.site.name: sae for sae in _load_saes(config, device)}
     hashes = {site.site: site.sae for site in cache.manifest.meaning.sites}
     for site in sites:
         if site not in by_site:
@@ -375,9 +407,10 @@ def _last_checkpoint(out: Path) -> str | None:
     return checkpoint
 
 
-def _with_lora(policy: Any, rank: int) -> Any:
+def _with_lora(policy: Any, rank: int, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(seed)  # half of an adapter starts at random, and the Trainer comes too late to seed it
     return get_peft_model(policy, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 

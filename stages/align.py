@@ -7,6 +7,7 @@ from a policy that is not the cache's reference.
 Shapes: R responses of a packed row, B pairs of a packed row (R = 2B, chosen and rejected in turn).
 """
 
+import math
 import resource
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..cache.reader import Cache
 from .batches import RowBatch, RowCollator
 from .methods import make_objective
-from .metrics import MetricsFile, PairMeans
+from .metrics import MetricsFile, PairMeans, forget_lines_after
 from .models import Recipe
 from .objectives import PairLosses, PairScores, pair_losses
 from .parity import check_parity
@@ -58,6 +59,7 @@ class FPOConfig(TrainingArguments):
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Pairs an evaluation batch."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     logging_first_step: bool = field(default=True, metadata={"help": "Log the first step: its loss is known."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is shown."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Unused: there are no columns."})
     activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
         default_factory=lambda: {"use_reentrant": False},
@@ -156,18 +158,24 @@ class FPOTrainer(Trainer):
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
         """Checks parity (not on resume), then trains; see `Trainer.train`."""
-        if not resume_from_checkpoint and not self.args.allow_different_start:
-            parity = check_parity(
-                self.policy,
-                self.train_cache,
-                self.saes,
-                self.args.recipe,
-                pairs=self.args.parity_pairs,
-                token_budget=self.args.token_budget,
-            )
-            self.log(parity)
+        if not resume_from_checkpoint:
+            parity = {} if self.args.allow_different_start else self._check_parity()
+            if self.is_world_process_zero():
+                forget_lines_after(-1, Path(self.args.output_dir or ""))
+            if parity:
+                self.log(parity)
         self._tokens, self._started = 0, time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _check_parity(self) -> dict[str, float]:
+        return check_parity(
+            self.policy,
+            self.train_cache,
+            self.saes,
+            self.args.recipe,
+            pairs=self.args.parity_pairs,
+            token_budget=self.args.token_budget,
+        )
 
     def score(self, model: nn.Module, row: RowBatch) -> RowScores:
         """Scores one row with the policy, inside the forward of what wraps it."""
@@ -294,7 +302,11 @@ class FPOTrainer(Trainer):
         return torch.cat(losses).mean(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics gathered since the last line of the same kind: means over pairs, over all ranks."""
+        """Adds the metrics gathered since the last line of the same kind: means over pairs, over all ranks.
+
+        Raises:
+            FloatingPointError: if the loss is not finite; the line is still written.
+        """
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
         prefix = "eval_" if mode == "eval" else ""
         if "train_runtime" in logs:
@@ -302,6 +314,11 @@ class FPOTrainer(Trainer):
         elif mode == "eval" or "loss" in logs:
             logs |= {prefix + name: mean for name, mean in self._means[mode].read(self.accelerator).items()}
         super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"step {self.state.global_step}: the loss is {logs['loss']}, not finite; lower --lr, or raise "
+                "--warmup-steps, and start again"
+            )
 
     def _cost(self) -> dict[str, float]:
         seconds = time.monotonic() - self._started

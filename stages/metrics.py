@@ -34,16 +34,22 @@ class PairMeans:
         return {name: total / count for name, (total, count) in totals.items()}
 
 
+def forget_lines_after(step: int, folder: Path) -> None:
+    """Drops the lines of later steps from a run's `metrics.jsonl`, which training is about to repeat."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [line for line in lines if line["step"] <= step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
 class MetricsFile(TrainerCallback):
     """Writes every log line to `metrics.jsonl` in the output folder, without the lines that a resumed run repeats."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drops lines of steps after the checkpoint that training goes on from."""
-        path = Path(args.output_dir) / "metrics.jsonl"
-        if state.is_world_process_zero and path.exists() and state.global_step > 0:
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            kept = [line for line in lines if line["step"] <= state.global_step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        if state.is_world_process_zero and state.global_step > 0:
+            forget_lines_after(state.global_step, Path(args.output_dir))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Appends one line; numbers that are not finite become null."""
@@ -56,3 +62,15 @@ class MetricsFile(TrainerCallback):
         }
         with path.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **line}) + "\n")
+
+
+class RunRecord(TrainerCallback):
+    """Writes `run.yaml` when training begins, so that a run which was refused leaves no record of itself."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the text as it is."""
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / "run.yaml").write_text(self._text)

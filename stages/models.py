@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from ..cache.files import canonical_json, sha256_file, user_folder, write_atomically
 
@@ -124,12 +125,12 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
         device: where it goes.
 
     Raises:
-        ValueError: if the files are not a causal language model, or it has no such attention implementation.
+        ValueError: if the files are not a whole causal language model, or it has no such attention implementation.
     """
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             gguf_file=source.gguf_file,
             dtype=torch.float32,
@@ -137,9 +138,17 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
             use_safetensors=True if source.gguf_file is None else None,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (ValueError, OSError, ImportError, KeyError) as error:
+    except (ValueError, OSError, ImportError, KeyError, SafetensorError) as error:
         raise ValueError(f"model {source.name}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+    model, report = loaded
+    if report["missing_keys"]:  # transformers fills them at random
+        names = sorted(report["missing_keys"])
+        raise ValueError(
+            f"model {source.name}: expected all weights of {type(model).__name__}, found none for {len(names)} of them "
+            f"({', '.join(names[:3])}{' …' if len(names) > 3 else ''}); give a complete causal language model"
+        )
     if source.gguf_file:  # de-quantised while loading; transformers still calls it quantised and would not train it
         model.hf_quantizer.remove_quantization_config(model)
     wrong = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
@@ -149,8 +158,7 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 (torch's type for a module's attributes)
-    placed: Any = model
-    return placed.to(device).eval()  # type: ignore[no-any-return]
+    return model.to(device).eval()  # type: ignore[no-any-return]
 
 
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
@@ -195,7 +203,12 @@ def choose_attention(requested: str, source: ModelSource, device: torch.device |
         requested: "auto" or an implementation.
         source: the model.
         device: where it will run.
+
+    Raises:
+        ValueError: if flex_attention is requested on CPU.
     """
+    if requested == "flex_attention" and torch.device(device).type == "cpu":
+        raise ValueError("--attention: flex_attention has no backward on CPU; leave the option out, or take eager")
     if requested != "auto":
         return requested
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -87,7 +87,7 @@ def check_parity(
         token_budget: tokens of a packed row.
 
     Returns:
-        The largest differences, `parity/logps` in nats and `parity/mse` (D_F), and their tolerances.
+        The largest differences, `parity/logps` in nats and with SAEs `parity/mse` (D_F), and their tolerances.
 
     Raises:
         ValueError: if a difference is larger than the cache's noise explains.
@@ -119,9 +119,7 @@ def check_parity(
                 f"expected at most {limit:.3g}; margins and constraint would measure against another model: start from "
                 "the model that the cache was made with, or pass --allow-different-start"
             )
-    return {
-        "parity/logps": found.logp,
-        "parity/logps_allowed": allowed.logp,
-        "parity/mse": max(found.feature_mse, default=0.0),
-        "parity/mse_allowed": max(allowed.feature_mse, default=0.0),
-    }
+    report = {"parity/logps": found.logp, "parity/logps_allowed": allowed.logp}
+    if saes:
+        report |= {"parity/mse": max(found.feature_mse), "parity/mse_allowed": max(allowed.feature_mse)}
+    return report

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..cache.manifest import Manifest, Meaning, Numerics, ShardReport, SiteMeaning
+from ..cache.manifest import MANIFEST_NAME, Manifest, Meaning, Numerics, ShardReport, SiteMeaning
 from ..cache.schema import FORMAT_VERSION
 from ..cache.writer import CacheWriter
 from .models import ModelSource, Recipe, tokenizer_sha256
@@ -144,6 +144,7 @@ def precompute(
         writer.append_provenance(_provenance(reference, preferences, written, tokens, time.monotonic() - started))
     manifest = writer.finish()
     if manifest is not None and manifest.num_pairs == 0:
+        (out / MANIFEST_NAME).unlink()  # there is nothing to train on
         reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(manifest.skipped.items()))
         raise ValueError(f"data set {preferences.source}: expected pairs to score, all were skipped: {reasons}")
     return manifest

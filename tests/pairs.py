@@ -26,17 +26,17 @@ many_examples = settings(deadline=None)
 few_examples = settings(max_examples=15, deadline=None, derandomize=True)
 
 
-def random_pair(prompt: int, chosen: int, rejected: int, seed: int = 0, vocabulary: int = 128) -> Pair:
-    """A pair of these lengths."""
-    rng = np.random.default_rng([seed, prompt, chosen, rejected])
-    ids = [rng.integers(0, vocabulary, length).astype(np.int32) for length in (prompt, chosen, rejected)]
-    return Pair(pair_id(*ids, seed), *ids)
+def random_pair(prompt: int, chosen: int, rejected: int, seed: int = 0, raw_row: int = 0) -> Pair:
+    """A pair of these lengths, of the tiny models' tokens."""
+    rng = np.random.default_rng([seed, raw_row])
+    ids = [rng.integers(0, 128, length).astype(np.int32) for length in (prompt, chosen, rejected)]
+    return Pair(pair_id(*ids, raw_row), *ids)
 
 
 def random_pairs(seed: int, count: int, longest: int = 24) -> list[Pair]:
     """Pairs of random lengths; most are longer than the tiny models' sliding window of 8."""
     lengths = np.random.default_rng(seed).integers(1, longest + 1, (count, 3))
-    return [random_pair(*row, seed=seed + number) for number, row in enumerate(lengths.tolist())]
+    return [random_pair(*row, seed, number) for number, row in enumerate(lengths.tolist())]
 
 
 def pair_lists(most: int = 4, longest: int = 24) -> st.SearchStrategy[list[Pair]]:

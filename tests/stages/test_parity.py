@@ -1,10 +1,15 @@
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from fpo.cache.manifest import Noise
+from cache_rows import MEANING, NUMERICS
+from fpo.cache.manifest import Noise, ShardReport, SiteMeaning
+from fpo.cache.reader import Cache, open_cache
+from fpo.cache.writer import CacheWriter
 from fpo.stages.features import CachedFeatures, feature_drift, keep_largest, pooled_features
-from fpo.stages.parity import FLOOR, NOISE_FACTOR, difference, feature_mse, tolerance
+from fpo.stages.parity import FLOOR, NOISE_FACTOR, check_parity, difference, feature_mse, tolerance
 from fpo.stages.scoring import measure_pairs
 from fpo.stages.sites import Site
 from hypothesis import given
@@ -28,31 +33,63 @@ def test_the_feature_mse_of_two_caches_is_the_drift_between_them(seed, top_k):
 
 
 def test_the_difference_is_the_largest_over_responses_and_sites():
-    measured = measure_pairs(calm_gemma2(), random_pairs(2, 3), SAES, "fp32", token_budget=100, keep_features=None)
+    measured = measure_pairs(calm_gemma2(), random_pairs(2, 3), SAES, "fp32", token_budget=100, keep_features=16)
     assert difference(measured, measured) == Noise(0.0, (0.0, 0.0))
     side = measured[1].rejected
-    features = dataclasses.replace(side.features[1], values=side.features[1].values + 0.5)
-    moved = dataclasses.replace(side, logp=side.logp - 2.0, features=(side.features[0], features))
+    features = dataclasses.replace(side.features[0], values=side.features[0].values + 0.5)
+    moved = dataclasses.replace(side, logp=side.logp - 2.0, features=(features, side.features[1]))
     other = [measured[0], dataclasses.replace(measured[1], rejected=moved), measured[2]]
-    found = difference(measured, other)
-    assert found.logp == 2.0
-    assert found.feature_mse == (0.0, pytest.approx(0.25 * len(features.ids) / 50, rel=1e-5))
+    assert len(features.ids) > 0
+    expected = pytest.approx(0.25 * len(features.ids) / 50, rel=1e-5)
+    assert difference(measured, other) == Noise(2.0, (expected, 0.0))
 
 
-def test_another_packing_is_within_the_tolerance_and_another_model_is_not():
-    pairs = random_pairs(2, 4)
-    alone, packed = (
-        measure_pairs(calm_gemma2(), pairs, SAES, "fp32", token_budget=budget, keep_features=None)
-        for budget in (1, 300)
-    )
-    noise = difference(alone, packed)
-    allowed = tolerance(noise, "fp32")
-    assert noise.logp <= allowed.logp
+NOISE = Noise(0.0, (1e-5, 2e-5))
+
+
+def other_model() -> Any:
+    """`calm_gemma2()` with one norm 1 % larger."""
     model = calm_gemma2()
-    model.model.layers[0].mlp.up_proj.weight.data *= 1.02
-    moved = difference(measure_pairs(model, pairs, SAES, "fp32", token_budget=300, keep_features=None), packed)
-    assert moved.logp > allowed.logp
-    assert all(mse > limit for mse, limit in zip(moved.feature_mse, allowed.feature_mse, strict=True))
+    model.model.layers[0].post_feedforward_layernorm.weight.data += 0.01
+    return model
+
+
+def make_cache(tmp_path: Path, sites: list[str]) -> Cache:
+    """A cache of four pairs by `calm_gemma2()`, opened with some of its sites."""
+    rows = measure_pairs(calm_gemma2(), random_pairs(2, 4), SAES, "fp32", token_budget=300, keep_features=16)
+    meanings = tuple(SiteMeaning(sae.site.name, sae.sha256, sae.width, sae.architecture) for sae in SAES)
+    meaning = dataclasses.replace(MEANING, sites=meanings, keep_features=16)
+    writer = CacheWriter(tmp_path / "cache", meaning, NUMERICS, len(rows))
+    writer.write_shard(rows, ShardReport(0, 0, len(rows), (), {}, NOISE))
+    assert writer.finish() is not None
+    return open_cache(tmp_path / "cache", sites=sites)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("FPO_HOME", str(tmp_path / "home"))
+
+
+@pytest.mark.parametrize(("saes", "allowed"), [(SAES[:1], 8e-5), (SAES[1:], 16e-5), (SAES[::-1], 16e-5)])
+def test_the_reference_passes_with_another_packing_within_the_noise_of_its_sites(tmp_path, saes, allowed):
+    cache = make_cache(tmp_path, [sae.site.name for sae in saes])
+    found = check_parity(calm_gemma2(), cache, saes, "fp32", pairs=8, token_budget=60)
+    assert found["parity/logps"] <= found["parity/logps_allowed"] == FLOOR["fp32"].logp
+    assert found["parity/mse"] <= found["parity/mse_allowed"] == pytest.approx(allowed)
+
+
+def test_without_saes_log_probs_alone_are_compared(tmp_path):
+    found = check_parity(calm_gemma2(), make_cache(tmp_path, []), [], "fp32", pairs=8, token_budget=60)
+    assert found.keys() == {"parity/logps", "parity/logps_allowed"}
+
+
+def test_another_model_is_refused_with_what_differs(tmp_path):
+    cache = make_cache(tmp_path, [sae.site.name for sae in SAES])
+    with pytest.raises(ValueError, match=r"log-probs by .* nats over 4 pairs, expected at most 0\.001;"):
+        check_parity(other_model(), cache, SAES, "fp32", pairs=4, token_budget=300)
+    other_sae = dataclasses.replace(SAES[1], sae=tiny_sae(site=SAES[1].site, seed=5).sae)
+    with pytest.raises(ValueError, match=r"features at blocks\.1\.hook_mlp_out by .* D_F over 2 pairs"):
+        check_parity(calm_gemma2(), cache, [SAES[0], other_sae], "fp32", pairs=2, token_budget=300)
 
 
 noise_values = st.floats(0, 10)
