@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..cache.files import write_atomically
+
 
 class PairMeans:
     """Means over pairs since they were last read, without a synchronisation with the device in between."""
@@ -38,9 +40,9 @@ def forget_lines_after(step: int, folder: Path) -> None:
     """Drops the lines of later steps from a run's `metrics.jsonl`, which training is about to repeat."""
     path = folder / "metrics.jsonl"
     if path.exists():
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept = [line for line in lines if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        *lines, _ = path.read_text().split("\n")  # what follows the last line break was cut by a crash
+        kept = [f"{line}\n" for line in lines if json.loads(line)["step"] <= step]
+        write_atomically(path, "".join(kept).encode())
 
 
 class MetricsFile(TrainerCallback):

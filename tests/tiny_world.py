@@ -1,6 +1,6 @@
-"""A world that fits in a temporary folder: a model, its SAEs, preference data, and the command line to run on them.
+"""A world that fits in a temporary folder: models, SAEs, preference data, caches, and the command line to run on them.
 
-Fixtures are of session scope and read-only; a test that writes asks for its own folder.
+The fixture `world` is of session scope and read-only; a test that writes asks for its own folder.
 """
 
 import json
@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
 from click.testing import Result
 from fpo.cache.reader import Cache, open_cache
 from fpo.pipeline.cli import app
@@ -26,7 +24,7 @@ from typer.testing import CliRunner
 
 SITES = (Site(2, "resid_post"), Site(1, "mlp_out"))
 LIMITS = Limits(max_length=64, max_prompt_length=32)
-WORDS = "What France? Paris, I think. Lyon is not it; the user asks, the model tells.", "The capital", "Yes!", "né"
+WORDS = "What is the capital of France? It is Paris, I think. Lyon is not it; the user asks, the model tells."
 # Raw row -> the reason for which it is skipped.
 SKIPPED = {3: "identical responses", 7: "empty response"}
 TIES = (5,)
@@ -140,7 +138,7 @@ def rows(seed: int, count: int) -> list[dict[str, Any]]:
     rng = random.Random(seed)
 
     def text(longest: int) -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+        return " ".join(rng.choices(WORDS.split(), k=rng.randint(1, longest)))
 
     made = []
     for _ in range(count):
@@ -163,10 +161,9 @@ def save_model(folder: Path, make: Callable[..., Any], tokenizer: Any, **overrid
     return folder
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    torch.set_num_threads(1)
-    world = World(tmp_path_factory.mktemp("world"))
+def make_world(folder: Path) -> World:
+    """Makes the models, the SAEs, the data and, by the command line, the caches."""
+    world = World(folder)
     save_model(world.gemma, calm_gemma2, gemma())
     save_model(world.llama, calm_llama, chatml())
     for number, (folder, site) in enumerate(zip(world.saes, SITES, strict=True)):
