@@ -216,7 +216,7 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
         )
     if divergence != "kl" and "reference" in given:
         raise ValueError(f"--reference: method {config.method} ignores it; leave it out")
-    sites = _sites_to_read(config) if divergence == "features" else []
+    sites = _sites_to_read(config, cache_folder) if divergence == "features" else []
     cache = open_cache(cache_folder, sites=sites, trust_hashes=config.trust_hashes)
     meaning = cache.manifest.meaning
     source = find_model(config.model)  # type: ignore[arg-type]
@@ -311,9 +311,12 @@ def _training_arguments(config: RunConfig, given: frozenset[str]) -> Any:
     )
 
 
-def _sites_to_read(config: RunConfig) -> list[str]:
-    (sites,) = required(config, "site")
-    return [parse_site(site).name for site in sites]
+def _sites_to_read(config: RunConfig, cache_folder: Path) -> list[str]:
+    """The sites of the constraint: those given, or the cache's where it has only one."""
+    known = [site.site for site in Manifest.load(cache_folder).meaning.sites]
+    if not config.site and len(known) > 1:
+        raise ValueError(f"--site: the cache has {', '.join(known)}; name those that the constraint is to read")
+    return [parse_site(site).name for site in config.site] or known
 
 
 def _check_start(config: RunConfig, source: ModelSource, meaning: Meaning) -> Any:
