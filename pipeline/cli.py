@@ -1,4 +1,6 @@
-"""The command line: one command a function. What a command does is in `runs.py`; its options are fields of `RunConfig`.
+"""The command line: one command a function.
+
+What a command does is in `run_*.py`; its options are fields of `RunConfig`.
 
 In: arguments. Out: exit code 0; 1 for a damaged cache or numbers that are not finite; 2 for a mistake of the user's,
 with one line on stderr that says what was expected, what was found and what to do.
@@ -106,7 +108,7 @@ def user_errors() -> Iterator[None]:
 @configured(app, "precompute", *MODEL, *DATA, "sae", "out", "keep_features", "token_budget", "shard_size")
 def precompute(config: RunConfig, given: frozenset[str]) -> None:
     """Stage one: run the frozen reference and its SAEs over preference data, once, into a cache."""
-    from .runs import run_precompute
+    from .run_precompute import run_precompute
 
     run_precompute(config)
 
@@ -123,7 +125,7 @@ def precompute(config: RunConfig, given: frozenset[str]) -> None:
 )
 def align(config: RunConfig, given: frozenset[str]) -> None:
     """Stage two: train the policy against a cache; the reference model is not loaded."""
-    from .runs import run_align
+    from .run_align import run_align
 
     run_align(config, given)
 
@@ -131,7 +133,7 @@ def align(config: RunConfig, given: frozenset[str]) -> None:
 @configured(app, "train-sae", "model", "device", "attention", *DATA, "site", "width", "tokens", "seed", "out")
 def train_sae(config: RunConfig, given: frozenset[str]) -> None:
     """Train a JumpReLU SAE on the model's own activations, for models that have no public one."""
-    from .runs import run_train_sae
+    from .run_train_sae import run_train_sae
 
     run_train_sae(config)
 
@@ -142,7 +144,7 @@ CacheFolder = Annotated[Path, typer.Argument(help="Folder of the cache.", show_d
 @cache_app.command("info")
 def cache_info(folder: CacheFolder) -> None:
     """What is in a cache: pairs, sites, sizes, what was skipped, noise, provenance."""
-    from .inspect_cache import print_info
+    from .cache_info import print_info
 
     with user_errors():
         print_info(folder)

@@ -32,7 +32,7 @@ class RunConfig(BaseModel):
         (), description="SAE: release:sae_id, a folder that SAELens saved, or params.npz@site. Repeatable."
     )
     out: Path | None = Field(None, description="Folder to write.")
-    device: str = Field("auto", description="auto (a GPU where there is one), cpu or cuda[:N].")
+    device: str = Field("auto", description="auto (a GPU where there is one), cpu or cuda.")
     attention: Literal["auto", "eager", "sdpa", "flex_attention"] = Field(
         "auto", description="Attention implementation; auto is the fastest that is exact for the model and device."
     )

@@ -12,83 +12,23 @@ import resource
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from ..cache.reader import Cache
 from .batches import RowBatch, RowCollator
-from .methods import make_objective
+from .fpo_config import FPOConfig
 from .metrics import MetricsFile, PairMeans, forget_lines_after
-from .models import Recipe
 from .objectives import PairLosses, PairScores, pair_losses
 from .parity import check_parity
 from .scoring import RowScores, attach_scoring, causal_lm, check_head, live_reference, row_multiple
 from .sites import SiteSAE
 
-
-@dataclass
-class FPOConfig(TrainingArguments):
-    """Settings of `FPOTrainer`: those of the objective, and the Trainer's own with the paper's defaults (Table 5).
-
-    `bf16` selects the compute recipe and must be the cache's; `per_device_train_batch_size` counts pairs.
-    """
-
-    method: str = field(default="fpo", metadata={"help": "Objective: fpo, dpo, simpo, tdpo1, tdpo2 or simpo-kl."})
-    beta: float | None = field(default=None, metadata={"help": "β; None for the method's default."})
-    alpha: float | None = field(default=None, metadata={"help": "α, weight of the constraint."})
-    gamma: float | None = field(default=None, metadata={"help": "γ, SimPO's constant margin."})
-    kl_beta: float | None = field(default=None, metadata={"help": "β of SimPO+KL's constraint."})
-    stop_gradient: bool | None = field(default=None, metadata={"help": "Hold D(y_w) fixed in the constraint."})
-    top_k: int = field(default=50, metadata={"help": "k of D_F, features."})
-    token_budget: int = field(default=2048, metadata={"help": "Tokens of a packed row, the unit of one backward."})
-    parity_pairs: int = field(default=8, metadata={"help": "Cached pairs scored before the first step."})
-    allow_different_start: bool = field(
-        default=False, metadata={"help": "Train although the policy is not the cache's reference."}
-    )
-
-    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Schedule after warm-up."})
-    warmup_steps: float = field(default=150, metadata={"help": "Linear warm-up, steps."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the cache."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Pairs a step and device."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Pairs an evaluation batch."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step: its loss is known."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is shown."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Unused: there are no columns."})
-    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
-        default_factory=lambda: {"use_reentrant": False},
-        metadata={"help": "Non-reentrant: under the other kind a hook inside a layer gets no gradient."},
-    )
-
-    def __post_init__(self) -> None:
-        """Checks what the Trainer cannot know.
-
-        Raises:
-            ValueError: if reentrant checkpointing is asked for, or the objective's settings do not fit the method.
-        """
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        kwargs = self.activation_checkpointing_kwargs
-        if isinstance(kwargs, dict) and kwargs.get("use_reentrant", True):
-            raise ValueError("activation_checkpointing_kwargs: expected use_reentrant=False; features need gradients")
-        self.objective = make_objective(
-            self.method,
-            beta=self.beta,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            kl_beta=self.kl_beta,
-            stop_gradient=self.stop_gradient,
-        )
-
-    @property
-    def recipe(self) -> Recipe:
-        """The compute recipe."""
-        return "bf16" if self.bf16 else "fp32"
+__all__ = ["FPOConfig", "FPOTrainer"]
 
 
 class FPOTrainer(Trainer):
@@ -159,11 +99,10 @@ class FPOTrainer(Trainer):
     ) -> Any:
         """Checks parity (not on resume), then trains; see `Trainer.train`."""
         if not resume_from_checkpoint:
-            parity = {} if self.args.allow_different_start else self._check_parity()
+            parity = self._check_parity()
             if self.is_world_process_zero():
                 forget_lines_after(-1, Path(self.args.output_dir or ""))
-            if parity:
-                self.log(parity)
+            self.log(parity)
         self._tokens, self._started = 0, time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -175,6 +114,7 @@ class FPOTrainer(Trainer):
             self.args.recipe,
             pairs=self.args.parity_pairs,
             token_budget=self.args.token_budget,
+            allow_different_start=self.args.allow_different_start,
         )
 
     def score(self, model: nn.Module, row: RowBatch) -> RowScores:

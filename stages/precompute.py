@@ -130,18 +130,20 @@ def precompute(
     writer = CacheWriter(out, meaning, numerics, len(preferences))
     advance = on_pairs or (lambda rows, tokens: None)
     started, tokens, written = time.monotonic(), 0, 0
-    for index in range(writer.num_shards):
-        if writer.is_done(index):
-            advance(len(writer.shard_range(index)), 0)
-            continue
-        with writer.lock(index) as mine:
-            if not mine:  # another worker is at it, or has just finished it
+    try:
+        for index in range(writer.num_shards):
+            if writer.is_done(index):
+                advance(len(writer.shard_range(index)), 0)
                 continue
-            report = _write_shard(writer, index, reference, preferences, limits, advance)
-        tokens += report.counts["scored_tokens"]
-        written += 1
-    if written:
-        writer.append_provenance(_provenance(reference, preferences, written, tokens, time.monotonic() - started))
+            with writer.lock(index) as mine:
+                if not mine:  # another worker is at it, or has just finished it
+                    continue
+                report = _write_shard(writer, index, reference, preferences, limits, advance)
+            tokens += report.counts["scored_tokens"]
+            written += 1
+    finally:
+        if written:
+            writer.append_provenance(_provenance(reference, preferences, written, tokens, time.monotonic() - started))
     manifest = writer.finish()
     if manifest is not None and manifest.num_pairs == 0:
         (out / MANIFEST_NAME).unlink()  # there is nothing to train on

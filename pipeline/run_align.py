@@ -1,212 +1,40 @@
-"""What the commands do: a resolved configuration to the stages and back to the terminal.
+"""`fpo align`: stage two, from a configuration to a trained policy.
 
-In: a `RunConfig`. Out: a cache, a trained policy or an SAE in `--out`, with the configuration beside it. What can be
-refused is refused before anything is written.
+In: a `RunConfig`, and which options were given on the command line. Out: a model or an adapter in `--out`, with
+`run.yaml` and `metrics.jsonl`. What can be refused is refused before anything is written.
 """
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..cache.manifest import Manifest, Meaning, differences
 from ..cache.reader import Cache, open_cache
+from ..stages.align import FPOConfig, FPOTrainer
 from ..stages.methods import METHODS, make_objective
 from ..stages.metrics import RunRecord
-from ..stages.models import (
-    ModelSource,
-    choose_attention,
-    default_device,
-    find_model,
-    load_model,
-    load_tokenizer,
-    tokenizer_sha256,
-)
-from ..stages.sites import SiteSAE, check_fits, load_sae, parse_site
+from ..stages.models import ModelSource, choose_attention, find_model, load_model, load_tokenizer, tokenizer_sha256
+from ..stages.sites import SiteSAE, check_fits, parse_site
 from .config import RunConfig, to_yaml
-
-console = Console(highlight=False, markup=False, soft_wrap=True)
+from .inputs import device_of, load_saes, required
+from .progress import console
 
 # What a held-out split's cache may differ in.
 SPLIT_FIELDS = ("dataset", "split", "limit")
 
-
-def required(config: RunConfig, *names: str) -> tuple[Any, ...]:
-    """The values of options that a command cannot do without.
-
-    Raises:
-        ValueError: naming the option, if one is missing.
-    """
-    values = tuple(getattr(config, name) for name in names)
-    for name, value in zip(names, values, strict=True):
-        if value is None or value == ():
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option}: expected a value, found none; give {option} or '{name}' in the configuration")
-    return values
-
-
-def device_of(config: RunConfig) -> str:
-    """The device that `--device` names.
-
-    Raises:
-        ValueError: if it is none that torch has here.
-    """
-    if config.device == "auto":
-        return default_device()
-    try:
-        if config.device.partition(":")[0] not in ("cpu", "cuda"):
-            raise RuntimeError("neither cpu nor cuda[:N]")
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device: expected auto, cpu or a GPU of this machine, found '{config.device}': {error}"
-        ) from error
-    return config.device
-
-
-def run_precompute(config: RunConfig) -> None:
-    """`fpo precompute`."""
-    from ..stages.precompute import Reference, precompute
-
-    _, _, _, out = required(config, "model", "dataset", "sae", "out")
-    source, preferences, chat, limits = _load_data(config)
-    device = device_of(config)
-    saes = _load_saes(config, device)
-    model = load_model(source, attention=choose_attention(config.attention, source, device), device=device)
-    for sae in saes:
-        check_fits(sae, model)
-    with _pair_progress(len(preferences)) as advance:
-        manifest = precompute(
-            Reference(source, model, chat, saes, config.dtype),
-            preferences,
-            limits,
-            out,
-            keep_features=None if config.keep_features == "all" else config.keep_features,
-            token_budget=config.token_budget,
-            shard_size=config.shard_size,
-            limit=config.limit,
-            on_pairs=advance,
-        )
-    if manifest is None:
-        console.print("shards of this cache are still with other workers; whoever finishes last writes the manifest")
-        return
-    (out / "run.yaml").write_text(to_yaml(config))
-    _print_totals(manifest, out)
-
-
-def _load_saes(config: RunConfig, device: str) -> tuple[SiteSAE, ...]:
-    saes = tuple(load_sae(spec, device=device) for spec in config.sae)
-    sites = [sae.site.name for sae in saes]
-    if len(set(sites)) < len(sites):
-        raise ValueError(f"--sae: expected one SAE a site, found {', '.join(sites)}")
-    return saes
-
-
-def _load_data(config: RunConfig) -> tuple[ModelSource, Any, Any, Any]:
-    from ..stages.preferences import ChatFormat, Limits, load_preferences, load_template
-
-    assert config.model is not None and config.dataset is not None
-    limits = Limits(config.max_length, config.max_prompt_length, config.drop_ties)
-    template = load_template(config.chat_template)
-    preferences = load_preferences(config.dataset, split=config.split, config=config.dataset_config, limit=config.limit)
-    source = find_model(config.model)
-    return source, preferences, ChatFormat(load_tokenizer(source), template), limits
-
-
-@contextmanager
-def _pair_progress(total: int) -> Iterator[Callable[[int, int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("pairs  {task.fields[rate]:>7} tokens/s"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("precompute", total=total, rate="-")
-        scored = 0
-
-        def advance(rows: int, tokens: int) -> None:
-            nonlocal scored
-            scored += tokens
-            elapsed = progress.tasks[0].elapsed or 0.0
-            rate = f"{scored / elapsed:.0f}" if scored and elapsed else "-"
-            progress.update(task, advance=rows, rate=rate)
-
-        yield advance
-
-
-def _print_totals(manifest: Manifest, out: Path) -> None:
-    counts = manifest.counts
-    console.print(
-        f"{out}: {manifest.num_pairs} pairs in {len(manifest.shards)} shards, {manifest.num_bytes / 1e6:.1f} MB "
-        f"({manifest.num_bytes / max(1, manifest.num_pairs):.0f} bytes a pair), {counts['scored_tokens']} tokens scored"
-    )
-    console.print(
-        f"ties {counts['ties']}, truncated prompts {counts['truncated_prompts']}, "
-        f"truncated responses {counts['truncated_responses']}"
-    )
-    for reason, number in sorted(manifest.skipped.items()):
-        console.print(f"skipped {number}: {reason}")
-    if manifest.noise:
-        mse = ", ".join(f"{value:.2g}" for value in manifest.noise.feature_mse)
-        console.print(f"noise between two packings: log-probs {manifest.noise.logp:.2g} nats, D_F {mse}")
-
-
-def run_train_sae(config: RunConfig) -> None:
-    """`fpo train-sae`."""
-    from ..stages.preferences import tokenize_pair
-    from ..stages.train_sae import train_sae
-
-    _, _, (site_name, *more), out = required(config, "model", "dataset", "site", "out")
-    if more:
-        raise ValueError(f"--site: expected one site to train an SAE for, found {len(more) + 1}")
-    site = parse_site(site_name)
-    source, preferences, chat, limits = _load_data(config)
-    device = device_of(config)
-    model = load_model(source, attention=choose_attention(config.attention, source, device), device=device)
-    sequences, seen = [], set()
-    for row in range(len(preferences)):
-        pair = tokenize_pair(preferences.example(row), row, chat, limits).pair
-        if pair is None:
-            continue
-        for ids in (pair.chosen_ids, pair.rejected_ids):
-            conversation = np.concatenate([pair.prompt_ids, ids])
-            if conversation.tobytes() not in seen:  # prompts and answers repeat across pairs
-                seen.add(conversation.tobytes())
-                sequences.append(conversation)
-    console.print(f"{len(sequences)} conversations, {sum(map(len, sequences))} tokens, site {site.name}")
-    quality = train_sae(
-        model,
-        sequences,
-        site=site,
-        width=config.width,
-        tokens=config.tokens,
-        out=out,
-        model_name=source.name,
-        seed=config.seed,
-    )
-    (out / "run.yaml").write_text(to_yaml(config))
-    console.print(
-        f"{out}: L0 {quality.l0:.1f}, explained variance {quality.explained_variance:.3f}, "
-        f"dead features {quality.dead:.1%}, on {quality.tokens} held-out tokens after {quality.passes:.1f} passes"
-    )
+# What a resumed run may change: where things are, how long it goes on, and what it tells meanwhile.
+RESUME_MAY_CHANGE = (
+    *("resume", "cache", "eval_cache", "trust_hashes", "max_steps", "epochs"),
+    *("logging_steps", "save_steps", "eval_steps", "report_to", "push_to_hub"),
+)
 
 
 def run_align(config: RunConfig, given: frozenset[str]) -> None:
     """`fpo align`."""
-    from ..stages.align import FPOTrainer
-
     _, cache_folder, out = required(config, "model", "cache", "out")
     args = _training_arguments(config, given)
     divergence = METHODS[config.method].divergence
@@ -257,9 +85,7 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
     _save(config, trainer, out)
 
 
-def _training_arguments(config: RunConfig, given: frozenset[str]) -> Any:
-    from ..stages.align import FPOConfig
-
+def _training_arguments(config: RunConfig, given: frozenset[str]) -> FPOConfig:
     settings = ("beta", "alpha", "gamma", "kl_beta", "stop_gradient")
     objective = {name: getattr(config, name) for name in settings}
     make_objective(config.method, **objective)
@@ -367,7 +193,7 @@ def _load_constraint_saes(config: RunConfig, cache: Cache, sites: list[str], dev
     if not sites:
         return []
     required(config, "sae")
-    by_site = {sae.site.name: sae for sae in _load_saes(config, device)}
+    by_site = {sae.site.name: sae for sae in load_saes(config, device)}
     hashes = {site.site: site.sae for site in cache.manifest.meaning.sites}
     for site in sites:
         if site not in by_site:
@@ -397,7 +223,7 @@ def _check_resume(config: RunConfig, out: Path, cache: Cache) -> None:
     changed = [
         f"{key}: was {before.get(key)!r}, is {value!r}"
         for key, value in now.items()
-        if key not in ("resume", "cache", "eval_cache", "trust_hashes") and before.get(key) != value
+        if key not in RESUME_MAY_CHANGE and before.get(key) != value
     ]
     if changed:
         raise ValueError(f"--resume: expected the settings of the run in {out}; {'; '.join(changed)}")

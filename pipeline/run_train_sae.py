@@ -1,0 +1,51 @@
+"""`fpo train-sae`: from a configuration to an SAE for a model that has none.
+
+In: a `RunConfig`. Out: an SAE in SAELens' format in `--out`, its quality on the terminal.
+"""
+
+import numpy as np
+
+from ..stages.models import choose_attention, load_model
+from ..stages.preferences import tokenize_pair
+from ..stages.sites import parse_site
+from ..stages.train_sae import train_sae
+from .config import RunConfig, to_yaml
+from .inputs import device_of, load_data, required
+from .progress import console
+
+
+def run_train_sae(config: RunConfig) -> None:
+    """`fpo train-sae`."""
+    _, _, (site_name, *more), out = required(config, "model", "dataset", "site", "out")
+    if more:
+        raise ValueError(f"--site: expected one site to train an SAE for, found {len(more) + 1}")
+    site = parse_site(site_name)
+    source, preferences, chat, limits = load_data(config)
+    device = device_of(config)
+    model = load_model(source, attention=choose_attention(config.attention, source, device), device=device)
+    sequences, seen = [], set()
+    for row in range(len(preferences)):
+        pair = tokenize_pair(preferences.example(row), row, chat, limits).pair
+        if pair is None:
+            continue
+        for ids in (pair.chosen_ids, pair.rejected_ids):
+            conversation = np.concatenate([pair.prompt_ids, ids])
+            if conversation.tobytes() not in seen:  # prompts and answers repeat across pairs
+                seen.add(conversation.tobytes())
+                sequences.append(conversation)
+    console.print(f"{len(sequences)} conversations, {sum(map(len, sequences))} tokens, site {site.name}")
+    quality = train_sae(
+        model,
+        sequences,
+        site=site,
+        width=config.width,
+        tokens=config.tokens,
+        out=out,
+        model_name=source.name,
+        seed=config.seed,
+    )
+    (out / "run.yaml").write_text(to_yaml(config))
+    console.print(
+        f"{out}: L0 {quality.l0:.1f}, explained variance {quality.explained_variance:.3f}, "
+        f"dead features {quality.dead:.1%}, on {quality.tokens} held-out tokens after {quality.passes:.1f} passes"
+    )
