@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.install-stamp
 
-.PHONY: install install-models run benchmark typing lint types test test-fast wheel clean
+.PHONY: install install-models run benchmark typing lint types test test-slow wheel clean
 
 install: $(STAMP)
 
@@ -29,7 +29,7 @@ run: install-models saes/smollm2-135m/cfg.json
 	$(BIN)/fpo align --config smollm2-135m --cache caches/smollm2-135m --out runs/smollm2-135m
 
 saes/smollm2-135m/cfg.json: | install-models
-	$(BIN)/fpo train-sae $(SMOLLM2) --limit 256 --out saes/smollm2-135m
+	$(BIN)/fpo train-sae $(SMOLLM2) --limit 2500 --out saes/smollm2-135m
 
 # One epoch of training against TRL's, on the same pairs.
 benchmark: install-models
@@ -48,10 +48,11 @@ types: install typing
 	$(BIN)/mypy
 
 test: install lint types
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto -m "not slow"
 
-test-fast: install
-	$(BIN)/pytest -q -m "not slow and not real_model"
+# What takes longer than some seconds: compiled attention, a killed process, a hub that is out of reach.
+test-slow: install
+	$(BIN)/pytest -q -m slow
 
 clean:
 	rm -rf build dist .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
