@@ -26,7 +26,8 @@ SMOLLM2 := --config smollm2-135m --dataset $(DATA)
 
 run: install-models saes/smollm2-135m/cfg.json
 	$(BIN)/fpo precompute $(SMOLLM2) --limit 128 --shard-size 16 --out caches/smollm2-135m
-	$(BIN)/fpo align --config smollm2-135m --cache caches/smollm2-135m --out runs/smollm2-135m
+	$(BIN)/fpo align --config smollm2-135m --cache caches/smollm2-135m --out runs/smollm2-135m \
+		$(if $(wildcard runs/smollm2-135m/run.yaml),--resume)
 
 saes/smollm2-135m/cfg.json: | install-models
 	$(BIN)/fpo train-sae $(SMOLLM2) --limit 2500 --out saes/smollm2-135m

@@ -95,7 +95,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     precompute(
         reference,
         preferences,
-        Limits(options.max_length, options.max_length // 2),
+        Limits(options.max_length, options.max_length - 1),
         folder / "cache",
         token_budget=options.max_length,
         limit=options.pairs,

@@ -20,7 +20,7 @@ class SiteMeaning:
 
     Attributes:
         site: the activation's name, as `blocks.25.hook_resid_post`.
-        sae: SHA-256 of the SAE's files.
+        sae: SHA-256 of the SAE's weights and of the settings that its features depend on.
         width: the number of the SAE's features.
         architecture: the SAE's kind, as `jumprelu`.
     """
@@ -37,8 +37,8 @@ class Meaning:
 
     Attributes:
         format_version: of the layout on disk.
-        model: SHA-256 of the reference model's files.
-        tokenizer: SHA-256 of the tokenizer's files.
+        model: SHA-256 of the reference model's weight files and configuration.
+        tokenizer: SHA-256 of the tokenizer's pipeline and special tokens.
         chat_template: its full text.
         sites: in the order of the feature columns.
         recipe: the arithmetic, `fp32` or `bf16`.

@@ -58,7 +58,7 @@ class ShardReport:
         start: its first raw row.
         stop: one past its last raw row.
         skipped: raw rows without a row in the cache, ascending, each with the reason.
-        counts: what else was counted, as `ties`, `truncated_prompts`, `truncated_responses`, `tokens`.
+        counts: what else was counted, as `ties`, `truncated_prompts`, `truncated_responses`, `scored_tokens`.
         noise: between two packings; None if this shard holds no sample.
     """
 

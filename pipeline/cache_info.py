@@ -6,10 +6,10 @@ In: a cache's folder. Out: a line for each fact, on the terminal.
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from rich.console import Console
 
 from ..cache.manifest import Manifest
 from ..cache.reader import open_cache
+from .progress import console
 
 
 def print_info(folder: Path) -> None:
@@ -22,7 +22,6 @@ def print_info(folder: Path) -> None:
     cache = open_cache(folder, sites=[])
     manifest = cache.manifest
     meaning, numerics = manifest.meaning, manifest.numerics
-    console = Console(highlight=False, markup=False, soft_wrap=True)
 
     def line(name: str, value: object) -> None:
         console.print(f"{name:<14} {value}")

@@ -2,8 +2,8 @@
 
 What a command does is in `run_*.py`; its options are fields of `RunConfig`.
 
-In: arguments. Out: exit code 0; 1 for a damaged cache or numbers that are not finite; 2 for a mistake of the user's,
-with one line on stderr that says what was expected, what was found and what to do.
+In: arguments. Out: exit code 0; 1 if `cache verify` finds damage or numbers are not finite; 2 for a mistake of the
+user's, with one line on stderr that says what was expected, what was found and what to do.
 """
 
 import inspect
@@ -17,10 +17,11 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from .config import RunConfig, load_config, to_yaml
+from .config import RunConfig, load_config, profile_names, to_yaml
 
 app = typer.Typer(
-    help="Feature-level constrained preference optimization, in two offline stages.",
+    help="Feature-level constrained preference optimization, in two offline stages. FPO_HOME is the folder of "
+    "remembered hashes and decoded caches (default ~/.cache/fpo); FPO_TRACEBACK=1 shows where an error came from.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -55,9 +56,11 @@ def _option(name: str) -> inspect.Parameter:
     )
 
 
-def configured(group: typer.Typer, name: str, *fields: str) -> Callable[[Command], Command]:
+def configured(
+    group: typer.Typer, name: str, *fields: str, resume: str = "nothing was written"
+) -> Callable[[Command], Command]:
     """Registers a command that takes `--config` and the given fields of `RunConfig` as options."""
-    config_help = "YAML file, or a profile: smollm2-135m, gemma-3-270m, gemma-2-2b, gemma-2-9b."
+    config_help = f"YAML file, or a profile: {', '.join(profile_names())}."
     config_option = inspect.Parameter(
         "config",
         inspect.Parameter.KEYWORD_ONLY,
@@ -69,7 +72,7 @@ def configured(group: typer.Typer, name: str, *fields: str) -> Callable[[Command
         def command(**values: Any) -> None:
             name = values.pop("config")
             given = {key: value for key, value in values.items() if value not in (None, [])}
-            with user_errors():
+            with user_errors(resume):
                 function(load_config(name, given), frozenset(given))
 
         parameters = [config_option, *map(_option, fields)]
@@ -83,8 +86,11 @@ def configured(group: typer.Typer, name: str, *fields: str) -> Callable[[Command
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turns a user's mistake into one line and exit code 2; with FPO_TRACEBACK set, into a traceback."""
+def user_errors(resume: str = "nothing was written") -> Iterator[None]:
+    """Turns a user's mistake into one line and exit code 2; with FPO_TRACEBACK set, into a traceback.
+
+    `resume` says what became of the work when it is interrupted.
+    """
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -98,16 +104,25 @@ def user_errors() -> Iterator[None]:
         typer.echo(f"fpo: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error
     except KeyboardInterrupt:
-        message = "fpo: stopped; what was finished is kept: run the same command again to go on (align: with --resume)"
-        typer.echo(message, err=True)
+        typer.echo(f"fpo: stopped; {resume}", err=True)
         raise typer.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-@configured(app, "precompute", *MODEL, *DATA, "sae", "out", "keep_features", "token_budget", "shard_size")
+@configured(
+    app,
+    "precompute",
+    *MODEL,
+    *DATA,
+    *("sae", "out", "keep_features", "token_budget", "shard_size"),
+    resume="finished shards are kept: run the same command again to go on",
+)
 def precompute(config: RunConfig, given: frozenset[str]) -> None:
-    """Stage one: run the frozen reference and its SAEs over preference data, once, into a cache."""
+    """Stage one: run the frozen reference and its SAEs over preference data, once, into a cache.
+
+    Needs --model, --dataset, --sae and --out, here or in the configuration.
+    """
     from .run_precompute import run_precompute
 
     run_precompute(config)
@@ -122,9 +137,13 @@ def precompute(config: RunConfig, given: frozenset[str]) -> None:
     *("epochs", "max_steps", "batch_size", "accumulation", "lr", "lr_scheduler", "warmup_steps", "optimizer"),
     *("max_grad_norm", "token_budget", "activation_checkpointing", "lora_r", "merge", "seed", "resume"),
     *("allow_different_start", "logging_steps", "save_steps", "eval_steps", "report_to", "push_to_hub"),
+    resume="--resume goes on from the last checkpoint",
 )
 def align(config: RunConfig, given: frozenset[str]) -> None:
-    """Stage two: train the policy against a cache; the reference model is not loaded."""
+    """Stage two: train the policy against a cache; the reference model is not loaded.
+
+    Needs --model, --cache and --out, fpo also --sae, here or in the configuration.
+    """
     from .run_align import run_align
 
     run_align(config, given)
@@ -132,7 +151,10 @@ def align(config: RunConfig, given: frozenset[str]) -> None:
 
 @configured(app, "train-sae", "model", "device", "attention", *DATA, "site", "width", "tokens", "seed", "out")
 def train_sae(config: RunConfig, given: frozenset[str]) -> None:
-    """Train a JumpReLU SAE on the model's own activations, for models that have no public one."""
+    """Train a JumpReLU SAE on the model's own activations, for models that have no public one.
+
+    Needs --model, --dataset, --site and --out, here or in the configuration.
+    """
     from .run_train_sae import run_train_sae
 
     run_train_sae(config)

@@ -34,10 +34,10 @@ class RunConfig(BaseModel):
     out: Path | None = Field(None, description="Folder to write.")
     device: str = Field("auto", description="auto (a GPU where there is one), cpu or cuda.")
     attention: Literal["auto", "eager", "sdpa", "flex_attention"] = Field(
-        "auto", description="Attention implementation; auto is the fastest that is exact for the model and device."
+        "auto", description="auto (the fastest that is exact for model and device), eager, sdpa or flex_attention."
     )
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="Recipe of both stages: fp32, or bf16 autocast.")
-    token_budget: PositiveInt = Field(2048, description="Tokens of a packed row; sets memory, not results.")
+    token_budget: PositiveInt = Field(2048, description="Tokens of a packed row; sets memory (results to rounding).")
     seed: int = Field(0, description="Seed of data order and initialisation.")
 
     limit: PositiveInt | None = Field(None, description="Use only the first N raw rows; default all.")
@@ -51,11 +51,13 @@ class RunConfig(BaseModel):
 
     cache: Path | None = Field(None, description="Cache that stage one wrote.")
     eval_cache: Path | None = Field(None, description="Cache of a held-out split, same in all else.")
-    trust_hashes: bool = Field(False, description="Skip the SHA-256 of every shard.")
+    trust_hashes: bool = Field(False, description="Skip the SHA-256 of shards that were decoded before.")
     method: MethodName = Field("fpo", description=f"Objective: {', '.join(METHODS)}.")
     reference: str | None = Field(None, description="Live reference, for tdpo1, tdpo2 and simpo-kl (as --model).")
     site: tuple[str, ...] = Field(
-        (), description="Site: of the constraint (align; repeatable, D_F is their mean) or of the SAE (train-sae)."
+        (),
+        description="Site: of the constraint (align; default the cache's only one; repeatable, D_F is their mean), "
+        "or of the SAE (train-sae).",
     )
     beta: PositiveFloat | None = Field(None, description="β; default the method's (0.1; simpo, simpo-kl 2).")
     alpha: float | None = Field(None, ge=0, description="α, weight of the constraint; default 0.5; 0 is off.")
@@ -71,7 +73,7 @@ class RunConfig(BaseModel):
     lr: PositiveFloat = Field(5e-7, description="Peak learning rate.")
     lr_scheduler: str = Field("constant_with_warmup", description="Schedule, by the Trainer's names.")
     warmup_steps: float = Field(150, ge=0, description="Linear warm-up, steps (below 1: share of all steps).")
-    optimizer: Literal["adam", "rmsprop"] = Field("adam", description="Optimiser.")
+    optimizer: Literal["adam", "rmsprop"] = Field("adam", description="Optimiser: adam or rmsprop.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off.")
     activation_checkpointing: bool = Field(False, description="Recompute layers in backward: less memory, slower.")
     lora_r: PositiveInt | None = Field(None, description="Train a LoRA adapter of this rank (PEFT); default none.")

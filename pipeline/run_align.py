@@ -15,9 +15,10 @@ import yaml
 from ..cache.manifest import Manifest, Meaning, differences
 from ..cache.reader import Cache, open_cache
 from ..stages.align import FPOConfig, FPOTrainer
-from ..stages.methods import METHODS, make_objective
+from ..stages.methods import METHODS
 from ..stages.metrics import RunRecord
 from ..stages.models import ModelSource, choose_attention, find_model, load_model, load_tokenizer, tokenizer_sha256
+from ..stages.parity import check_cache
 from ..stages.sites import SiteSAE, check_fits, parse_site
 from .config import RunConfig, to_yaml
 from .inputs import device_of, load_saes, required
@@ -26,11 +27,12 @@ from .progress import console
 # What a held-out split's cache may differ in.
 SPLIT_FIELDS = ("dataset", "split", "limit")
 
-# What a resumed run may change: where things are, how long it goes on, and what it tells meanwhile.
+# What a resumed run may change: where things are and what it tells meanwhile; with a constant schedule, its length.
 RESUME_MAY_CHANGE = (
-    *("resume", "cache", "eval_cache", "trust_hashes", "max_steps", "epochs"),
+    *("resume", "cache", "eval_cache", "trust_hashes"),
     *("logging_steps", "save_steps", "eval_steps", "report_to", "push_to_hub"),
 )
+LENGTH = ("max_steps", "epochs")
 
 
 def run_align(config: RunConfig, given: frozenset[str]) -> None:
@@ -55,29 +57,33 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
         _check_same_but_split(eval_cache, cache)
     device = device_of(config)
     attention = choose_attention(config.attention, source, device)
-    saes = _load_constraint_saes(config, cache, sites, device)
+    saes = _load_constraint_saes(config, sites, device)
+    check_cache(cache, saes, config.dtype, config.top_k)
     if os.environ.get("RANK", "0") == "0":  # the others may come when it has already written
         _check_resume(config, out, cache)
     policy = load_model(source, attention=attention, device=device)
     for sae in saes:
         check_fits(sae, policy)
     if config.lora_r:
-        policy = _with_lora(policy, config.lora_r, config.seed)
+        policy = _with_lora(policy, source.name, config.lora_r, config.seed)
     reference = None
     if divergence == "kl":
         reference = load_model(_find_reference(config, meaning), attention=attention, device=device)
     versions = {name: importlib.metadata.version(name) for name in ("fpo", "torch", "transformers", "sae-lens")}
     record = {"cache_fingerprint": meaning.fingerprint(), "versions": versions, "training_device": str(args.device)}
-    trainer = FPOTrainer(
-        policy,
-        args,
-        cache,
-        eval_cache,
-        saes=saes,
-        reference=reference,
-        processing_class=tokenizer,
-        callbacks=[RunRecord(to_yaml(config, record))],
-    )
+    try:
+        trainer = FPOTrainer(
+            policy,
+            args,
+            cache,
+            eval_cache,
+            saes=saes,
+            reference=reference,
+            processing_class=tokenizer,
+            callbacks=[RunRecord(to_yaml(config, record))],
+        )
+    except RuntimeError as error:  # how transformers says that a tracker is not installed
+        raise ValueError(f"--report-to: {error}") from error
     trainer.train(resume_from_checkpoint=_last_checkpoint(out) if config.resume else None)
     last_step = [line for line in trainer.state.log_history if line["step"] == trainer.state.global_step]
     if eval_cache is not None and not any("eval_loss" in line for line in last_step):
@@ -88,7 +94,6 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
 def _training_arguments(config: RunConfig, given: frozenset[str]) -> FPOConfig:
     settings = ("beta", "alpha", "gamma", "kl_beta", "stop_gradient")
     objective = {name: getattr(config, name) for name in settings}
-    make_objective(config.method, **objective)
     if METHODS[config.method].divergence != "features":
         for name in sorted({"site", "sae", "top_k"} & given):
             raise ValueError(
@@ -98,6 +103,10 @@ def _training_arguments(config: RunConfig, given: frozenset[str]) -> FPOConfig:
         raise ValueError("--eval-steps: there is nothing to evaluate on without --eval-cache; leave it out")
     if {"epochs", "max_steps"} <= given:
         raise ValueError("--epochs: --max-steps alone says when to stop; leave one of them out")
+    if config.lr_scheduler == "constant" and "warmup_steps" in given:
+        raise ValueError("--warmup-steps: the schedule 'constant' ignores it; use constant_with_warmup")
+    if config.lora_r and config.model is not None and config.model.endswith(".gguf") and not config.merge:
+        raise ValueError("--lora-r: an adapter names the model it belongs to, which a GGUF file cannot be; add --merge")
     if config.merge and not config.lora_r:
         raise ValueError("--merge: there is no adapter to merge without --lora-r; leave it out")
     parts = config.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
@@ -134,6 +143,7 @@ def _training_arguments(config: RunConfig, given: frozenset[str]) -> FPOConfig:
         eval_steps=config.eval_steps,
         report_to=config.report_to,
         push_to_hub=config.push_to_hub,
+        hub_strategy="end",
     )
 
 
@@ -146,12 +156,7 @@ def _sites_to_read(config: RunConfig, cache_folder: Path) -> list[str]:
 
 
 def _check_start(config: RunConfig, source: ModelSource, meaning: Meaning) -> Any:
-    """Refuses a cache of another model, tokenizer or recipe; returns the tokenizer with the cache's template."""
-    if meaning.recipe != config.dtype:
-        raise ValueError(
-            f"--dtype: the cache was made with {meaning.recipe}, found {config.dtype}; policy and reference must be "
-            "measured under one recipe"
-        )
+    """Refuses a cache of another model or tokenizer; returns the tokenizer with the cache's template."""
     tokenizer = load_tokenizer(source)
     if tokenizer_sha256(tokenizer) != meaning.tokenizer:
         raise ValueError(
@@ -163,6 +168,8 @@ def _check_start(config: RunConfig, source: ModelSource, meaning: Meaning) -> An
             f"cache {config.cache}: its reference is not {source.name} (weight hashes {meaning.model[:12]} and "
             f"{source.sha256[:12]}); start from the model that the cache was made with, or pass --allow-different-start"
         )
+    if tokenizer.chat_template != meaning.chat_template:
+        console.print("the cache's chat template is not the tokenizer's own; the cache's is saved with the policy")
     tokenizer.chat_template = meaning.chat_template
     return tokenizer
 
@@ -188,24 +195,15 @@ def _check_same_but_split(eval_cache: Cache, cache: Cache) -> None:
         )
 
 
-def _load_constraint_saes(config: RunConfig, cache: Cache, sites: list[str], device: str) -> list[SiteSAE]:
-    """The SAEs of the chosen sites, as --sae names them, checked against the cache's hashes."""
+def _load_constraint_saes(config: RunConfig, sites: list[str], device: str) -> list[SiteSAE]:
+    """The SAEs of the chosen sites, in their order, of those that --sae names."""
     if not sites:
         return []
     required(config, "sae")
     by_site = {sae.site.name: sae for sae in load_saes(config, device)}
-    hashes = {site.site: site.sae for site in cache.manifest.meaning.sites}
     for site in sites:
         if site not in by_site:
             raise ValueError(f"--sae: expected an SAE for site {site}, found SAEs for {', '.join(by_site)}")
-        if by_site[site].sha256 != hashes[site]:
-            raise ValueError(
-                f"--sae: the cache's features at {site} are of another SAE than {by_site[site].spec} (hashes "
-                f"{hashes[site][:12]} and {by_site[site].sha256[:12]}); give the one it was made with"
-            )
-    kept = cache.manifest.meaning.keep_features
-    if kept is not None and config.top_k > kept:
-        raise ValueError(f"--top-k: the cache keeps {kept} features a response, found {config.top_k}; choose fewer")
     return [by_site[site] for site in sites]
 
 
@@ -218,12 +216,16 @@ def _check_resume(config: RunConfig, out: Path, cache: Cache) -> None:
         return
     if not record.exists():
         raise FileNotFoundError(f"--resume: expected a run in {out}, found no run.yaml; leave --resume out")
-    before = yaml.safe_load(record.read_text())
+    try:
+        before = yaml.safe_load(record.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"--resume: expected YAML in {record}, found: {error}") from error
+    free = RESUME_MAY_CHANGE + (LENGTH if config.lr_scheduler.startswith("constant") else ())
     now = {**yaml.safe_load(to_yaml(config)), "cache_fingerprint": cache.manifest.meaning.fingerprint()}
     changed = [
         f"{key}: was {before.get(key)!r}, is {value!r}"
         for key, value in now.items()
-        if key not in RESUME_MAY_CHANGE and before.get(key) != value
+        if key not in free and before.get(key) != value
     ]
     if changed:
         raise ValueError(f"--resume: expected the settings of the run in {out}; {'; '.join(changed)}")
@@ -236,9 +238,11 @@ def _last_checkpoint(out: Path) -> str | None:
     return checkpoint
 
 
-def _with_lora(policy: Any, rank: int, seed: int) -> Any:
+def _with_lora(policy: Any, name: str, rank: int, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    if not Path(name).exists():
+        policy.name_or_path = name  # the hub id, not this machine's copy: the adapter says what it belongs to
     torch.manual_seed(seed)  # half of an adapter starts at random, and the Trainer comes too late to seed it
     return get_peft_model(policy, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
@@ -247,6 +251,4 @@ def _save(config: RunConfig, trainer: Any, out: Path) -> None:
     if config.merge:
         trainer.model = trainer.model.merge_and_unload()
     trainer.save_model(str(out))
-    if config.push_to_hub:
-        trainer.push_to_hub()
     console.print(f"{out}: the {'adapter' if config.lora_r and not config.merge else 'model'}, run.yaml, metrics.jsonl")

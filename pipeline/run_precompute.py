@@ -49,7 +49,8 @@ def _print_totals(manifest: Manifest, out: Path, tokens_per_second: float) -> No
         f"{out}: {manifest.num_pairs} pairs in {len(manifest.shards)} shards, {manifest.num_bytes / 1e6:.1f} MB "
         f"({manifest.num_bytes / max(1, manifest.num_pairs):.0f} bytes a pair), {counts['scored_tokens']} tokens scored"
     )
-    console.print(f"this run scored {tokens_per_second:.0f} tokens a second")
+    if tokens_per_second:
+        console.print(f"this run scored {tokens_per_second:.0f} tokens a second")
     console.print(
         f"ties {counts['ties']}, truncated prompts {counts['truncated_prompts']}, "
         f"truncated responses {counts['truncated_responses']}"

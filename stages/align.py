@@ -9,6 +9,7 @@ Shapes: R responses of a packed row, B pairs of a packed row (R = 2B, chosen and
 
 import math
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,10 +23,10 @@ from transformers import Trainer, TrainerCallback
 from ..cache.reader import Cache
 from .batches import RowBatch, RowCollator
 from .fpo_config import FPOConfig
-from .metrics import MetricsFile, PairMeans, forget_lines_after
+from .metrics import MetricsFile, PairMeans, ParityLog, forget_lines_after
 from .objectives import PairLosses, PairScores, pair_losses
-from .parity import check_parity
-from .scoring import RowScores, attach_scoring, causal_lm, check_head, live_reference, row_multiple
+from .parity import check_cache, check_parity
+from .scoring import RowScores, attach_scoring, causal_lm, check_model, live_reference, row_multiple
 from .sites import SiteSAE
 
 __all__ = ["FPOConfig", "FPOTrainer"]
@@ -46,7 +47,7 @@ class FPOTrainer(Trainer):
 
     Raises:
         ValueError: if the method lacks its SAEs or its reference, or was given one that it does not read; if weights
-            are not fp32; if the recipe is not the cache's.
+            are not fp32; if a cache does not fit (`check_cache`); under FSDP, which is not supported yet.
     """
 
     args: FPOConfig
@@ -68,19 +69,17 @@ class FPOTrainer(Trainer):
         if (divergence == "kl") != (reference is not None):
             raise ValueError(f"method {args.method}: expected {'a' if divergence == 'kl' else 'no'} live reference")
         for cache in (train_cache, eval_cache):
-            if cache is not None and cache.manifest.meaning.recipe != args.recipe:
-                raise ValueError(
-                    f"cache {cache.folder}: expected recipe {args.recipe}, found {cache.manifest.meaning.recipe}; "
-                    "make a cache of this recipe or change --dtype"
-                )
+            if cache is not None:
+                check_cache(cache, saes, args.recipe, args.top_k)
         dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad}
         if dtypes != {"torch.float32"}:
             raise ValueError(f"policy: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
-        check_head(model)
+        check_model(model)
         attach_scoring(model)
         self.policy, self.train_cache, self.saes = model, train_cache, tuple(saes)
         self._means = {"train": PairMeans(), "eval": PairMeans()}
         self._tokens, self._started = 0, time.monotonic()
+        self._constraint_step = -1
         super().__init__(
             model=model,
             args=args,
@@ -90,19 +89,20 @@ class FPOTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[MetricsFile(), *(callbacks or [])],
         )
+        if self.is_fsdp_enabled:
+            raise ValueError("FSDP: ranks may pack different numbers of rows and would wait for each other; use DDP")
+        self.parity: dict[str, float] = {}
+        self.add_callback(ParityLog(self))
         self.reference = None if reference is None else reference.to(args.device).requires_grad_(False).eval()
-        # The loss is divided by the number of pairs here, so the Trainer must not divide by accumulation steps again.
-        self.loss_is_scaled_for_ga = True
 
     def train(  # type: ignore[override]  # the Trainer's other arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
         """Checks parity (not on resume), then trains; see `Trainer.train`."""
         if not resume_from_checkpoint:
-            parity = self._check_parity()
+            self.parity = self._check_parity()
             if self.is_world_process_zero():
                 forget_lines_after(-1, Path(self.args.output_dir or ""))
-            self.log(parity)
         self._tokens, self._started = 0, time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -187,8 +187,8 @@ class FPOTrainer(Trainer):
     ) -> Tensor:
         """One backward a packed row, so that memory is set by the token budget, not by the batch size.
 
-        The loss is summed over pairs and divided by their number over all ranks and accumulated batches; DDP and FSDP
-        average gradients over ranks, which the factor `num_processes` undoes.
+        The loss is summed over pairs and divided by their number over all ranks and accumulated batches; DDP averages
+        gradients over ranks, which the factor `num_processes` undoes.
         """
         assert num_items_in_batch is not None
         model.train()
@@ -199,7 +199,8 @@ class FPOTrainer(Trainer):
             last = number == len(rows) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
                 losses = self.row_losses(model, row, "train")
-                if number == 0 and self._logs_this_step():
+                if self._logs_this_step() and self._constraint_step != self.state.global_step:
+                    self._constraint_step = self.state.global_step
                     self._measure_constraint(losses)
                 loss = losses.loss.sum() * scale
                 self.accelerator.backward(loss)
@@ -244,6 +245,8 @@ class FPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics gathered since the last line of the same kind: means over pairs, over all ranks.
 
+        (accelerate repeats pairs to fill the last batch of several ranks; repeats count.)
+
         Raises:
             FloatingPointError: if the loss is not finite; the line is still written.
         """
@@ -261,12 +264,15 @@ class FPOTrainer(Trainer):
             )
 
     def _cost(self) -> dict[str, float]:
+        """Tokens of all ranks over the time of training, saving included; the peak is the process's on CPU."""
         seconds = time.monotonic() - self._started
+        tokens = float(self.accelerator.reduce(torch.tensor(float(self._tokens), device=self.args.device), "sum"))
         if self.args.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.args.device)
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"train_tokens_per_second": round(self._tokens / seconds, 1), "train_peak_memory_bytes": peak}
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {"train_tokens_per_second": round(tokens / seconds, 1), "train_peak_memory_bytes": peak}
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         pairs = sum(len(row.packed.pairs) for batch in batch_samples for row in batch["rows"])

@@ -29,9 +29,14 @@ SKIP_REASONS = (
     "empty prompt",
     "tie",
     "identical after truncation",
+    "refused by the chat template",
 )
 
 PROBE = "fpo-probe-answer"  # an answer that no template writes by itself
+
+
+class TemplateRefusalError(ValueError):
+    """The chat template refuses a conversation, for example because its roles do not alternate."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,7 @@ class ChatFormat:
             return self._apply(messages, answer_next)
         except TemplateError as error:
             roles = ", ".join(message.role for message in messages)
-            raise ValueError(f"the chat template refuses the turns {roles}: {error}") from error
+            raise TemplateRefusalError(f"the chat template refuses the turns {roles}: {error}") from error
 
     def _apply(self, messages: Turns, answer_next: bool) -> str:
         turns = [asdict(message) for message in messages]
@@ -253,13 +258,15 @@ def tokenize_pair(example: Example, raw_row: int, chat: ChatFormat, limits: Limi
         limits: the lengths to cut to, and what to do with ties.
 
     Raises:
-        ValueError: the chat template cannot render the example; the message has the row's number.
+        ValueError: the chat template does not close every answer alike; the message has the row's number.
     """
     skipped = _reason_to_skip(example, limits)
     if skipped is not None:
         return Tokenized(None, skipped, example.tie)
     try:
         prompt, *responses = chat.prompt_and_responses(example)
+    except TemplateRefusalError:
+        return Tokenized(None, "refused by the chat template", example.tie)
     except ValueError as error:
         raise ValueError(f"row {raw_row}: {error}") from error
     if responses[0] == responses[1]:  # they differed in white space that the template trims

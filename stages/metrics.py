@@ -66,6 +66,18 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **line}) + "\n")
 
 
+class ParityLog(TrainerCallback):
+    """Logs what the parity check measured when training begins: a run that fails before leaves no file."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Logs it once, at step 0."""
+        if state.global_step == 0:
+            self._trainer.log(self._trainer.parity)
+
+
 class RunRecord(TrainerCallback):
     """Writes `run.yaml` when training begins, so that a run which was refused leaves no record of itself."""
 

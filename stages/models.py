@@ -217,7 +217,9 @@ def choose_attention(requested: str, source: ModelSource, device: torch.device |
         config = AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf_file)
     else:
         config = AutoConfig.from_pretrained(source.folder)
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if model_class is None:
+        raise ValueError(f"model {source.name}: expected a causal language model, found a {config.model_type}")
     if torch.device(device).type == "cuda" and model_class._supports_flex_attn:
         return "flex_attention"
     return "sdpa" if model_class._supports_sdpa else "eager"

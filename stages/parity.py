@@ -22,7 +22,7 @@ from .sites import SiteSAE
 TOP_K = 50
 
 # A sample's noise is that of a few pairs and of one machine; another sample, another packing or another device may
-# reach several times as much. A policy that has moved, or is another model, is orders of magnitude beyond (README).
+# reach several times as much. A policy that is another model is orders of magnitude beyond.
 NOISE_FACTOR = 8.0
 
 # Below these a difference is no evidence of another model: rounding of a sum of some hundred token log-probs (nats),
@@ -71,6 +71,40 @@ def tolerance(noise: Noise, recipe: Recipe) -> Noise:
         logp=max(floor.logp, NOISE_FACTOR * noise.logp),
         feature_mse=tuple(max(floor.feature_mse[0], NOISE_FACTOR * value) for value in noise.feature_mse),
     )
+
+
+def check_cache(cache: Cache, saes: Sequence[SiteSAE], recipe: Recipe, top_k: int) -> None:
+    """Checks that a cache is one that a run can read.
+
+    Args:
+        cache: opened with the sites of `saes`.
+        saes: the SAEs of the constraint, in the order of the cache's sites; empty for methods without one.
+        recipe: the compute recipe of the run.
+        top_k: k of D_F.
+
+    Raises:
+        ValueError: if the recipe, a site or an SAE is another, or the cache keeps fewer than `top_k` features.
+    """
+    meaning = cache.manifest.meaning
+    if meaning.recipe != recipe:
+        raise ValueError(
+            f"--dtype: cache {cache.folder} was made with {meaning.recipe}, found {recipe}; policy and reference must "
+            "be measured under one recipe"
+        )
+    sites = [sae.site.name for sae in saes]
+    if sites and sites != list(cache.sites):
+        raise ValueError(f"cache {cache.folder}: expected sites {', '.join(sites)}, found {', '.join(cache.sites)}")
+    hashes = {site.site: site.sae for site in meaning.sites}
+    for sae in saes:
+        if sae.sha256 != hashes[sae.site.name]:
+            raise ValueError(
+                f"--sae: the cache's features at {sae.site.name} are of another SAE than {sae.spec} (hashes "
+                f"{hashes[sae.site.name][:12]} and {sae.sha256[:12]}); give the one it was made with"
+            )
+    if saes and meaning.keep_features is not None and top_k > meaning.keep_features:
+        raise ValueError(
+            f"--top-k: the cache keeps {meaning.keep_features} features a response, found {top_k}; choose fewer"
+        )
 
 
 def check_parity(

@@ -27,11 +27,11 @@ from .models import ModelSource, Recipe, tokenizer_sha256
 from .packing import PackedRow
 from .parity import difference
 from .preferences import SKIP_REASONS, ChatFormat, Limits, Preferences, tokenize_pair
-from .scoring import measure_pairs
+from .scoring import check_model, measure_pairs
 from .sites import SiteSAE
 
-# One pair in so many, and at least two a shard, is measured a second time in another packing, for the cache's noise.
-NOISE_STRIDE = 256
+# One pair for so many, and at least two a shard, are measured a second time in another packing, for the cache's noise.
+PAIRS_PER_SAMPLE = 256
 ALONE, TOGETHER = 1, 2**62  # token budgets
 
 
@@ -125,6 +125,7 @@ def precompute(
         ValueError: if the folder holds another cache (`IdentityError`), or no pair is left to score.
         FloatingPointError: if a log-probability or a feature is not finite; names the pair and the site.
     """
+    check_model(reference.model)
     meaning = describe_meaning(reference, preferences, limits, keep_features=keep_features, limit=limit)
     numerics = describe_numerics(reference.model, token_budget, shard_size)
     writer = CacheWriter(out, meaning, numerics, len(preferences))
@@ -193,7 +194,7 @@ def _write_shard(
     )
     measured = measure(pairs, token_budget=writer.numerics.token_budget, on_row=on_row)
     # The sample is the shard's first pairs, so that the noise does not depend on where an earlier run was stopped.
-    sample = min(len(pairs), max(2, math.ceil(len(pairs) / NOISE_STRIDE)))
+    sample = min(len(pairs), max(2, math.ceil(len(pairs) / PAIRS_PER_SAMPLE)))
     another_packing = TOGETHER if rows_of_one.issuperset(range(sample)) else ALONE
     again = measure(pairs[:sample], token_budget=another_packing)
     report = ShardReport(
@@ -227,11 +228,11 @@ def _provenance(
 
 
 def git_revision() -> str | None:
-    """The revision of the working copy this code runs from; None outside one."""
+    """The revision of this project's working copy, if the code runs from one; None otherwise."""
+    project = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(project), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        result = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
+        top, _, revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.partition("\n")
     except OSError:
         return None
-    return result.stdout.strip() or None
+    return revision.strip() or None if Path(top) == project else None

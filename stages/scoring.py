@@ -68,7 +68,7 @@ def causal_lm(model: nn.Module) -> Any:
 
 def softcap(model: nn.Module) -> float | None:
     """Final logit soft-capping of the model (Gemma-2: 30)."""
-    value = getattr(causal_lm(model).config, "final_logit_softcapping", None)
+    value = getattr(causal_lm(model).config.get_text_config(), "final_logit_softcapping", None)
     return None if value is None else float(value)
 
 
@@ -83,12 +83,19 @@ def row_multiple(model: nn.Module) -> int:
     return FLEX_BLOCK if causal_lm(model).config._attn_implementation == "flex_attention" else 1
 
 
-def check_head(model: nn.Module) -> None:
-    """Checks on a few tokens that this module's log-probabilities are the model's own.
+def check_model(model: nn.Module) -> None:
+    """Checks that packed rows mean to this model what sequences do, and that its head is the one computed here.
 
     Raises:
-        ValueError: if the model turns hidden states into logits in a way that is not known here (a bias, a scale).
+        ValueError: if it has layers that attend in a way that is not known here, or turns hidden states into logits
+            in another way (a bias, a scale), which is tried on a few tokens.
     """
+    kinds = set(getattr(causal_lm(model).get_decoder().config, "layer_types", None) or ())
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"model {causal_lm(model).config.model_type}: expected layers of full or sliding attention, found "
+            f"{', '.join(sorted(unknown))}; this architecture is not supported"
+        )
     device = next(model.parameters()).device
     tokens = torch.arange(1, 9, device=device)[None]
     with torch.no_grad():
@@ -115,13 +122,12 @@ def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[T
         Hidden states after the final norm [T, D], and the activations of each site [T, D].
     """
     inner = causal_lm(model)
-    config, implementation = inner.config, inner.config._attn_implementation
+    config = inner.get_decoder().config  # of the text model, where the causal LM wraps several
+    implementation = config._attn_implementation
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     mask: Any
     if kinds:
-        unknown = kinds - {"full_attention", "sliding_attention"}
-        assert not unknown, f"layers of unknown kinds: {unknown}"
         mask = {
             kind: attention_mask(row, window if kind == "sliding_attention" else None, implementation) for kind in kinds
         }

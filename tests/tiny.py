@@ -8,7 +8,16 @@ from typing import Any, Literal
 import torch
 from fpo.stages.sites import Site, SiteSAE, load_sae
 from torch.nn.functional import normalize
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+)
 
 
 def tiny_gemma2(seed: int = 0, **overrides: Any) -> Gemma2ForCausalLM:
@@ -31,7 +40,7 @@ def tiny_gemma2(seed: int = 0, **overrides: Any) -> Gemma2ForCausalLM:
             **overrides,
         }
     )
-    return _randomize(Gemma2ForCausalLM(config), seed, embedding_std=0.12, norm_mean=-0.3, final_norm_mean=9.0)
+    return randomize(Gemma2ForCausalLM(config), seed, embedding_std=0.12, norm_mean=-0.3, final_norm_mean=9.0)
 
 
 def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
@@ -50,10 +59,33 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
             **overrides,
         }
     )
-    return _randomize(LlamaForCausalLM(config), seed, embedding_std=0.7, norm_mean=1.0, final_norm_mean=1.5)
+    return randomize(LlamaForCausalLM(config), seed, embedding_std=0.7, norm_mean=1.0, final_norm_mean=1.5)
 
 
-def _randomize(model: Any, seed: int, *, embedding_std: float, norm_mean: float, final_norm_mean: float) -> Any:
+def tiny_family(name: Literal["gemma3", "mistral", "qwen2"], seed: int = 0) -> Any:
+    """Models of other families, whose layers have a sliding window of 8: some of them, or all (Mistral)."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "tie_word_embeddings": True,
+    }
+    config = {
+        "gemma3": lambda: Gemma3TextConfig(**sizes, sliding_window_pattern=2, query_pre_attn_scalar=8),
+        "mistral": lambda: MistralConfig(**sizes),
+        "qwen2": lambda: Qwen2Config(**sizes, use_sliding_window=True, max_window_layers=2),
+    }[name]()
+    norm_mean = -0.3 if name == "gemma3" else 1.0
+    model = AutoModelForCausalLM.from_config(config)
+    return randomize(model, seed, embedding_std=0.2, norm_mean=norm_mean, final_norm_mean=norm_mean)
+
+
+def randomize(model: Any, seed: int, *, embedding_std: float, norm_mean: float, final_norm_mean: float) -> Any:
     """Fills every weight from `seed` alone, whatever the library's initialisation and torch's state."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -63,9 +95,9 @@ def _randomize(model: Any, seed: int, *, embedding_std: float, norm_mean: float,
         elif "norm" in name:
             weight.data = (final_norm_mean if name == "model.norm.weight" else norm_mean) + 0.2 * noise
         elif "q_proj" in name or "k_proj" in name:
-            weight.data = 2.5 * noise / weight.shape[1] ** 0.5
+            weight.data = 2.5 * noise / weight.shape[-1] ** 0.5
         else:
-            weight.data = noise / weight.shape[1] ** 0.5
+            weight.data = noise / weight.shape[-1] ** 0.5
     return model.eval()
 
 

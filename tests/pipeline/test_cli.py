@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 from fpo.cache.reader import open_cache, verify
-from fpo.pipeline import runs
+from fpo.pipeline import run_precompute
 from fpo.pipeline.cli import app, user_errors
 from fpo.pipeline.config import load_config
 from fpo.stages.sites import load_sae
@@ -115,7 +115,7 @@ def test_a_fault_of_ours_is_a_traceback(monkeypatch):
     def fail(config: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(runs, "run_precompute", fail)
+    monkeypatch.setattr(run_precompute, "run_precompute", fail)
     with pytest.raises(KeyError, match="a bug"):
         fpo("precompute")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from fpo.cache.reader import open_cache
-from fpo.pipeline import runs
+from fpo.pipeline import inputs, run_align
 from fpo.stages.align import FPOTrainer
 from fpo.stages.methods import METHODS
 from fpo.stages.models import load_model
@@ -110,9 +110,9 @@ def test_the_same_command_gives_the_same_weights_and_another_seed_others(world, 
 
 def test_simpo_loads_the_policy_and_nothing_else(world, tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr(runs, "load_sae", lambda *_, **__: pytest.fail("loads an SAE"))
+    monkeypatch.setattr(inputs, "load_sae", lambda *_, **__: pytest.fail("loads an SAE"))
     monkeypatch.setattr(
-        runs, "load_model", lambda source, **kwargs: loaded.append(source) or load_model(source, **kwargs)
+        run_align, "load_model", lambda source, **kwargs: loaded.append(source) or load_model(source, **kwargs)
     )
     ran(world.align(tmp_path / "run", method="simpo", max_steps=1))
     assert [source.folder for source in loaded] == [world.gemma]
@@ -121,7 +121,7 @@ def test_simpo_loads_the_policy_and_nothing_else(world, tmp_path, monkeypatch):
 def test_fpo_loads_no_reference(world, tmp_path, monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        runs, "load_model", lambda source, **kwargs: loaded.append(source) or load_model(source, **kwargs)
+        run_align, "load_model", lambda source, **kwargs: loaded.append(source) or load_model(source, **kwargs)
     )
     ran(world.align(tmp_path / "run", max_steps=1))
     assert len(loaded) == 1
@@ -263,3 +263,15 @@ def test_a_merged_adapter_is_the_base_model_with_the_adapter(world, lora, tmp_pa
 
 def test_an_adapter_names_its_base_model(world, lora):
     assert json.loads((lora / "adapter_config.json").read_text())["base_model_name_or_path"] == str(world.gemma)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_under_bf16_policy_and_reference_agree_to_the_bit_when_packed_alike(world, tmp_path, checkpointing):
+    one_pair_a_row = {"dtype": "bf16", "token_budget": 1}
+    ran(world.precompute(tmp_path / "cache", **one_pair_a_row))
+    options = {"cache": tmp_path / "cache", "max_steps": 1, "activation_checkpointing": checkpointing or None}
+    ran(world.align(tmp_path / "run", **one_pair_a_row, **options))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["parity/logps"] == lines[0]["parity/mse"] == 0
+    assert lines[1]["loss"] == pytest.approx(math.log(2), abs=1e-7)  # the Trainer adds losses up in fp32
+    assert lines[1]["rewards/margins"] == lines[1]["constraint/delta"] == 0

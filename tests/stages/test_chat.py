@@ -160,7 +160,6 @@ def test_a_system_turn_is_folded_only_where_the_template_does_not_take_it() -> N
             "only appends",
         ),
         (CHATML + "{% if messages|length > 3 %}!{% endif %}", "closes this answer"),
-        (CHATML + "{% if messages|length > 2 %}{{ raise_exception('too many turns') }}{% endif %}", "too many turns"),
     ],
 )
 def test_a_template_that_cannot_be_cut_is_an_error_with_the_row(template: str, message: str) -> None:
@@ -168,6 +167,15 @@ def test_a_template_that_cannot_be_cut_is_an_error_with_the_row(template: str, m
     long = example(user("Hello") + answer("Hi.") + user("Sure?"))
     with pytest.raises(ValueError, match=f"row 7: the chat template .*{message}"):
         tokenize_pair(long, 7, chat, ROOMY)
+
+
+def test_a_conversation_that_the_template_refuses_is_skipped() -> None:
+    chat = ChatFormat(
+        chatml(), CHATML + "{% if messages|length > 2 %}{{ raise_exception('too many turns') }}{% endif %}"
+    )
+    refused = tokenize_pair(example(user("Hello") + answer("Hi.") + user("Sure?")), 7, chat, ROOMY)
+    assert (refused.pair, refused.skipped) == (None, "refused by the chat template")
+    assert tokenize_pair(example(), 8, chat, ROOMY).pair is not None
 
 
 def test_an_unusable_template_or_tokenizer_is_refused_at_once() -> None:

@@ -9,7 +9,7 @@ import torch
 from fpo.stages import features, logprobs
 from fpo.stages.features import CachedFeatures, keep_largest
 from fpo.stages.packing import pack
-from fpo.stages.scoring import attach_scoring, check_head, live_reference, measure_pairs, run_body, score_row
+from fpo.stages.scoring import attach_scoring, check_model, live_reference, measure_pairs, run_body, score_row
 from fpo.stages.sites import Site
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ from pairs import (
     random_pairs,
     score_alone,
 )
-from tiny import tiny_gemma2, tiny_sae
+from tiny import tiny_family, tiny_gemma2, tiny_sae
 from torch import Tensor
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -109,6 +109,25 @@ def test_packed_rows_score_as_separate_sequences(model, pairs, budget, pad_to):
                 torch.testing.assert_close(scores.logps_R[number], total, rtol=1e-7, atol=1e-5)
                 for sae, pooled_RM in zip(SAES, scores.pooled, strict=True):
                     torch.testing.assert_close(pooled_RM[number], alone.pooled_M(sae), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral", "qwen2"])
+def test_other_families_with_windows_score_as_separate_sequences(family):
+    model, pairs = tiny_family(family), random_pairs(3, 4)
+    with torch.no_grad():
+        for row in pack(pairs, 200):
+            scores = score_row(model, row, SAES, "fp32")
+            responses = [alone for index in row.pairs for alone in score_alone(model, pairs[index], SITES)]
+            for number, alone in enumerate(responses):
+                expected = alone.token_logps_T.double().sum()
+                torch.testing.assert_close(scores.logps_R[number], expected, rtol=1e-5, atol=1e-5)
+                for sae, pooled_RM in zip(SAES, scores.pooled, strict=True):
+                    torch.testing.assert_close(pooled_RM[number], alone.pooled_M(sae), rtol=1e-4, atol=1e-4)
+        full = model(input_ids=torch.arange(24)[None]).logits[0, -1]
+        last_window = model(input_ids=torch.arange(24)[None, -8:], position_ids=torch.arange(16, 24)[None]).logits[
+            0, -1
+        ]
+    assert (full - last_window).abs().max() > 1e-3, "what is before the window has to matter, or this tests nothing"
 
 
 @few_examples
@@ -288,12 +307,12 @@ def test_a_head_that_is_not_a_product_is_refused():
     from transformers import GraniteConfig, GraniteForCausalLM
 
     for name in MODELS:
-        check_head(MODELS[name]())
+        check_model(MODELS[name]())
     torch.manual_seed(0)
     model = GraniteForCausalLM(
         GraniteConfig(vocab_size=64, hidden_size=64, intermediate_size=16, num_hidden_layers=1, initializer_range=0.5)
     )
-    check_head(model)
+    check_model(model)
     model.config.logits_scaling = 8.0
     with pytest.raises(ValueError, match=r"granite: its logits are not head .* not supported"):
-        check_head(model)
+        check_model(model)
