@@ -103,7 +103,7 @@ def check_model(model: nn.Module) -> None:
         hidden_TD = causal_lm(model).get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
         found_T, _ = token_scores(hidden_TD, head_weight(model), tokens[0], softcap=softcap(model))
     difference = float((found_T - expected_TV.gather(1, tokens[0, :, None]).squeeze(1)).abs().max())
-    if not difference < 1e-3:
+    if difference > 1e-3:  # numbers that are not finite are named with their pair, when it is scored
         raise ValueError(
             f"model {causal_lm(model).config.model_type}: its logits are not head · hidden states (with soft-capping): "
             f"log-probs differ by {difference:.3g}; this architecture is not supported"

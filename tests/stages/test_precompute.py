@@ -50,9 +50,14 @@ def write(world, reference, tmp_path) -> Callable[..., Manifest | None]:
 
 @pytest.fixture
 def forwards(reference, monkeypatch) -> list[int]:
-    """Grows by one with every forward pass of the reference."""
+    """Grows by one with every packed row that the reference runs over."""
     count: list[int] = []
-    handle = reference.model.get_decoder().register_forward_hook(lambda *_: count.append(1))
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("attention_mask") is not None:
+            count.append(1)
+
+    handle = reference.model.get_decoder().register_forward_hook(hook, with_kwargs=True)
     yield count
     handle.remove()
 

@@ -123,10 +123,9 @@ def test_other_families_with_windows_score_as_separate_sequences(family):
                 torch.testing.assert_close(scores.logps_R[number], expected, rtol=1e-5, atol=1e-5)
                 for sae, pooled_RM in zip(SAES, scores.pooled, strict=True):
                     torch.testing.assert_close(pooled_RM[number], alone.pooled_M(sae), rtol=1e-4, atol=1e-4)
-        full = model(input_ids=torch.arange(24)[None]).logits[0, -1]
-        last_window = model(input_ids=torch.arange(24)[None, -8:], position_ids=torch.arange(16, 24)[None]).logits[
-            0, -1
-        ]
+        ids = torch.arange(24)[None]
+        full = model(input_ids=ids).logits[0, -1]
+        last_window = model(input_ids=ids[:, -8:], position_ids=ids[:, -8:]).logits[0, -1]
     assert (full - last_window).abs().max() > 1e-3, "what is before the window has to matter, or this tests nothing"
 
 
