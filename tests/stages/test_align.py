@@ -275,7 +275,7 @@ def test_what_a_method_does_not_read_is_refused(world, trainer):
 
 
 def test_another_recipe_than_the_cache_s_is_refused(trainer):
-    with pytest.raises(ValueError, match="--dtype: .* made with fp32, found bf16"):
+    with pytest.raises(ValueError, match=r"--dtype: .* made with fp32, found bf16"):
         trainer(bf16=True)
 
 
