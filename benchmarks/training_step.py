@@ -1,9 +1,8 @@
 """Training against TRL: the same pairs, precision and batch, each contestant in a fresh process, in turn.
 
 In: preference pairs and a model. Out: a table on the terminal and JSON (seconds a pair, pairs a second, peak resident
-memory, ratios to the first contestant, hardware, versions). TRL's SimPO runs once with its own default of activation
-checkpointing and once without, since `fpo align` runs without. The SAE's weights are random: neither time nor memory
-depends on them.
+memory, ratios to the first contestant, hardware, versions). Both sides run with and without activation checkpointing:
+TRL's default is with, ours without. The SAE's weights are random: neither time nor memory depends on them.
 
     python benchmarks/training_step.py --dataset PAIRS.parquet
 """
@@ -22,11 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-CONTESTANTS = ("fpo", "fpo-simpo", "trl-simpo", "trl-simpo-no-checkpointing")
+CONTESTANTS = ("fpo", "fpo-simpo", "fpo-checkpointing", "trl-simpo", "trl-simpo-no-checkpointing")
 TITLES = {
     "fpo": "`fpo align`, FPO",
     "fpo-simpo": "`fpo align`, SimPO",
-    "trl-simpo": "TRL CPOTrainer, SimPO (its defaults)",
+    "fpo-checkpointing": "`fpo align`, FPO, activation checkpointing",
+    "trl-simpo": "TRL CPOTrainer, SimPO, checkpointing (its default)",
     "trl-simpo-no-checkpointing": "TRL CPOTrainer, SimPO, no checkpointing",
 }
 
@@ -149,12 +149,18 @@ def our_trainer(options: argparse.Namespace) -> Any:
     from fpo.stages.models import find_model, load_model
     from fpo.stages.sites import load_sae
 
-    folder, method = Path(options.folder), "fpo" if options.only == "fpo" else "simpo"
+    folder, method = Path(options.folder), "simpo" if options.only == "fpo-simpo" else "fpo"
     saes = [load_sae(str(folder / "sae"))] if method == "fpo" else []
     cache = open_cache(folder / "cache", sites=[sae.site.name for sae in saes])
     model = load_model(find_model(str(folder / "model")), attention="sdpa", device="cpu")
     # The parity check scores its sample once a run, not once a pair: over six pairs its time would be overstated.
-    args = FPOConfig(**common(options, folder), method=method, token_budget=options.max_length, parity_pairs=1)
+    args = FPOConfig(
+        **common(options, folder),
+        method=method,
+        token_budget=options.max_length,
+        parity_pairs=1,
+        activation_checkpointing=options.only == "fpo-checkpointing",
+    )
     return FPOTrainer(model, args, cache, saes=saes)
 
 
@@ -201,7 +207,7 @@ def summarise(options: argparse.Namespace, runs: dict[str, list[dict[str, float]
         for name, measured in runs.items()
     }
     return {
-        "command": "python benchmarks/training_step.py --dataset PAIRS",
+        "command": f"python benchmarks/training_step.py --dataset PAIRS --pairs {options.pairs} --repeats {options.repeats}",
         "pairs": options.pairs,
         "batch": options.batch,
         "max_length": options.max_length,

@@ -131,7 +131,7 @@ def _training_arguments(config: RunConfig, given: frozenset[str]) -> FPOConfig:
         learning_rate=config.lr,
         lr_scheduler_type=config.lr_scheduler,
         warmup_steps=config.warmup_steps,
-        optim={"adam": "adamw_torch", "rmsprop": "rmsprop"}[config.optimizer],
+        optim={"adam": "adamw_torch_fused", "rmsprop": "rmsprop"}[config.optimizer],
         weight_decay=0.0,
         max_grad_norm=config.max_grad_norm,
         activation_checkpointing=config.activation_checkpointing,
