@@ -207,7 +207,8 @@ def summarise(options: argparse.Namespace, runs: dict[str, list[dict[str, float]
         for name, measured in runs.items()
     }
     return {
-        "command": f"python benchmarks/training_step.py --dataset PAIRS --pairs {options.pairs} --repeats {options.repeats}",
+        "command": "python benchmarks/training_step.py --dataset PAIRS "
+        f"--pairs {options.pairs} --repeats {options.repeats}",
         "pairs": options.pairs,
         "batch": options.batch,
         "max_length": options.max_length,
