@@ -216,11 +216,13 @@ class FPOTrainer(Trainer):
         """Logs by how much the constraint pulls: the norm of its gradient over that of the rest of the loss.
 
         Taken at the weights of the lowest layer that the constraint reads (the last one for the KL) on the step's first
-        row, so that it costs a backward through the layers above only. Not at the start, where policy and reference are
-        the same and the constraint pulls nowhere.
+        row, so that it costs a backward through the layers above only. At the start it is 0 without measuring: policy
+        and reference are the same.
         """
-        at_start = self.state.global_step == 0 and not self.args.allow_different_start
-        if at_start or not losses.constraint.requires_grad:
+        if not losses.constraint.requires_grad:
+            return
+        if self.state.global_step == 0 and not self.args.allow_different_start:
+            self._means["train"].add({"constraint/grad_ratio": losses.loss.new_zeros(())})
             return
         layers = causal_lm(self.policy).get_decoder().layers
         layer = layers[min((sae.site.layer for sae in self.saes), default=len(layers) - 1)]

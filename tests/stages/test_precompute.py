@@ -15,7 +15,7 @@ from fpo.cache.manifest import IdentityError, Manifest
 from fpo.cache.reader import open_cache, verify
 from fpo.cache.writer import CacheWriter
 from fpo.stages.parity import difference, tolerance
-from fpo.stages.precompute import precompute
+from fpo.stages.precompute import Reference, precompute
 from fpo.stages.preferences import Limits
 from fpo.stages.sites import Site
 from pairs import score_alone
@@ -48,16 +48,21 @@ def write(world, reference, tmp_path) -> Callable[..., Manifest | None]:
     return run
 
 
+def on_packed_rows(reference: Reference, action: Callable[[], None]) -> Any:
+    """Has `action` done after every packed row; the check of the model's head runs without a mask and is none."""
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if kwargs.get("attention_mask") is not None:
+            action()
+
+    return reference.model.get_decoder().register_forward_hook(hook, with_kwargs=True)
+
+
 @pytest.fixture
 def forwards(reference, monkeypatch) -> list[int]:
     """Grows by one with every packed row that the reference runs over."""
     count: list[int] = []
-
-    def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if kwargs.get("attention_mask") is not None:
-            count.append(1)
-
-    handle = reference.model.get_decoder().register_forward_hook(hook, with_kwargs=True)
+    handle = on_packed_rows(reference, lambda: count.append(1))
     yield count
     handle.remove()
 
@@ -138,13 +143,13 @@ def test_a_run_killed_and_resumed_leaves_the_same_bytes(world, write, tmp_path, 
 def test_a_failing_forward_pass_leaves_the_finished_shards(world, write, reference, tmp_path):
     calls = 0
 
-    def fail(*_: Any) -> None:
+    def fail() -> None:
         nonlocal calls
         calls += 1
         if calls > 4:
             raise KeyboardInterrupt
 
-    handle = reference.model.get_decoder().register_forward_hook(fail)
+    handle = on_packed_rows(reference, fail)
     with pytest.raises(KeyboardInterrupt):
         write()
     handle.remove()
