@@ -160,10 +160,3 @@ def table_to_batch(table: pa.Table) -> pa.RecordBatch:
     """The table as one record batch, without metadata."""
     schema = table.schema.remove_metadata()
     return pa.RecordBatch.from_arrays([column.combine_chunks() for column in table.columns], schema=schema)
-
-
-def table_to_rows(table: pa.Table) -> list[CachedPair]:
-    """The rows of a table that holds every site of `arrow_schema`."""
-    sites = range(sum(name.startswith("chosen_features_") for name in table.column_names))
-    columns = Columns(table_to_batch(table), sites)
-    return [columns.row(i) for i in range(table.num_rows)]

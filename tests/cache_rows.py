@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fpo.cache.columns import Columns, table_to_batch
 from fpo.cache.manifest import Manifest, Meaning, Noise, Numerics, ShardReport, SiteMeaning
 from fpo.cache.schema import CachedPair, Pair, ReferenceResponse, SparseFeatures, pair_id
 from fpo.cache.writer import CacheWriter
@@ -110,3 +111,10 @@ def assert_same(found: CachedPair, expected: CachedPair) -> None:
 def assert_same_array(found: np.ndarray, expected: np.ndarray) -> None:
     assert found.dtype == expected.dtype
     assert found.tolist() == expected.tolist()
+
+
+def table_to_rows(table: pa.Table) -> list[CachedPair]:
+    """The rows of a table that holds every site of `arrow_schema`."""
+    sites = range(sum(name.startswith("chosen_features_") for name in table.column_names))
+    columns = Columns(table_to_batch(table), sites)
+    return [columns.row(i) for i in range(table.num_rows)]

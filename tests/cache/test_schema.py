@@ -4,8 +4,8 @@ import struct
 import numpy as np
 import pyarrow as pa
 import pytest
-from cache_rows import WIDTHS, assert_same, random_rows
-from fpo.cache.columns import rows_to_table, table_to_rows
+from cache_rows import WIDTHS, assert_same, random_rows, table_to_rows
+from fpo.cache.columns import rows_to_table
 from fpo.cache.schema import arrow_schema, pair_id, raw_row_of
 from hypothesis import given, settings
 from hypothesis import strategies as st

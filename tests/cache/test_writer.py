@@ -7,8 +7,17 @@ import threading
 from pathlib import Path
 
 import pytest
-from cache_rows import MEANING, NUMERICS, SITES, assert_same, random_rows, shard, with_damaged_pages, write_cache
-from fpo.cache.columns import table_to_rows
+from cache_rows import (
+    MEANING,
+    NUMERICS,
+    SITES,
+    assert_same,
+    random_rows,
+    shard,
+    table_to_rows,
+    with_damaged_pages,
+    write_cache,
+)
 from fpo.cache.manifest import IdentityError, Manifest
 from fpo.cache.shard import read_table
 from fpo.cache.writer import CacheWriter
