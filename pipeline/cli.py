@@ -70,10 +70,10 @@ def configured(
 
     def register(function: Command) -> Command:
         def command(**values: Any) -> None:
-            name = values.pop("config")
+            config = values.pop("config")
             given = {key: value for key, value in values.items() if value not in (None, [])}
             with user_errors(resume):
-                function(load_config(name, given), frozenset(given))
+                function(load_config(config, given, name if group is app else None), frozenset(given))
 
         parameters = [config_option, *map(_option, fields)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

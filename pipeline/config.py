@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from ..stages.methods import METHODS, MethodName
+
+
+# What `for` of a configuration file may name beside methods; the second line are those that read a method's settings.
+COMMANDS = ("precompute", "align", "train-sae", "sft", "evaluate", "table")
+METHOD_COMMANDS = (None, "align", "evaluate")
 
 
 class RunConfig(BaseModel):
@@ -88,8 +93,24 @@ class RunConfig(BaseModel):
     report_to: str = Field("none", description="Tracker, by the Trainer's names (wandb, tensorboard, ...).")
     push_to_hub: bool = Field(False, description="Upload the result to the hub.")
 
+    snapshot_steps: PositiveInt | None = Field(
+        None, description="Steps between snapshots (weights alone, all kept), for curves over training; default none."
+    )
+
     width: PositiveInt = Field(4096, description="Features of the SAE.")
     tokens: PositiveInt = Field(200_000, description="Tokens to train the SAE on.")
+    target_l0: PositiveFloat = Field(64.0, description="Features that are to fire per token.")
+
+    prompts: NonNegativeInt = Field(100, description="Prompts to sample answers to; 0 measures no diversity.")
+    samples: PositiveInt = Field(25, description="Sampled answers a prompt.")
+    max_new_tokens: PositiveInt = Field(512, description="Longest generated answer, tokens.")
+    temperature: float = Field(1.0, ge=0, description="Temperature of sampling; 0 is greedy.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus of sampling.")
+    generation_batch: PositiveInt = Field(32, description="Answers generated at a time; sets memory.")
+    outputs: Literal["alpaca-eval", "arena-hard", "mt-bench"] | None = Field(
+        None, description="Write answers to --questions in this benchmark's format, for its judge."
+    )
+    questions: Path | None = Field(None, description="The benchmark's questions, in its own file format.")
 
 
 def profile_names() -> list[str]:
@@ -98,22 +119,27 @@ def profile_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_config(name: str | None, given: Mapping[str, Any]) -> RunConfig:
+def load_config(name: str | None, given: Mapping[str, Any], command: str | None = None) -> RunConfig:
     """Resolves a configuration.
+
+    A file's `for` holds settings of one command or one method, which win over the rest of the file:
+    `for: {sft: {lr: 2.0e-5}, dpo: {beta: 0.1}}`. Those of a method are read by the commands that have one.
 
     Args:
         name: a YAML file, or a profile's name; None for defaults.
         given: options, by field name; they win over the file.
+        command: the command that is to run; None for any.
 
     Raises:
         FileNotFoundError: if there is no such file or profile.
         ValueError: naming the key, what was expected and what was found; an unknown key with the nearest known one.
     """
-    values, where = ({}, "options") if name is None else _read(name)
-    for key in values:
-        if key not in RunConfig.model_fields:
-            near = difflib.get_close_matches(str(key), RunConfig.model_fields, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: unknown key '{key}'; the nearest known key is '{near}'")
+    content, where = ({}, "options") if name is None else _read(name)
+    sections = _sections(content.pop("for", {}), where)
+    values = content | sections.get(command or "", {})
+    if command in METHOD_COMMANDS:
+        values |= sections.get(str({**values, **given}.get("method", RunConfig.model_fields["method"].default)), {})
+    _check_keys(content, where)
     try:
         return RunConfig(**{**values, **given})
     except ValidationError as error:
@@ -121,6 +147,28 @@ def load_config(name: str | None, given: Mapping[str, Any]) -> RunConfig:
         key = str(first["loc"][0])
         place = f"--{key.replace('_', '-')}" if key in given else f"{where}: {key}"
         raise ValueError(f"{place}: {first['msg']}, found {first['input']!r}") from error
+
+
+def _sections(content: Any, where: str) -> dict[str, dict[str, Any]]:
+    """The settings under `for`, by command or method."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: for: expected commands or methods with their settings, found {content!r}")
+    for name, settings in content.items():
+        if name not in (*COMMANDS, *METHODS):
+            raise ValueError(f"{where}: for: expected one of {', '.join((*COMMANDS, *METHODS))}, found '{name}'")
+        if not isinstance(settings, dict):
+            raise ValueError(f"{where}: for: {name}: expected a mapping of options, found {settings!r}")
+    sections = {name: {_field_name(key): value for key, value in part.items()} for name, part in content.items()}
+    for name, settings in sections.items():
+        _check_keys(settings, f"{where}: for: {name}")
+    return sections
+
+
+def _check_keys(values: Mapping[str, Any], where: str) -> None:
+    for key in values:
+        if key not in RunConfig.model_fields:
+            near = difflib.get_close_matches(str(key), RunConfig.model_fields, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where}: unknown key '{key}'; the nearest known key is '{near}'")
 
 
 def _field_name(key: object) -> str:
