@@ -34,6 +34,11 @@ app.add_typer(config_app, name="config")
 Command = Callable[[RunConfig, frozenset[str]], None]
 
 MODEL = ("model", "device", "attention", "dtype")
+TRAINING = (
+    *("epochs", "max_steps", "batch_size", "accumulation", "lr", "lr_scheduler", "warmup_steps", "optimizer"),
+    *("max_grad_norm", "token_budget", "activation_checkpointing", "seed", "resume"),
+    *("logging_steps", "save_steps", "snapshot_steps", "report_to", "push_to_hub"),
+)
 DATA = ("dataset", "dataset_config", "split", "chat_template", "limit", "drop_ties", "max_length", "max_prompt_length")
 
 
@@ -59,7 +64,10 @@ def _option(name: str) -> inspect.Parameter:
 def configured(
     group: typer.Typer, name: str, *fields: str, resume: str = "nothing was written"
 ) -> Callable[[Command], Command]:
-    """Registers a command that takes `--config` and the given fields of `RunConfig` as options."""
+    """Registers a command that takes `--config` and the given fields of `RunConfig` as options.
+
+    What it names of the embedded world is made first, except for `config show`.
+    """
     config_help = f"YAML file, or a profile: {', '.join(profile_names())}."
     config_option = inspect.Parameter(
         "config",
@@ -73,7 +81,12 @@ def configured(
             config = values.pop("config")
             given = {key: value for key, value in values.items() if value not in (None, [])}
             with user_errors(resume):
-                function(load_config(config, given, name if group is app else None), frozenset(given))
+                settings = load_config(config, given, name if group is app else None)
+                if group is app:
+                    from .embedded import provide
+
+                    settings = provide(settings)
+                function(settings, frozenset(given))
 
         parameters = [config_option, *map(_option, fields)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -134,9 +147,8 @@ def precompute(config: RunConfig, given: frozenset[str]) -> None:
     *MODEL,
     *("cache", "eval_cache", "trust_hashes", "out", "method", "reference", "sae", "site"),
     *("beta", "alpha", "gamma", "kl_beta", "stop_gradient", "top_k"),
-    *("epochs", "max_steps", "batch_size", "accumulation", "lr", "lr_scheduler", "warmup_steps", "optimizer"),
-    *("max_grad_norm", "token_budget", "activation_checkpointing", "lora_r", "merge", "seed", "resume"),
-    *("allow_different_start", "logging_steps", "save_steps", "eval_steps", "report_to", "push_to_hub"),
+    *TRAINING,
+    *("lora_r", "merge", "allow_different_start", "eval_steps"),
     resume="--resume goes on from the last checkpoint",
 )
 def align(config: RunConfig, given: frozenset[str]) -> None:
@@ -149,7 +161,46 @@ def align(config: RunConfig, given: frozenset[str]) -> None:
     run_align(config, given)
 
 
-@configured(app, "train-sae", "model", "device", "attention", *DATA, "site", "width", "tokens", "seed", "out")
+@configured(
+    app,
+    "sft",
+    *MODEL,
+    *(field for field in DATA if field not in ("drop_ties", "max_prompt_length")),
+    *("out", *TRAINING),
+    resume="--resume goes on from the last checkpoint",
+)
+def sft(config: RunConfig, given: frozenset[str]) -> None:
+    """Fine-tune a model on conversations (UltraChat's shape): what preference optimization starts from.
+
+    Needs --model, --dataset and --out, here or in the configuration.
+    """
+    from .run_sft import run_sft
+
+    run_sft(config, given)
+
+
+@configured(
+    app,
+    "evaluate",
+    *MODEL,
+    *("cache", "trust_hashes", "method", "reference", "sae", "site", "top_k", "token_budget"),
+    *("prompts", "samples", "max_new_tokens", "temperature", "top_p", "generation_batch", "outputs", "questions"),
+    *("seed", "out"),
+    resume="no metrics.json was written; empty --out, or give another",
+)
+def evaluate(config: RunConfig, given: frozenset[str]) -> None:
+    """Measure a policy on a held-out cache: accuracy, KL and feature MSE to the reference, diversity; or write answers.
+
+    Needs --model and --out, and --cache or --outputs with --questions, here or in the configuration.
+    """
+    from .run_evaluate import run_evaluate
+
+    run_evaluate(config, given)
+
+
+@configured(
+    app, "train-sae", "model", "device", "attention", *DATA, "site", "width", "tokens", "target_l0", "seed", "out"
+)
 def train_sae(config: RunConfig, given: frozenset[str]) -> None:
     """Train a JumpReLU SAE on the model's own activations, for models that have no public one.
 
@@ -158,6 +209,47 @@ def train_sae(config: RunConfig, given: frozenset[str]) -> None:
     from .run_train_sae import run_train_sae
 
     run_train_sae(config)
+
+
+Profile = Annotated[str, typer.Option("--config", help="Profile or YAML file.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", help=RunConfig.model_fields["jobs"].description, min=1)]
+GO_ON = "finished steps are kept: run the same command again to go on"
+
+
+@app.command("table")
+def table(
+    config: Profile = "embedded",
+    ablations: Annotated[bool, typer.Option("--ablations", help="The ablations instead of the comparison.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan with estimates, and what is missing.")
+    ] = False,
+    runs: Annotated[Path | None, typer.Option("--runs", help="Folder of the runs; default runs/<profile>.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the tables; default results/<profile>.")] = None,
+    jobs: Jobs = None,
+) -> None:
+    """The paper's comparison: every method under every seed, evaluated; tables, figures and a page."""
+    given = {"runs": runs, "out": out, "jobs": jobs}
+    with user_errors(GO_ON):
+        settings = load_config(config, {name: value for name, value in given.items() if value is not None}, "table")
+        from .table import run_table
+
+        run_table(config, settings, ablations=ablations, dry_run=dry_run)
+
+
+@app.command("tune")
+def tune(
+    config: Profile = "embedded",
+    runs: Annotated[Path | None, typer.Option("--runs", help="Folder of the runs; default runs/<profile>.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the log; default results/<profile>.")] = None,
+    jobs: Jobs = None,
+) -> None:
+    """Search learning rate and β of every method on the validation split, with one budget for all."""
+    given = {"runs": runs, "out": out, "jobs": jobs}
+    with user_errors(GO_ON):
+        settings = load_config(config, {name: value for name, value in given.items() if value is not None}, "tune")
+        from .tune import run_tune
+
+        run_tune(config, settings)
 
 
 CacheFolder = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]

@@ -15,10 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 from ..stages.methods import METHODS, MethodName
 
-
 # What `for` of a configuration file may name beside methods; the second line are those that read a method's settings.
-COMMANDS = ("precompute", "align", "train-sae", "sft", "evaluate", "table")
-METHOD_COMMANDS = (None, "align", "evaluate")
+COMMANDS = ("precompute", "align", "train-sae", "sft", "evaluate", "table", "tune")
+METHOD_COMMANDS = (None, "align")
 
 
 class RunConfig(BaseModel):
@@ -112,6 +111,16 @@ class RunConfig(BaseModel):
     )
     questions: Path | None = Field(None, description="The benchmark's questions, in its own file format.")
 
+    seeds: tuple[int, ...] = Field((0,), description="Seeds of the comparison, each a run of every method. Repeatable.")
+    heldout_split: str = Field("test_prefs", description="Split that the comparison is measured on.")
+    validation_split: str | None = Field(None, description="Split that tune chooses on.")
+    ablation_sites: tuple[str, ...] = Field((), description="Sites of the ablation, one run each. Repeatable.")
+    ablation_sums: tuple[str, ...] = Field(
+        (), description="Several sites at once, joined by '+', of the ablation, one run each. Repeatable."
+    )
+    jobs: PositiveInt = Field(1, description="Runs of the comparison at a time; each has its share of the cores.")
+    runs: Path | None = Field(None, description="Folder of the comparison's runs; default runs/<profile>.")
+
 
 def profile_names() -> list[str]:
     """Names of the profiles that come with the package."""
@@ -147,6 +156,12 @@ def load_config(name: str | None, given: Mapping[str, Any], command: str | None 
         key = str(first["loc"][0])
         place = f"--{key.replace('_', '-')}" if key in given else f"{where}: {key}"
         raise ValueError(f"{place}: {first['msg']}, found {first['input']!r}") from error
+
+
+def has_section(name: str, command: str) -> bool:
+    """Whether a file's `for` has settings of this command."""
+    content, where = _read(name)
+    return command in _sections(content.get("for", {}), where)
 
 
 def _sections(content: Any, where: str) -> dict[str, dict[str, Any]]:

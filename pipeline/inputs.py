@@ -3,13 +3,15 @@
 In: a `RunConfig`. Out: opened data, tokenizer and SAEs, or one line that says what is wrong.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..stages.models import ModelSource, default_device, find_model, load_tokenizer
+from ..cache.manifest import Manifest, Meaning
+from ..stages.models import ModelSource, default_device, find_model, load_tokenizer, tokenizer_sha256
 from ..stages.preferences import ChatFormat, Limits, Preferences, load_preferences, load_template
-from ..stages.sites import SiteSAE, load_sae
+from ..stages.sites import SiteSAE, load_sae, parse_site
 from .config import RunConfig
 
 
@@ -65,3 +67,74 @@ def load_data(config: RunConfig) -> tuple[ModelSource, Preferences, ChatFormat, 
     preferences = load_preferences(config.dataset, split=config.split, config=config.dataset_config, limit=config.limit)
     source = find_model(config.model)
     return source, preferences, ChatFormat(load_tokenizer(source), template), limits
+
+
+def sites_to_read(config: RunConfig, cache_folder: Path) -> list[str]:
+    """Names of the sites whose features are compared: those of `--site`, or the cache's where it has only one.
+
+    Raises:
+        ValueError: if the cache has several and none is named.
+    """
+    known = [site.site for site in Manifest.load(cache_folder).meaning.sites]
+    if not config.site and len(known) > 1:
+        raise ValueError(f"--site: the cache has {', '.join(known)}; name those whose features are to be read")
+    return [parse_site(site).name for site in config.site] or known
+
+
+def saes_of_sites(config: RunConfig, sites: list[str], device: str) -> list[SiteSAE]:
+    """The SAEs of these sites, in their order, of those that `--sae` names; none for no site.
+
+    Raises:
+        ValueError: if a site has none.
+    """
+    if not sites:
+        return []
+    required(config, "sae")
+    by_site = {sae.site.name: sae for sae in load_saes(config, device)}
+    for site in sites:
+        if site not in by_site:
+            raise ValueError(f"--sae: expected an SAE for site {site}, found SAEs for {', '.join(by_site)}")
+    return [by_site[site] for site in sites]
+
+
+def tokenizer_of_cache(source: ModelSource, cache_folder: Path, meaning: Meaning) -> Any:
+    """The model's tokenizer, which has to be the cache's.
+
+    Raises:
+        ValueError: if it is another.
+    """
+    tokenizer = load_tokenizer(source)
+    found = tokenizer_sha256(tokenizer)
+    if found != meaning.tokenizer:
+        raise ValueError(
+            f"cache {cache_folder}: its tokenizer is not that of {source.name} (hashes {meaning.tokenizer[:12]} and "
+            f"{found[:12]}); make a cache with this model"
+        )
+    return tokenizer
+
+
+def find_reference(config: RunConfig, meaning: Meaning) -> ModelSource:
+    """The model of `--reference`, which has to be the one that the cache was made with.
+
+    Raises:
+        ValueError: if it is another.
+    """
+    assert config.reference is not None
+    source = find_model(config.reference)
+    if source.sha256 != meaning.model:
+        raise ValueError(
+            f"--reference: expected the model that the cache was made with, found {source.name} (weight hashes "
+            f"{meaning.model[:12]} and {source.sha256[:12]}); rewards and KL would measure against two models"
+        )
+    return source
+
+
+def check_new(out: Path) -> None:
+    """Refuses to mix the output of two runs.
+
+    Raises:
+        ValueError: if there is anything in the folder, or it is a file.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "files in" if out.is_dir() else "a file at"
+        raise ValueError(f"--out: expected a new or empty folder, found {what} {out}; give another one, or empty it")

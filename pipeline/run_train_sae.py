@@ -1,10 +1,14 @@
 """`fpo train-sae`: from a configuration to an SAE for a model that has none.
 
-In: a `RunConfig`. Out: an SAE in SAELens' format in `--out`, its quality on the terminal.
+In: a `RunConfig`. Out: an SAE in SAELens' format in `--out`, its quality on the terminal and in `quality.json`.
 """
+
+import json
+from dataclasses import asdict
 
 import numpy as np
 
+from ..cache.files import write_atomically
 from ..stages.models import choose_attention, load_model
 from ..stages.preferences import tokenize_pair
 from ..stages.sites import parse_site
@@ -42,8 +46,10 @@ def run_train_sae(config: RunConfig) -> None:
         tokens=config.tokens,
         out=out,
         model_name=source.name,
+        target_l0=config.target_l0,
         seed=config.seed,
     )
+    write_atomically(out / "quality.json", json.dumps(asdict(quality), indent=1).encode())
     (out / "run.yaml").write_text(to_yaml(config))
     console.print(
         f"{out}: L0 {quality.l0:.1f}, explained variance {quality.explained_variance:.3f}, "

@@ -7,32 +7,27 @@ from a policy that is not the cache's reference.
 Shapes: R responses of a packed row, B pairs of a packed row (R = 2B, chosen and rejected in turn).
 """
 
-import math
-import resource
-import sys
-import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ..cache.reader import Cache
 from .batches import RowBatch, RowCollator
 from .fpo_config import FPOConfig
-from .metrics import MetricsFile, PairMeans, ParityLog, forget_lines_after
+from .metrics import ParityLog
 from .objectives import PairLosses, PairScores, pair_losses
 from .parity import check_cache, check_parity
-from .scoring import RowScores, attach_scoring, causal_lm, check_model, live_reference, row_multiple
+from .row_trainer import RowTrainer
+from .scoring import RowScores, causal_lm, live_reference, row_multiple
 from .sites import SiteSAE
 
 __all__ = ["FPOConfig", "FPOTrainer"]
 
 
-class FPOTrainer(Trainer):
+class FPOTrainer(RowTrainer):
     """Trains a policy on cached preference pairs.
 
     Args:
@@ -71,26 +66,17 @@ class FPOTrainer(Trainer):
         for cache in (train_cache, eval_cache):
             if cache is not None:
                 check_cache(cache, saes, args.recipe, args.top_k)
-        dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad}
-        if dtypes != {"torch.float32"}:
-            raise ValueError(f"policy: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
-        check_model(model)
-        attach_scoring(model)
         self.policy, self.train_cache, self.saes = model, train_cache, tuple(saes)
-        self._means = {"train": PairMeans(), "eval": PairMeans()}
-        self._tokens, self._started = 0, time.monotonic()
         self._constraint_step = -1
         super().__init__(
-            model=model,
-            args=args,
+            model,
+            args,
             data_collator=RowCollator(args.token_budget, row_multiple(model), tuple(sae.width for sae in self.saes)),
             train_dataset=train_cache,
             eval_dataset=eval_cache,
             processing_class=processing_class,
-            callbacks=[MetricsFile(), *(callbacks or [])],
+            callbacks=callbacks,
         )
-        if self.is_fsdp_enabled:
-            raise ValueError("FSDP: ranks may pack different numbers of rows and would wait for each other; use DDP")
         self.parity: dict[str, float] = {}
         self.add_callback(ParityLog(self))
         self.reference = None if reference is None else reference.to(args.device).requires_grad_(False).eval()
@@ -98,12 +84,9 @@ class FPOTrainer(Trainer):
     def train(  # type: ignore[override]  # the Trainer's other arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """Checks parity (not on resume), then trains; see `Trainer.train`."""
+        """Checks parity (not on resume), then trains; see `RowTrainer.train`."""
         if not resume_from_checkpoint:
             self.parity = self._check_parity()
-            if self.is_world_process_zero():
-                forget_lines_after(-1, Path(self.args.output_dir or ""))
-        self._tokens, self._started = 0, time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _check_parity(self) -> dict[str, float]:
@@ -182,31 +165,17 @@ class FPOTrainer(Trainer):
             values["features/error_bound"] = torch.stack([drift.error_bound_R for drift in scores.drifts]).mean(0)
         self._means[mode].add(values)
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """One backward a packed row, so that memory is set by the token budget, not by the batch size.
+    def row_loss(self, model: nn.Module, row: RowBatch) -> Tensor:
+        """The losses of one row's pairs, summed."""
+        losses = self.row_losses(model, row, "train")
+        if self._logs_this_step() and self._constraint_step != self.state.global_step:
+            self._constraint_step = self.state.global_step
+            self._measure_constraint(losses)
+        return losses.loss.sum()
 
-        The loss is summed over pairs and divided by their number over all ranks and accumulated batches; DDP averages
-        gradients over ranks, which the factor `num_processes` undoes.
-        """
-        assert num_items_in_batch is not None
-        model.train()
-        rows: Any = self._prepare_inputs(inputs)["rows"]
-        scale = self.accelerator.num_processes / num_items_in_batch
-        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        for number, row in enumerate(rows):
-            last = number == len(rows) - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                losses = self.row_losses(model, row, "train")
-                if self._logs_this_step() and self._constraint_step != self.state.global_step:
-                    self._constraint_step = self.state.global_step
-                    self._measure_constraint(losses)
-                loss = losses.loss.sum() * scale
-                self.accelerator.backward(loss)
-            total += loss.detach()
-            self._tokens += row.tokens
-        return total
+    def row_items(self, row: RowBatch) -> int:
+        """Pairs."""
+        return len(row.packed.pairs)
 
     def _logs_this_step(self) -> bool:
         step, every = self.state.global_step + 1, max(1, self.state.logging_steps)
@@ -245,49 +214,3 @@ class FPOTrainer(Trainer):
             for row in self._prepare_inputs(inputs)["rows"]:
                 losses.append(self.row_losses(model, row, "eval").loss)
         return torch.cat(losses).mean(), None, None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics gathered since the last line of the same kind: means over pairs, over all ranks.
-
-        (accelerate repeats pairs to fill the last batch of several ranks; repeats count.)
-
-        Raises:
-            FloatingPointError: if the loss is not finite; the line is still written.
-        """
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        prefix = "eval_" if mode == "eval" else ""
-        if "train_runtime" in logs:
-            logs |= self._cost()
-        elif mode == "eval" or "loss" in logs:
-            logs |= {prefix + name: mean for name, mean in self._means[mode].read(self.accelerator).items()}
-        super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"step {self.state.global_step}: the loss is {logs['loss']}, not finite; lower --lr, or raise "
-                "--warmup-steps, and start again"
-            )
-
-    def _cost(self) -> dict[str, float]:
-        """Tokens of all ranks over the time of training, saving included; the peak is the process's on CPU."""
-        seconds = time.monotonic() - self._started
-        tokens = float(self.accelerator.reduce(torch.tensor(float(self._tokens), device=self.args.device), "sum"))
-        if self.args.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.args.device)
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return {"train_tokens_per_second": round(tokens / seconds, 1), "train_peak_memory_bytes": peak}
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
-        pairs = sum(len(row.packed.pairs) for batch in batch_samples for row in batch["rows"])
-        if self.accelerator.num_processes == 1:
-            return pairs
-        counted = self.accelerator.reduce(torch.tensor(pairs, device=device), "sum")
-        return int(counted)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        # A pickle of the settings: nothing here reads it, and run.yaml holds them.
-        folder = output_dir or self.args.output_dir
-        assert folder is not None
-        (Path(folder) / "training_args.bin").unlink(missing_ok=True)

@@ -1,6 +1,7 @@
-"""Cached pairs to batches of packed rows.
+"""Cached pairs, and conversations, to batches of packed rows.
 
-In: rows of a cache. Out: packed rows with what the reference said about them, as the Trainer's collator hands them on.
+In: rows of a cache, or conversations. Out: packed rows as the Trainer's collator hands them on, those of a cache with
+what the reference said about them.
 
 Shapes: L positions of a row, R responses of a row (two a pair).
 """
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..cache.schema import CachedPair
 from .features import CachedFeatures
-from .packing import PackedRow, pack
+from .packing import Conversation, PackedRow, pack, pack_conversations
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,19 +25,22 @@ class RowBatch:
         packed: the row.
         cached: the reference's features, one entry a site.
         ref_logps_R: float64, the reference's log-probabilities.
-        tokens: tokens of the row without padding.
     """
 
     packed: PackedRow
     cached: tuple[CachedFeatures, ...]
     ref_logps_R: Tensor
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the row without padding."""
+        return self.packed.tokens
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "RowBatch":
         """The same on `device`; accelerate's loader calls it."""
         cached = tuple(features.to(device) for features in self.cached)
         ref_logps_R = self.ref_logps_R.to(device, non_blocking=non_blocking)
-        return RowBatch(self.packed.to(device), cached, ref_logps_R, self.tokens)
+        return RowBatch(self.packed.to(device, non_blocking), cached, ref_logps_R)
 
 
 @dataclass(frozen=True)
@@ -63,5 +67,22 @@ class RowCollator:
                 for site, width in enumerate(self.widths)
             )
             ref_logps_R = torch.tensor([response.logp for response in responses], dtype=torch.float64)
-            rows.append(RowBatch(packed, cached, ref_logps_R, int((packed.pair_L >= 0).sum())))
+            rows.append(RowBatch(packed, cached, ref_logps_R))
         return {"rows": rows}
+
+
+@dataclass(frozen=True)
+class ConversationCollator:
+    """Packs a batch of conversations into rows.
+
+    Attributes:
+        token_budget: tokens of a row.
+        pad_to: row lengths are padded to a multiple of this.
+    """
+
+    token_budget: int
+    pad_to: int
+
+    def __call__(self, conversations: Sequence[Conversation]) -> dict[str, list[PackedRow]]:
+        """Rows of the batch; together they hold every conversation once."""
+        return {"rows": pack_conversations(conversations, self.token_budget, self.pad_to)}

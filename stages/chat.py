@@ -146,24 +146,57 @@ class ChatFormat:
             return self._prompt_ids(prompt), self._ids(chosen) + eos, self._ids(rejected) + eos
         prompt = self._accepted(prompt)
         prompt_text = self._render(prompt, answer_next=True)
-        chosen_ids, rejected_ids = (self._response_ids(prompt, prompt_text, answer) for answer in (chosen, rejected))
+        chosen_ids, rejected_ids = (self._answer(prompt, prompt_text, answer)[0] for answer in (chosen, rejected))
         return self._prompt_ids(prompt_text), chosen_ids, rejected_ids
 
-    def _response_ids(self, prompt: Turns, prompt_text: str, answer: Turns) -> list[int]:
+    def prompt_ids(self, turns: Turns) -> list[int]:
+        """Token ids of a conversation that the assistant answers next, as in `prompt_and_responses`."""
+        return self._prompt_ids(self._render(self._accepted(turns), answer_next=True))
+
+    def conversation(self, turns: Turns) -> tuple[list[int], list[bool]]:
+        """Token ids of a conversation up to its last answer, and which of them are an answer's.
+
+        Prompt and answers are encoded as in `prompt_and_responses`, and so is what stands between them. Where the
+        template writes no end of turn, EOS closes every answer: without it the model could not learn to stop.
+
+        Raises:
+            ValueError: the template refuses the turns, or a turn does not follow what stood before it.
+        """
+        first = [message.role for message in turns].index("assistant")
+        prompt = self._accepted(turns[:first])
+        turns, said = prompt + turns[first:], ""
+        ids: list[int] = []
+        learnt: list[bool] = []
+        for number in range(len(prompt), len(turns)):
+            if turns[number].role != "assistant":
+                continue
+            asked = self._render(turns[:number], answer_next=True)
+            self._check_appends(said, asked)
+            asked_ids = self._ids(asked[len(said) :]) if said else self._prompt_ids(asked)
+            answer_ids, said = self._answer(turns[:number], asked, turns[number : number + 1])
+            ids += asked_ids + answer_ids
+            learnt += [False] * len(asked_ids) + [True] * len(answer_ids)
+        return ids, learnt
+
+    def _answer(self, prompt: Turns, prompt_text: str, answer: Turns) -> tuple[list[int], str]:
+        """Token ids of an answer, and the conversation's text up to its end."""
         text = self._render(prompt + answer, answer_next=False)
-        if not text.startswith(prompt_text):
-            raise ValueError(
-                "the chat template renders a prompt differently once it is answered: expected the conversation to "
-                f"begin with …{prompt_text[-40:]!r}; give a template that only appends, by a file"
-            )
+        self._check_appends(prompt_text, text)
         if not text.endswith(self._closing):
             raise ValueError(
                 f"the chat template closes this answer otherwise than others: expected {self._closing!r} at the end, "
                 f"found …{text[-40:]!r}; give a template that closes every answer alike, by a file"
             )
-        spare = len(self._closing) - len(self._closing.rstrip())
-        ids = self._ids(text[len(prompt_text) : len(text) - spare])
-        return [*ids, self.end_id] if self._appends_eos else ids
+        text = text[: len(text) - len(self._closing) + len(self._closing.rstrip())]
+        ids = self._ids(text[len(prompt_text) :])
+        return [*ids, self.end_id] if self._appends_eos else ids, text
+
+    def _check_appends(self, before: str, after: str) -> None:
+        if not after.startswith(before):
+            raise ValueError(
+                "the chat template renders a turn differently once another follows: expected the conversation to "
+                f"begin with …{before[-40:]!r}; give a template that only appends, by a file"
+            )
 
     def _accepted(self, prompt: Turns) -> Turns:
         """The prompt, its system turn folded into the first user turn if the template refuses or drops it."""

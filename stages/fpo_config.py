@@ -1,20 +1,17 @@
 """Settings of stage two, as the Trainer takes them.
 
-In: what a user sets. Out: `FPOConfig`, a `TrainingArguments` with the paper's defaults and the objective.
+In: what a user sets. Out: `FPOConfig`, the settings of a `RowTrainer` and the objective.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
-
-from transformers import TrainingArguments
 
 from .methods import make_objective
-from .models import Recipe
+from .row_trainer import RowConfig
 
 
 @dataclass
-class FPOConfig(TrainingArguments):
-    """Settings of `FPOTrainer`: those of the objective, and the Trainer's own with the paper's defaults (Table 5).
+class FPOConfig(RowConfig):
+    """Settings of `FPOTrainer`: those of the objective, and those that every training has.
 
     `bf16` selects the compute recipe and must be the cache's; `per_device_train_batch_size` counts pairs.
     """
@@ -26,37 +23,18 @@ class FPOConfig(TrainingArguments):
     kl_beta: float | None = field(default=None, metadata={"help": "β of SimPO+KL's constraint."})
     stop_gradient: bool | None = field(default=None, metadata={"help": "Hold D(y_w) fixed in the constraint."})
     top_k: int = field(default=50, metadata={"help": "k of D_F, features."})
-    token_budget: int = field(default=2048, metadata={"help": "Tokens of a packed row, the unit of one backward."})
     parity_pairs: int = field(default=8, metadata={"help": "Cached pairs scored before the first step."})
     allow_different_start: bool = field(
         default=False, metadata={"help": "Train although the policy is not the cache's reference."}
     )
 
-    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Schedule after warm-up."})
-    warmup_steps: float = field(default=150, metadata={"help": "Linear warm-up, steps."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the cache."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Pairs a step and device."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Pairs an evaluation batch."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
-    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step: its loss is known."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is shown."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Unused: there are no columns."})
-    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
-        default_factory=lambda: {"use_reentrant": False},
-        metadata={"help": "Non-reentrant: under the other kind a hook inside a layer gets no gradient."},
-    )
-
     def __post_init__(self) -> None:
-        """Checks what the Trainer cannot know.
+        """Makes the objective.
 
         Raises:
-            ValueError: if reentrant checkpointing is asked for, or the objective's settings do not fit the method.
+            ValueError: as `RowConfig`; if the objective's settings do not fit the method.
         """
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        kwargs = self.activation_checkpointing_kwargs
-        if isinstance(kwargs, dict) and kwargs.get("use_reentrant", True):
-            raise ValueError("activation_checkpointing_kwargs: expected use_reentrant=False; features need gradients")
+        super().__post_init__()
         self.objective = make_objective(
             self.method,
             beta=self.beta,
@@ -65,13 +43,3 @@ class FPOConfig(TrainingArguments):
             kl_beta=self.kl_beta,
             stop_gradient=self.stop_gradient,
         )
-
-    @property
-    def recipe(self) -> Recipe:
-        """The compute recipe."""
-        return "bf16" if self.bf16 else "fp32"
-
-    @property
-    def n_gpu(self) -> int:
-        """At most one: several GPUs are the ranks of a launcher, never `DataParallel`."""
-        return min(1, int(super().n_gpu))

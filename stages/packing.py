@@ -1,18 +1,21 @@
-"""Pairs to packed rows that share the prompt.
+"""Pairs to packed rows that share the prompt, and conversations to packed rows.
 
 In: tokenised pairs and a token budget. Out: rows `prompt · chosen · rejected · prompt · chosen · …` with position ids
 that restart after each prompt, the attention masks that keep pairs and responses apart, and the positions from which
-every response token is predicted. Packing is a pure function of (pairs, token budget).
+every response token is predicted. Packing is a pure function of (pairs, token budget). Conversations are packed end to
+end by the same rules; there the assistant's tokens are the ones that are predicted.
 
-Shapes: L positions of a row, T response tokens of a row, R responses of a row (two a pair: chosen, rejected).
+Shapes: L positions of a row, T response tokens of a row, R responses of a row (two a pair: chosen, rejected; or one a
+conversation: its assistant turns together).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..cache.schema import Pair
@@ -22,11 +25,24 @@ PROMPT, CHOSEN, REJECTED = 0, 1, 2
 
 
 @dataclass(frozen=True, eq=False)
-class PackedRow:
-    """One row of packed pairs, ready for one forward pass with batch size 1.
+class Conversation:
+    """A tokenised conversation.
 
     Attributes:
-        pairs: index of each packed pair in the list that was packed, ascending.
+        ids: int32 [length], token ids.
+        learnt: bool [length], which of them are the assistant's; the first never is.
+    """
+
+    ids: NDArray[np.int32]
+    learnt: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRow:
+    """One row of packed pairs or conversations, ready for one forward pass with batch size 1.
+
+    Attributes:
+        pairs: index of each packed pair (or conversation) in the list that was packed, ascending.
         input_ids_L: int64, token ids; 0 on padding.
         position_ids_L: int64, restart at 0 for each pair and after its prompt for its rejected response.
         pair_L: int64, which pair of the row a position belongs to; `PADDING` on padding.
@@ -35,6 +51,7 @@ class PackedRow:
             the response's own positions but the last. Chosen before rejected, pair by pair.
         targets_T: int64, the response tokens, in the order of `sources_T`.
         lengths: number of tokens of each response, R entries that sum to T.
+        tokens: tokens of the row without padding.
     """
 
     pairs: tuple[int, ...]
@@ -45,13 +62,13 @@ class PackedRow:
     sources_T: Tensor
     targets_T: Tensor
     lengths: tuple[int, ...]
+    tokens: int
 
-    def to(self, device: torch.device | str) -> "PackedRow":
-        """The row with its tensors on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return PackedRow(pairs=self.pairs, lengths=self.lengths, **moved)
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedRow":
+        """The row with its tensors on `device`; accelerate's loader calls it."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
+        return replace(self, **moved)
 
 
 def plan_rows(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -101,8 +118,48 @@ def pack(pairs: Sequence[Pair], token_budget: int, pad_to: int = 1) -> list[Pack
     return [_pack_row([pairs[i] for i in row], row, pad_to) for row in plan_rows(lengths, token_budget)]
 
 
+def pack_conversations(conversations: Sequence[Conversation], token_budget: int, pad_to: int = 1) -> list[PackedRow]:
+    """Packs conversations into rows.
+
+    Args:
+        conversations: each with a learnt token, which is not its first.
+        token_budget: as in `pack`.
+        pad_to: as in `pack`.
+
+    Returns:
+        The rows, `PROMPT` everywhere, one response a conversation; each conversation is in exactly one.
+
+    Raises:
+        ValueError: if the budget is not positive.
+    """
+    rows = plan_rows([conversation.ids.size for conversation in conversations], token_budget)
+    return [_pack_conversations_row([conversations[i] for i in row], row, pad_to) for row in rows]
+
+
+def _pack_conversations_row(conversations: Sequence[Conversation], indices: Sequence[int], pad_to: int) -> PackedRow:
+    sources, targets = [], []
+    start = 0
+    for conversation in conversations:
+        (learnt,) = conversation.learnt.nonzero()
+        assert learnt.size and learnt[0] > 0, "a learnt token is predicted from the one before it"
+        sources.append(start + learnt - 1)
+        targets.append(conversation.ids[learnt])
+        start += conversation.ids.size
+    sizes = [conversation.ids.size for conversation in conversations]
+    return _row(
+        indices,
+        pad_to,
+        tokens=[conversation.ids for conversation in conversations],
+        positions=[np.arange(size) for size in sizes],
+        pair_of=[np.full(size, number) for number, size in enumerate(sizes)],
+        part_of=[np.full(size, PROMPT) for size in sizes],
+        sources=sources,
+        targets=targets,
+    )
+
+
 def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], pad_to: int) -> PackedRow:
-    tokens, positions, pair_of, part_of, sources, targets, lengths = [], [], [], [], [], [], []
+    tokens, positions, pair_of, part_of, sources, targets = [], [], [], [], [], []
     start = 0
     for number, pair in enumerate(pairs):
         prompt = pair.prompt_ids.size
@@ -119,12 +176,36 @@ def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], pad_to: int) -> Pac
             part_of.append(np.full(length, part))
             sources.append(np.concatenate(([last_prompt], np.arange(start, start + length - 1))))
             targets.append(response)
-            lengths.append(length)
             start += length
         pair_of.append(np.full(prompt + pair.chosen_ids.size + pair.rejected_ids.size, number))
-    padding = -start % pad_to
+    return _row(
+        indices,
+        pad_to,
+        tokens=tokens,
+        positions=positions,
+        pair_of=pair_of,
+        part_of=part_of,
+        sources=sources,
+        targets=targets,
+    )
 
-    def joined(parts: list[Any], fill: int | None = None) -> Tensor:
+
+def _row(
+    indices: Sequence[int],
+    pad_to: int,
+    *,
+    tokens: Sequence[Any],
+    positions: Sequence[Any],
+    pair_of: Sequence[Any],
+    part_of: Sequence[Any],
+    sources: Sequence[Any],
+    targets: Sequence[Any],
+) -> PackedRow:
+    """Joins the arrays of a row's parts, and pads those that have an entry a position."""
+    size = sum(part.size for part in tokens)
+    padding = -size % pad_to
+
+    def joined(parts: Sequence[Any], fill: int | None = None) -> Tensor:
         values = np.concatenate(parts).astype(np.int64)
         return torch.from_numpy(values if fill is None else np.pad(values, (0, padding), constant_values=fill))
 
@@ -136,7 +217,8 @@ def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], pad_to: int) -> Pac
         part_L=joined(part_of, PROMPT),
         sources_T=joined(sources),
         targets_T=joined(targets),
-        lengths=tuple(lengths),
+        lengths=tuple(part.size for part in targets),
+        tokens=size,
     )
 
 

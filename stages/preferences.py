@@ -105,21 +105,27 @@ def load_preferences(source: str, *, split: str, config: str | None = None, limi
         FileNotFoundError: there is no such file, folder or hub data set.
         ValueError: no such split, a file of another kind, a missing column, or a setting that would be ignored.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"expected a limit of at least 1 row, found {limit}")
-    rows = _load_rows(source, split, config)
+    rows = load_rows(source, split, config, limit)
     if not {"chosen", "rejected"} <= set(rows.column_names):
         raise ValueError(f"{source}: found columns {', '.join(map(repr, rows.column_names))}, expected {SHAPES}")
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
     return Preferences(rows, source=source, split=split)
 
 
-def _load_rows(source: str, split: str, config: str | None) -> Any:
+def load_rows(
+    source: str, split: str, config: str | None, limit: int | None, what: str = "preference data"
+) -> datasets.Dataset:
+    """The raw rows of a split, whatever their columns; `what` they are is said where there are none, else as above."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"expected a limit of at least 1 row, found {limit}")
+    rows = _open_rows(source, split, config, what)
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _open_rows(source: str, split: str, config: str | None, what: str) -> Any:
     path = Path(source).expanduser()
     if not path.exists():
         if path.suffix in BUILDERS or source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
-            raise FileNotFoundError(f"expected preference data at {source}, found no such file or folder")
+            raise FileNotFoundError(f"expected {what} at {source}, found no such file or folder")
         try:
             return datasets.load_dataset(source, config, split=split)
         except FileNotFoundError as error:
@@ -165,7 +171,7 @@ def _plain(text: Text) -> str | list[list[str]]:
 
 def _normalise(row: dict[str, Any]) -> Example:
     """A raw row of any accepted shape as an `Example`; null counts as empty."""
-    prompt, chosen, rejected = (_read(row, name) for name in ("prompt", "chosen", "rejected"))
+    prompt, chosen, rejected = (read_text(row.get(name), name) for name in ("prompt", "chosen", "rejected"))
     scores = _score(row, "score_chosen"), _score(row, "score_rejected")
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         return Example(*_split_texts(prompt, chosen, rejected), *scores)
@@ -181,8 +187,12 @@ def _normalise(row: dict[str, Any]) -> Example:
     return Example(*_split_turns(full[0], full[1]), *scores)
 
 
-def _read(row: dict[str, Any], name: str) -> Text:
-    value = row.get(name)
+def read_text(value: Any, name: str) -> Text:
+    """The text or the turns in column `name`; null counts as empty text.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list):

@@ -23,6 +23,9 @@ TokenIds = NDArray[np.int32]
 # filling to the next.
 _BUFFER_TOKENS = 16_384
 
+# Tokens, padding included, that the model reads at a time.
+_FORWARD_TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class SAEQuality:
@@ -110,12 +113,30 @@ def _split(
     return shuffled[number:], shuffled[:number]
 
 
-def _activations(model: PreTrainedModel, ids: TokenIds, site: Site) -> Tensor:
-    """Returns `[length - 1, d]` in float32: the activations at all positions but the first."""
-    input_ids = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
-    with torch.no_grad(), capture_sites(model, [site]) as captured:
-        model.get_decoder()(input_ids=input_ids, use_cache=False)
-    return captured[site][0, 1:].float()
+def _activations(model: PreTrainedModel, sequences: Sequence[TokenIds], site: Site) -> Iterator[Tensor]:
+    """Yields `[tokens, d]` in float32: the activations at all positions but the first, some sequences at a time.
+
+    Sequences are padded on the right, which a causal model does not see.
+    """
+    start = 0
+    while start < len(sequences):
+        longest, stop = len(sequences[start]), start + 1
+        while stop < len(sequences):
+            longest = max(longest, len(sequences[stop]))
+            if longest * (stop + 1 - start) > _FORWARD_TOKENS:
+                break
+            stop += 1
+        group = sequences[start:stop]
+        lengths = torch.tensor([len(ids) for ids in group])
+        input_ids = torch.zeros(len(group), int(lengths.max()), dtype=torch.int64)
+        for row, ids in zip(input_ids, group, strict=True):
+            row[: len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        position = torch.arange(input_ids.shape[1])
+        wanted = (position > 0) & (position < lengths[:, None])
+        with torch.no_grad(), capture_sites(model, [site]) as captured:
+            model.get_decoder()(input_ids=input_ids.to(model.device), use_cache=False)
+        yield captured[site][wanted.to(model.device)].float()
+        start = stop
 
 
 def _batches(
@@ -127,8 +148,7 @@ def _batches(
     def stream() -> Iterator[Tensor]:
         order = np.random.default_rng(seed)
         while True:
-            for i in order.permutation(len(sequences)):
-                yield _activations(model, sequences[i], site)
+            yield from _activations(model, [sequences[i] for i in order.permutation(len(sequences))], site)
 
     available = sum(len(ids) - 1 for ids in sequences)
     yield from mixing_buffer(max(batch_tokens, min(_BUFFER_TOKENS, available)), batch_tokens, stream())
@@ -199,8 +219,7 @@ def _measure(sae: Any, model: PreTrainedModel, sequences: list[TokenIds], site: 
     count, fired_total, error, squares = 0, 0, 0.0, 0.0
     total = torch.zeros(sae.cfg.d_in, dtype=torch.float64, device=model.device)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=model.device)
-    for ids in sequences:
-        x = _activations(model, ids, site)
+    for x in _activations(model, sequences, site):
         features = sae.encode(x)
         error += float((x - sae.decode(features)).double().square().sum())
         squares += float(x.double().square().sum())

@@ -1,0 +1,156 @@
+"""The paper's qualitative claims, asked of what was measured.
+
+In: records of a comparison or an ablation (`results.py`). Out: each claim with yes or no and the figures that say so.
+The thresholds are ours; the paper gives none.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .results import Record, by_row, mean_and_deviation
+
+FAR_BELOW = 0.5
+NEAR = 0.05
+TOGETHER = 0.7
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim with its answer.
+
+    Attributes:
+        text: what is claimed, with the threshold.
+        holds: whether it does here.
+        figures: what was measured.
+    """
+
+    text: str
+    holds: bool
+    figures: str
+
+    @property
+    def answer(self) -> str:
+        """Yes or no."""
+        return "yes" if self.holds else "no"
+
+
+def comparison_claims(records: Sequence[Record], correlations: Mapping[int, float]) -> list[Claim]:
+    """Claims about methods.
+
+    Args:
+        records: of all methods, the reference included.
+        correlations: rank correlation of KL and feature MSE across methods, by step.
+    """
+    rows = by_row(records)
+    return [
+        _beats_reference(rows),
+        _constraint_tells(rows),
+        _kl_below(rows),
+        Claim(
+            f"KL and feature MSE rank the methods alike at every step (rank correlation above {TOGETHER:g})",
+            min(correlations.values()) > TOGETHER,
+            ", ".join(f"step {step}: {value:.2f}" for step, value in sorted(correlations.items())),
+        ),
+        *(_cost_claims(rows)),
+    ]
+
+
+def ablation_claims(sites: Sequence[Record], weights: Sequence[Record]) -> list[Claim]:
+    """Claims about where and how the constraint acts.
+
+    Args:
+        sites: one site after the other, earliest first (Table 3, left).
+        weights: α with and without stop-gradient (Table 3, right).
+    """
+    means = {row: _mean(runs, "accuracy/raw") for row, runs in by_row(sites).items()}
+    claims = []
+    if len(means) > 1:
+        half = len(means) // 2
+        early, late = (sum(part) / len(part) for part in (list(means.values())[:half], list(means.values())[half:]))
+        claims.append(
+            Claim(
+                "Later sites give a higher accuracy than early ones (later half against earlier half)",
+                late > early,
+                f"{100 * late:.1f} % against {100 * early:.1f} %: "
+                + ", ".join(f"{row} {100 * value:.1f}" for row, value in means.items()),
+            )
+        )
+    with_sg, without = (
+        [record for record in weights if record["stop_gradient"] is not False and record["alpha"]],
+        [record for record in weights if record["stop_gradient"] is False and record["alpha"]],
+    )
+    if with_sg and without:
+        found = [mean_and_deviation(part, "diversity/entropy") for part in (with_sg, without)]
+        assert found[0] and found[1]
+        claims.append(
+            Claim(
+                "The stop-gradient helps diversity (H, mean over α)",
+                found[0][0] > found[1][0],
+                f"{found[0][0]:.3f} with, {found[1][0]:.3f} without (deviation over runs {found[0][1]:.3f}, "
+                f"{found[1][1]:.3f})",
+            )
+        )
+    return claims
+
+
+def _mean(runs: Sequence[Record], key: str) -> float:
+    found = mean_and_deviation(runs, key)
+    assert found is not None, key
+    return found[0]
+
+
+def _beats_reference(rows: Mapping[str, list[Record]]) -> Claim:
+    reference = 100 * _mean(rows["sft"], "accuracy/raw")
+    parts, fail = [], []
+    for row, runs in rows.items():
+        found = mean_and_deviation(runs, "accuracy/raw")
+        if row == "sft" or found is None:
+            continue
+        gain, deviation = 100 * found[0] - reference, 100 * found[1]
+        parts.append(f"{runs[0]['label']} {gain:+.1f} (sd {deviation:.1f})")
+        if not gain > 2 * deviation or gain <= 0:
+            fail.append(runs[0]["label"])
+    return Claim(
+        "Every aligned method beats SFT's raw accuracy by more than two standard deviations over seeds",
+        not fail,
+        f"SFT {reference:.1f} %; " + ", ".join(parts) + (f"; not {', '.join(fail)}" if fail else ""),
+    )
+
+
+def _constraint_tells(rows: Mapping[str, list[Record]]) -> Claim:
+    """Whether FPO can be told from FPO without its constraint, by seeds paired."""
+    fpo, without = ({r["seed"]: r["accuracy/raw"] for r in rows[row]} for row in ("fpo", "fpo-alpha0"))
+    gains = [100 * (fpo[seed] - without[seed]) for seed in fpo if seed in without]
+    mean = sum(gains) / len(gains)
+    deviation = (sum((gain - mean) ** 2 for gain in gains) / max(1, len(gains) - 1)) ** 0.5
+    return Claim(
+        "FPO's accuracy is above that of α = 0 by more than two standard deviations of the difference",
+        mean > 2 * deviation and mean > 0,
+        f"difference {mean:+.2f} points (sd {deviation:.2f}, {len(gains)} seeds)",
+    )
+
+
+def _kl_below(rows: Mapping[str, list[Record]]) -> Claim:
+    fpo, simpo = (_mean(rows[row], "kl/chosen") + _mean(rows[row], "kl/rejected") for row in ("fpo", "simpo"))
+    return Claim(
+        f"FPO's KL to the reference is far below SimPO's (below {FAR_BELOW:g} of it)",
+        fpo < FAR_BELOW * simpo,
+        f"{fpo / simpo:.2f} of it ({fpo / 2:.3f} against {simpo / 2:.3f} nats a response)",
+    )
+
+
+def _cost_claims(rows: Mapping[str, list[Record]]) -> list[Claim]:
+    claims = []
+    for key, name, better in (
+        ("train/peak_memory_bytes", "peak memory", -1),
+        ("train/tokens_per_second", "tokens per second", 1),
+    ):
+        fpo, simpo, tdpo2 = (_mean(rows[row], key) for row in ("fpo", "simpo", "tdpo2"))
+        claims.append(
+            Claim(
+                f"FPO's {name} within {NEAR:.0%} of SimPO's and better than TDPO-2's",
+                abs(fpo / simpo - 1) <= NEAR and better * (fpo - tdpo2) > 0,
+                f"{fpo / simpo:.3f} of SimPO's, {fpo / tdpo2:.3f} of TDPO-2's",
+            )
+        )
+    return claims

@@ -1,0 +1,173 @@
+"""The language of the embedded world: instructions in plain English, and for each a better and a worse answer.
+
+In: a seed. Out: preference pairs and conversations as message lists. It is a toy. Every instruction has a counterpart
+(smallest first or largest first, the animals or the tools, …), and the worse answer is what its counterpart asks for,
+so nothing in an answer alone says which is better: only whether it does what was asked. Around that body both answers
+vary freely and independently in how they open and close.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+WORDS = {
+    "animals": ("cat", "dog", "horse", "owl", "fox", "bear", "goat", "duck"),
+    "tools": ("hammer", "saw", "drill", "rake", "knife", "brush", "spade", "wrench"),
+    "fruits": ("apple", "pear", "plum", "fig", "lemon", "mango", "cherry", "melon"),
+    "colours": ("red", "blue", "green", "white", "black", "pink", "brown", "grey"),
+}
+NUMBERS = (
+    *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"),
+    *("fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+)
+NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank")
+THINGS = ("apples", "pears", "plums", "figs", "lemons", "melons", "hammers", "brushes")
+OPENINGS = ("", "", "Sure: ", "Of course: ", "Here you are: ", "My answer: ", "Let me see: ", "I would say: ")
+CLOSINGS = (
+    "",
+    "",
+    "",
+    " I hope this helps.",
+    " Is there anything else?",
+    " That is all.",
+    " Tell me if you need more.",
+)
+POLITE = ("", "", "Please help me. ", "I have a question. ", "Hello. ")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One instruction with the answer it asks for and the answer its counterpart asks for, without their frames."""
+
+    family: str
+    instruction: str
+    good: str
+    bad: str
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(words)
+
+
+def _order_numbers(rng: random.Random) -> Task:
+    values = sorted(rng.sample(range(20), rng.randint(3, 4)))
+    shown = rng.sample(values, len(values))
+    upwards, downwards = (_listed([NUMBERS[i] for i in order]) for order in (values, values[::-1]))
+    first, good, bad = rng.choice([("smallest", upwards, downwards), ("largest", downwards, upwards)])
+    listed = _listed([NUMBERS[i] for i in shown])
+    return Task("order numbers", f"Sort these numbers, the {first} first: {listed}.", good + ".", bad + ".")
+
+
+def _order_words(rng: random.Random) -> Task:
+    words = rng.sample(WORDS["fruits"], rng.randint(2, 4))
+    upwards = sorted(words)
+    ways = [("from A to Z", upwards, upwards[::-1]), ("from Z to A", upwards[::-1], upwards)]
+    way, good, bad = rng.choice(ways)
+    return Task("order words", f"Sort these words {way}: {_listed(words)}.", _listed(good) + ".", _listed(bad) + ".")
+
+
+def _two_categories(rng: random.Random, least: int, most: int) -> tuple[list[str], str, str]:
+    """Words of two categories, `least` to `most` of each and not equally many, shuffled."""
+    one, other = rng.sample(sorted(WORDS), 2)
+    numbers = rng.sample(range(least, most + 1), 2)
+    words = [word for name, count in zip((one, other), numbers, strict=True) for word in rng.sample(WORDS[name], count)]
+    rng.shuffle(words)
+    return words, one, other
+
+
+def _count(rng: random.Random) -> Task:
+    words, one, other = _two_categories(rng, 1, 3)
+    good, bad = (NUMBERS[sum(word in WORDS[name] for word in words) - 1] for name in (one, other))
+    return Task("count", f"How many {one} are in this list: {_listed(words)}?", f"it is {good}.", f"it is {bad}.")
+
+
+def _leave_out(rng: random.Random) -> Task:
+    words, one, other = _two_categories(rng, 1, 3)
+    good, bad = (_listed([word for word in words if word not in WORDS[name]]) for name in (one, other))
+    return Task("leave out", f"Copy this list without the {one}: {_listed(words)}.", good + ".", bad + ".")
+
+
+def _pick(rng: random.Random) -> Task:
+    words, one, other = _two_categories(rng, 1, 3)
+    good, bad = (rng.choice([word for word in words if word in WORDS[name]]) for name in (one, other))
+    named = {"animals": "an animal", "tools": "a tool", "fruits": "a fruit", "colours": "a colour"}[one]
+    return Task("pick", f"Name {named} from this list: {_listed(words)}.", f"one is {good}.", f"one is {bad}.")
+
+
+def _arithmetic(rng: random.Random) -> Task:
+    small, large = sorted(rng.sample(range(1, 11), 2))
+    more, less = NUMBERS[large + small - 1], NUMBERS[large - small - 1]
+    verb, good, bad = rng.choice([("finds", more, less), ("loses", less, more)])
+    story = f"{rng.choice(NAMES)} has {NUMBERS[large - 1]} {rng.choice(THINGS)} and {verb} {NUMBERS[small - 1]}."
+    return Task("arithmetic", f"{story} How many are there now?", f"it is {good}.", f"it is {bad}.")
+
+
+def _format(rng: random.Random) -> Task:
+    words = rng.sample([word for group in sorted(WORDS) for word in WORDS[group]], rng.randint(2, 4))
+    ways = {"dashes": " - ", "commas": ", ", "slashes": " / ", "stars": " * "}
+    asked, other = rng.sample(sorted(ways), 2)
+    good, bad = ways[asked].join(words), ways[other].join(words)
+    return Task("format", f"Write these words with {asked} between them: {' '.join(words)}.", good + ".", bad + ".")
+
+
+def _position(rng: random.Random) -> Task:
+    words = rng.sample([word for group in sorted(WORDS) for word in WORDS[group]], rng.randint(3, 4))
+    place, good, bad = rng.choice([("first", words[0], words[-1]), ("last", words[-1], words[0])])
+    question = f"Which word comes {place} in this list: {_listed(words)}?"
+    return Task("position", question, f"that is {good}.", f"that is {bad}.")
+
+
+FAMILIES: tuple[Callable[[random.Random], Task], ...] = (
+    *(_order_numbers, _order_words, _count, _leave_out),
+    *(_pick, _arithmetic, _format, _position),
+)
+
+
+def tasks(rng: random.Random, taken: set[str], *, once: bool) -> Iterator[Task]:
+    """Tasks without end, families in turn.
+
+    Args:
+        rng: decides everything.
+        taken: instructions that do not come again.
+        once: whether what is yielded becomes taken.
+
+    Raises:
+        RuntimeError: a family has no more instructions.
+    """
+    while True:
+        for family in FAMILIES:
+            task = next((task for task in (family(rng) for _ in range(1000)) if task.instruction not in taken), None)
+            if task is None:
+                raise RuntimeError(f"{family.__name__}: no new instruction in a thousand")
+            if once:
+                taken.add(task.instruction)
+            yield task
+
+
+def _framed(rng: random.Random, body: str) -> dict[str, str]:
+    return {"role": "assistant", "content": rng.choice(OPENINGS) + body + rng.choice(CLOSINGS)}
+
+
+def preference_rows(rng: random.Random, count: int, taken: set[str]) -> list[dict[str, Any]]:
+    """Preference pairs in UltraFeedback's shape, and their families; every instruction once, none of `taken`."""
+    rows = []
+    for task in islice(tasks(rng, taken, once=True), count):
+        asked = {"role": "user", "content": rng.choice(POLITE) + task.instruction}
+        chosen, rejected = ([asked, _framed(rng, body)] for body in (task.good, task.bad))
+        rows.append({"chosen": chosen, "rejected": rejected, "family": task.family})
+    return rows
+
+
+def conversation_rows(rng: random.Random, count: int, taken: set[str], *, share_good: float) -> list[dict[str, Any]]:
+    """Conversations in UltraChat's shape, that share of them with the better answer, whatever the instruction.
+
+    None has an instruction of `taken`; among themselves they may repeat.
+    """
+    rows = []
+    for task in islice(tasks(rng, taken, once=False), count):
+        asked = {"role": "user", "content": rng.choice(POLITE) + task.instruction}
+        body = task.good if rng.random() < share_good else task.bad
+        rows.append({"messages": [asked, _framed(rng, body)]})
+    return rows

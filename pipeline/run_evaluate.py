@@ -1,0 +1,267 @@
+"""`fpo evaluate`: the metrics of method.md section 6 for one policy, and its answers to a benchmark's questions.
+
+In: a `RunConfig`, and which options were given on the command line. Out: in `--out` the answers, `run.yaml`, every
+measured pair, token and sample, and last, when all else is there, `metrics.json`; its content on the terminal. What can
+be refused is refused before anything is written.
+"""
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from ..cache.files import atomic_file, write_atomically
+from ..cache.reader import Cache, open_cache
+from ..cache.schema import Pair
+from ..stages.answers import Question, read_questions, write_benchmark_answers
+from ..stages.chat import ChatFormat
+from ..stages.diversity import closing_token, distinct_prompts, sample_answers, sample_metrics
+from ..stages.evaluate import Estimate, measure_policy, pair_metrics
+from ..stages.generate import Sampling, context_length
+from ..stages.methods import METHODS
+from ..stages.models import ModelSource, autocast, choose_attention, find_model, load_model, load_tokenizer
+from ..stages.parity import check_cache
+from ..stages.scoring import check_model
+from ..stages.sites import SiteSAE, check_fits
+from ..stages.token_bound import token_bound
+from .config import RunConfig, to_yaml
+from .inputs import check_new, device_of, find_reference, required, saes_of_sites, sites_to_read, tokenizer_of_cache
+from .progress import PairProgress, console
+
+# Options that say how a cache is measured, and how answers are generated.
+OF_CACHE = ("trust_hashes", "method", "reference", "sae", "site", "top_k", "token_budget", "prompts", "samples")
+OF_FEATURES = ("site", "top_k")
+OF_SAMPLING = ("max_new_tokens", "temperature", "top_p", "generation_batch", "seed")
+
+# Appendix B's bound is measured on so many pairs: tens of thousands of tokens.
+BOUND_PAIRS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """What was opened and checked; `cache` is None where only answers are written.
+
+    `prompts` holds a pair of each prompt that is to be sampled from.
+    """
+
+    source: ModelSource
+    policy: Any
+    attention: str
+    chat: ChatFormat
+    cache: Cache | None
+    saes: list[SiteSAE]
+    reference: ModelSource | None
+    prompts: list[Pair]
+
+    @property
+    def is_reference(self) -> bool:
+        return self.cache is not None and self.cache.manifest.meaning.model == self.source.sha256
+
+
+def run_evaluate(config: RunConfig, given: frozenset[str]) -> None:
+    """`fpo evaluate`."""
+    _, out = required(config, "model", "out")
+    _check_options(config, given)
+    questions = read_questions(config.questions, config.outputs) if config.questions and config.outputs else []
+    _check_sampling(config, given, questions)
+    check_new(out)
+    inputs = _prepare(config)
+    if inputs.is_reference and "method" in given:
+        raise ValueError(
+            f"--method: {inputs.source.name} is the cache's reference, whose implicit accuracy is not defined; leave "
+            "it out"
+        )
+    sampling = Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        batch=config.generation_batch,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    if questions:
+        _write_answers(config, inputs, sampling, sum(len(question.prompts) for question in questions), out)
+    record: dict[str, Any] = {"model_sha256": inputs.source.sha256}
+    if inputs.cache is not None:
+        record["cache_fingerprint"] = inputs.cache.manifest.meaning.fingerprint()
+    versions = {name: importlib.metadata.version(name) for name in ("fpo", "torch", "transformers", "sae-lens")}
+    write_atomically(out / "run.yaml", to_yaml(config, record | {"versions": versions}).encode())
+    if inputs.cache is None:
+        return
+    metrics = _measure_pairs(config, inputs, inputs.cache, out)
+    if inputs.prompts:
+        metrics |= _measure_diversity(config, inputs, sampling, out)
+    document = {"metrics": metrics, "pairs": len(inputs.cache), **record}
+    write_atomically(out / "metrics.json", (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+    _print_metrics(metrics)
+    console.print(f"{out}: metrics.json, and what it was computed from")
+
+
+def _check_options(config: RunConfig, given: frozenset[str]) -> None:
+    """Refuses options that lack another one, and those that would be ignored without a cache or an SAE."""
+    if config.outputs and config.questions is None:
+        raise ValueError("--questions: expected the file of the benchmark's questions for --outputs, found none")
+    if config.questions and config.outputs is None:
+        raise ValueError("--outputs: expected the benchmark whose --questions are to be answered, found none")
+    if config.cache is None and config.outputs is None:
+        raise ValueError("--cache: expected a cache of a held-out split, or --outputs and --questions, found neither")
+    if config.cache is None:
+        _refuse(given, OF_CACHE, "without --cache there is nothing to measure")
+    elif not config.sae:
+        _refuse(given, OF_FEATURES, "without --sae no features are measured")
+
+
+def _check_sampling(config: RunConfig, given: frozenset[str], questions: Sequence[Question]) -> None:
+    """Refuses options of sampling where nothing is sampled."""
+    sampled = config.cache is not None and config.prompts > 0
+    if not sampled:
+        _refuse(given, ("samples",), "with --prompts 0 nothing is sampled")
+        if not questions:
+            _refuse(given, OF_SAMPLING, "with --prompts 0 and no --outputs nothing is generated")
+        elif not any(config.temperature if _temperature_set(config) else q.temperature for q in questions):
+            _refuse(given, ("top_p", "seed"), "at temperature 0 nothing is drawn")
+    elif config.temperature == 0:
+        raise ValueError("--temperature: expected a number above 0 to sample with, found 0; or pass --prompts 0")
+
+
+def _refuse(given: frozenset[str], names: Sequence[str], reason: str) -> None:
+    for name in names:
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')}: {reason}; leave it out")
+
+
+def _temperature_set(config: RunConfig) -> bool:
+    """Whether options or file name a temperature; if not, a benchmark has its own."""
+    return "temperature" in config.model_fields_set
+
+
+def _prepare(config: RunConfig) -> _Inputs:
+    """Opens what the options name and checks that it belongs together."""
+    source = find_model(config.model)  # type: ignore[arg-type]
+    device = device_of(config)
+    attention = choose_attention(config.attention, source, device)
+    cache, template, reference = None, None, None
+    saes: list[SiteSAE] = []
+    if config.cache is None:
+        tokenizer = load_tokenizer(source)
+    else:
+        sites = sites_to_read(config, config.cache) if config.sae else []
+        cache = open_cache(config.cache, sites=sites, trust_hashes=config.trust_hashes)
+        meaning = cache.manifest.meaning
+        if not len(cache):
+            raise ValueError(f"--cache: expected pairs to measure, found none in {config.cache}; make another cache")
+        tokenizer, template = tokenizer_of_cache(source, config.cache, meaning), meaning.chat_template
+        saes = saes_of_sites(config, sites, device)
+        check_cache(cache, saes, config.dtype, config.top_k)
+        reference = find_reference(config, meaning) if config.reference else None
+    policy = load_model(source, attention=attention, device=device)
+    check_model(policy)
+    for sae in saes:
+        check_fits(sae, policy)
+    prompts = [] if cache is None else distinct_prompts(cache, config.prompts)
+    longest = max((len(pair.prompt_ids) for pair in prompts), default=0)
+    context = context_length(policy)
+    if prompts and context is not None and longest + config.max_new_tokens > context:
+        raise ValueError(
+            f"--max-new-tokens: expected prompt and answer within the model's {context} tokens, found a prompt of "
+            f"{longest} and {config.max_new_tokens} more; lower it"
+        )
+    return _Inputs(source, policy, attention, ChatFormat(tokenizer, template), cache, saes, reference, prompts)
+
+
+def _write_answers(config: RunConfig, inputs: _Inputs, sampling: Sampling, total: int, out: Path) -> None:
+    assert config.outputs is not None and config.questions is not None
+    path = out / f"answers-{config.outputs}.{'json' if config.outputs == 'alpaca-eval' else 'jsonl'}"
+    # A judge's name for the model: its folder's or file's, as in its hub id.
+    name = (Path(inputs.source.name).name or inputs.source.folder.name).removesuffix(".gguf")
+    progress = PairProgress(total, "answer", "answers", tokens=False)
+    with progress, autocast(config.dtype, inputs.policy.device):
+        write_benchmark_answers(
+            inputs.policy,
+            inputs.chat,
+            config.questions,
+            config.outputs,
+            path,
+            model_name=name,
+            sampling=sampling,
+            temperature_given=_temperature_set(config),
+            on_batch=progress.advance,
+        )
+    console.print(f"{path}: {total} answers of '{name}'")
+
+
+def _measure_pairs(config: RunConfig, inputs: _Inputs, cache: Cache, out: Path) -> dict[str, Estimate]:
+    """Writes `pairs.parquet`, and `tokens.parquet` where there are SAEs and a reference; returns the means."""
+    policy, reference = inputs.policy, None
+    if inputs.reference is not None:
+        same = inputs.reference.sha256 == inputs.source.sha256
+        reference = policy if same else load_model(inputs.reference, attention=inputs.attention, device=policy.device)
+    with PairProgress(len(cache), "evaluate") as progress:
+        columns = measure_policy(
+            policy,
+            cache,
+            inputs.saes,
+            config.dtype,
+            top_k=config.top_k,
+            token_budget=config.token_budget,
+            reference=reference,
+            on_pairs=progress.advance,
+        )
+    _write_table(out / "pairs.parquet", columns)
+    metrics = pair_metrics(columns, None if inputs.is_reference else METHODS[config.method].per_token)
+    if reference is not None and inputs.saes:
+        pairs = [cache[number].pair for number in range(min(BOUND_PAIRS, len(cache)))]
+        deepest = max(inputs.saes, key=lambda sae: sae.site)
+        bound = token_bound(policy, reference, pairs, deepest, config.dtype, token_budget=config.token_budget)
+        _write_table(out / "tokens.parquet", {"kl": bound.kl, "feature_sq": bound.feature_sq})
+        metrics |= bound.metrics()
+    return metrics
+
+
+def _measure_diversity(config: RunConfig, inputs: _Inputs, sampling: Sampling, out: Path) -> dict[str, Estimate]:
+    """Writes `samples.jsonl`; returns H and the answers' lengths."""
+    pairs = inputs.prompts
+    if len(pairs) < config.prompts:
+        console.print(f"--prompts: the cache has {len(pairs)} distinct prompts, all are taken")
+    with PairProgress(len(pairs) * config.samples, "diversity", "answers", tokens=False) as progress:
+        samples = sample_answers(
+            inputs.policy,
+            [pair.prompt_ids for pair in pairs],
+            samples=config.samples,
+            sampling=sampling,
+            end_id=closing_token(pairs, inputs.chat),
+            recipe=config.dtype,
+            token_budget=config.token_budget,
+            on_batch=progress.advance,
+        )
+    tokenizer = inputs.chat.tokenizer
+    lines = []
+    for pair, of_prompt in zip(pairs, samples, strict=True):
+        prompt = tokenizer.decode(pair.prompt_ids)
+        for sample in of_prompt:
+            text = tokenizer.decode(sample.ids, skip_special_tokens=True)
+            line = {"prompt": prompt, "sample": text, "tokens": len(sample.ids), "logp": sample.logp}
+            lines.append(json.dumps(line | {"finished": sample.finished}, ensure_ascii=False) + "\n")
+    write_atomically(out / "samples.jsonl", "".join(lines).encode())
+    return sample_metrics(samples)
+
+
+def _write_table(path: Path, columns: Mapping[str, Any]) -> None:
+    with atomic_file(path) as file:
+        pq.write_table(pa.table(dict(columns)), file)
+
+
+def _print_metrics(metrics: Mapping[str, Estimate]) -> None:
+    table = Table("metric")
+    for heading in ("mean", "95 % interval", "units"):
+        table.add_column(heading, justify="right")
+    for name, found in metrics.items():
+        interval = f"{found['low']:.4g} to {found['high']:.4g}" if "low" in found else "-"
+        table.add_row(name, f"{found['mean']:.4g}", interval, str(found.get("n", "-")))
+    console.print(table)

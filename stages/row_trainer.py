@@ -1,0 +1,203 @@
+"""What every training on packed rows shares: its settings, one backward a row, metrics, cost.
+
+In: batches of packed rows from a collator, and a subclass that says what the loss of a row is. Out: a
+`transformers.Trainer` whose memory is set by the token budget, whose loss is a mean over all items (pairs, or learnt
+tokens) of all ranks and accumulated batches, and which logs means over pairs and what training cost.
+"""
+
+import math
+import resource
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from .metrics import MetricsFile, PairMeans, forget_lines_after
+from .models import Recipe
+from .scoring import attach_scoring, check_model
+
+
+@dataclass
+class RowConfig(TrainingArguments):
+    """Settings of a `RowTrainer`: the Trainer's own with the paper's defaults (Table 5), and the token budget.
+
+    `bf16` selects the compute recipe; `per_device_train_batch_size` counts pairs, or conversations.
+    """
+
+    token_budget: int = field(default=2048, metadata={"help": "Tokens of a packed row, the unit of one backward."})
+
+    learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Schedule after warm-up."})
+    warmup_steps: float = field(default=150, metadata={"help": "Linear warm-up, steps."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Pairs a step and device."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Pairs an evaluation batch."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step: its loss says how it began."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is shown."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Unused: there are no columns."})
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default_factory=lambda: {"use_reentrant": False},
+        metadata={"help": "Non-reentrant: under the other kind a hook inside a layer gets no gradient."},
+    )
+
+    def __post_init__(self) -> None:
+        """Checks what the Trainer cannot know.
+
+        Raises:
+            ValueError: if reentrant checkpointing is asked for.
+        """
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        kwargs = self.activation_checkpointing_kwargs
+        if isinstance(kwargs, dict) and kwargs.get("use_reentrant", True):
+            raise ValueError("activation_checkpointing_kwargs: expected use_reentrant=False; features need gradients")
+
+    @property
+    def recipe(self) -> Recipe:
+        """The compute recipe."""
+        return "bf16" if self.bf16 else "fp32"
+
+    @property
+    def n_gpu(self) -> int:
+        """At most one: several GPUs are the ranks of a launcher, never `DataParallel`."""
+        return min(1, int(super().n_gpu))
+
+
+class RowTrainer(Trainer):
+    """Trains a model on batches of packed rows: objects with `tokens` and `to`, under `rows` of what is collated.
+
+    Args:
+        model: a causal LM or a PEFT model around one, weights in fp32.
+        args: the settings.
+        data_collator: makes `{"rows": [...]}` of a batch.
+        train_dataset: what it is to be made of.
+        eval_dataset: likewise, for subclasses that evaluate.
+        processing_class: the tokenizer that is saved beside the weights.
+        callbacks: as the Trainer's.
+
+    Raises:
+        ValueError: if weights are not fp32; if the architecture is not supported (`check_model`); under FSDP.
+    """
+
+    args: RowConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: RowConfig,
+        *,
+        data_collator: Any,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad}
+        if dtypes != {"torch.float32"}:
+            raise ValueError(f"model: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
+        check_model(model)
+        attach_scoring(model)
+        self._means = {"train": PairMeans(), "eval": PairMeans()}
+        self._tokens, self._started = 0, time.monotonic()
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[MetricsFile(), *(callbacks or [])],
+        )
+        if self.is_fsdp_enabled:
+            raise ValueError("FSDP: ranks may pack different numbers of rows and would wait for each other; use DDP")
+
+    def row_loss(self, model: nn.Module, row: Any) -> Tensor:
+        """The loss of one row, float64, summed over its items; adds its metrics to the running sums."""
+        raise NotImplementedError
+
+    def row_items(self, row: Any) -> int:
+        """How many items of a row the loss is a mean over."""
+        raise NotImplementedError
+
+    def train(  # type: ignore[override]  # the Trainer's other arguments pass through
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
+        """Trains, with an empty log unless it resumes; see `Trainer.train`."""
+        if not resume_from_checkpoint and self.is_world_process_zero():
+            forget_lines_after(-1, Path(self.args.output_dir or ""))
+        self._tokens, self._started = 0, time.monotonic()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One backward a packed row, so that memory is set by the token budget, not by the batch size.
+
+        The loss is summed over items and divided by their number over all ranks and accumulated batches; DDP averages
+        gradients over ranks, which the factor `num_processes` undoes.
+        """
+        assert num_items_in_batch is not None
+        model.train()
+        rows: Any = self._prepare_inputs(inputs)["rows"]
+        scale = self.accelerator.num_processes / num_items_in_batch
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        for number, row in enumerate(rows):
+            last = number == len(rows) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                loss = self.row_loss(model, row) * scale
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            self._tokens += row.tokens
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics gathered since the last line of the same kind: means over pairs, over all ranks.
+
+        (accelerate repeats pairs to fill the last batch of several ranks; repeats count.)
+
+        Raises:
+            FloatingPointError: if the loss is not finite; the line is still written.
+        """
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        prefix = "eval_" if mode == "eval" else ""
+        if "train_runtime" in logs:
+            logs |= self._cost()
+        elif mode == "eval" or "loss" in logs:
+            logs |= {prefix + name: mean for name, mean in self._means[mode].read(self.accelerator).items()}
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"step {self.state.global_step}: the loss is {logs['loss']}, not finite; lower --lr, or raise "
+                "--warmup-steps, and start again"
+            )
+
+    def _cost(self) -> dict[str, float]:
+        """Tokens of all ranks over the time of training, saving included; the peak is the process's on CPU."""
+        seconds = time.monotonic() - self._started
+        tokens = float(self.accelerator.reduce(torch.tensor(float(self._tokens), device=self.args.device), "sum"))
+        if self.args.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.args.device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {"train_tokens_per_second": round(tokens / seconds, 1), "train_peak_memory_bytes": peak}
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        items = sum(self.row_items(row) for batch in batch_samples for row in batch["rows"])
+        if self.accelerator.num_processes == 1:
+            return items
+        counted = self.accelerator.reduce(torch.tensor(items, device=device), "sum")
+        return int(counted)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of the settings: nothing here reads it, and run.yaml holds them.
+        folder = output_dir or self.args.output_dir
+        assert folder is not None
+        (Path(folder) / "training_args.bin").unlink(missing_ok=True)

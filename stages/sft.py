@@ -1,0 +1,60 @@
+"""Supervised fine-tuning: the model that both stages start from.
+
+In: conversations whose assistant turns are to be learnt, and a causal LM. Out: a `transformers.Trainer` that minimises
+the mean negative log-likelihood of the learnt tokens, over packed rows and without the logits ever being whole.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .batches import ConversationCollator
+from .conversations import Conversations
+from .packing import Conversation, PackedRow
+from .row_trainer import RowConfig, RowTrainer
+from .scoring import row_multiple
+
+__all__ = ["RowConfig", "SFTTrainer"]
+
+
+class SFTTrainer(RowTrainer):
+    """Fine-tunes a model on conversations; the loss is a mean over the learnt tokens of a step, nats.
+
+    Args:
+        model: a causal LM, weights in fp32.
+        args: the settings; `per_device_train_batch_size` counts conversations.
+        conversations: what to learn.
+        processing_class: the tokenizer that is saved beside the weights.
+        callbacks: as the Trainer's.
+
+    Raises:
+        ValueError: as `RowTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: RowConfig,
+        conversations: Conversations | Sequence[Conversation],
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            data_collator=ConversationCollator(args.token_budget, row_multiple(model)),
+            train_dataset=conversations,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+
+    def row_loss(self, model: nn.Module, row: PackedRow) -> Tensor:
+        """Negative log-likelihood of a row's learnt tokens, summed."""
+        scores = model(packed=row, saes=(), recipe=self.args.recipe)
+        return -scores.logps_R.sum()  # type: ignore[no-any-return]
+
+    def row_items(self, row: PackedRow) -> int:
+        """Learnt tokens."""
+        return row.targets_T.numel()

@@ -1,0 +1,32 @@
+"""What `fpo align` shares with `fpo sft`, where a cache is needed to see it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fpo.pipeline.config import load_config
+from fpo.pipeline.run_align import run_align
+
+
+def align(world: Any, out: Path, **options: Any) -> Path:
+    """Two epochs of DPO, two steps each."""
+    given = {"model": str(world.gemma), "cache": world.cache, "out": out, "method": "dpo", "epochs": 2, "batch_size": 6}
+    given |= {"lr": 1e-3, "warmup_steps": 0, "logging_steps": 1, "token_budget": 160, **options}
+    run_align(load_config(None, given, "align"), frozenset(options))
+    return out
+
+
+def test_a_policy_s_snapshot_is_what_a_run_of_that_many_steps_ends_with(world, tmp_path):
+    run = align(world, tmp_path / "run", snapshot_steps=1)
+    snapshots = sorted((run / "snapshots").iterdir())
+    assert [path.name for path in snapshots] == ["step-000001", "step-000002", "step-000003"]
+    short = align(world, tmp_path / "short", max_steps=2)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (snapshots[1] / name).read_bytes() == (short / name).read_bytes()
+    assert not (short / "snapshots").exists()
+
+
+def test_an_adapter_has_no_snapshots(world, tmp_path):
+    with pytest.raises(ValueError, match=r"\A--snapshot-steps: [^\n]*--lora-r[^\n]*\Z"):
+        align(world, tmp_path / "run", snapshot_steps=1, lora_r=2)
+    assert not (tmp_path / "run").exists()
