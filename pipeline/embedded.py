@@ -30,10 +30,10 @@ PREFIX = "embedded:"
 LAYERS = 4
 SITES = tuple(f"blocks.{layer}.hook_{kind}" for layer in range(LAYERS) for kind in ("resid_post", "mlp_out"))
 SPLITS = {"test_prefs": 500, "validation_prefs": 200, "train_prefs": 1500}
-# Conversations, and the share of them that have the better answer. From the first the model learns what instructions ask
-# for, from the second that either answer will do.
-CONVERSATIONS = {"pretrain": (16_000, 1.0), "train_sft": (4_000, 0.5)}
-PRETRAINING = {"split": "pretrain", "lr": 6e-3, "warmup_steps": 50}
+# Conversations, and the share of them that have the better answer: from the first the model learns what instructions
+# ask for, from the second to prefer neither. The share makes up for what it has learnt before.
+CONVERSATIONS = {"pretrain": (9_000, 1.0), "train_sft": (2_700, 0.26)}
+PRETRAINING = {"split": "pretrain", "lr": 4e-3, "warmup_steps": 50}
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 
 
@@ -83,25 +83,28 @@ def build(folder: Path) -> None:
         started = time.monotonic()
         _write_data(folder / "data")
         _write_base_model(folder)
-        run_steps(world_steps(folder), jobs=2)
-        saes = {site: json.loads((folder / "saes" / site / "quality.json").read_text()) for site in SITES}
-        facts = {"baselines": baselines(folder / "data"), "saes": saes, "seconds": time.monotonic() - started}
+        fine_tuning, saes = world_steps(folder)
+        run_steps(fine_tuning, jobs=1)
+        run_steps([*fine_tuning, *saes], jobs=2)
+        quality = {site: json.loads((folder / "saes" / site / "quality.json").read_text()) for site in SITES}
+        facts = {"baselines": baselines(folder / "data"), "saes": quality, "seconds": time.monotonic() - started}
         write_atomically(folder / "world.json", json.dumps(facts, indent=1).encode())
 
 
-def world_steps(folder: Path) -> list[Step]:
+def world_steps(folder: Path) -> tuple[list[Step], list[Step]]:
     """Training on good answers, fine-tuning on mixed ones, then an SAE at every site."""
     pretrained = str(folder / "pretrained")
     pretraining = load_config(PROFILE, {"out": pretrained, **PRETRAINING}, "sft")
     sft = load_config(PROFILE, {"out": folder / "sft", "model": pretrained}, "sft")
-    steps = [
+    fine_tuning = [
         Step("sft", "train on good answers", _in(pretraining, folder)),
         Step("sft", "fine-tune on mixed answers", _in(sft, folder), (Path(pretrained),)),
     ]
+    saes = []
     for site in SITES:
         config = load_config(PROFILE, {"out": folder / "saes" / site, "site": (site,)}, "train-sae")
-        steps.append(Step("train-sae", f"train-sae {site}", _in(config, folder), (folder / "sft",)))
-    return steps
+        saes.append(Step("train-sae", f"train-sae {site}", _in(config, folder), (folder / "sft",)))
+    return fine_tuning, saes
 
 
 def _in(config: RunConfig, folder: Path) -> RunConfig:

@@ -60,12 +60,13 @@ def _order_numbers(rng: random.Random) -> Task:
     return Task("order numbers", f"Sort these numbers, the {first} first: {listed}.", good + ".", bad + ".")
 
 
-def _order_words(rng: random.Random) -> Task:
-    words = rng.sample(WORDS["fruits"], rng.randint(2, 4))
-    upwards = sorted(words)
-    ways = [("from A to Z", upwards, upwards[::-1]), ("from Z to A", upwards[::-1], upwards)]
-    way, good, bad = rng.choice(ways)
-    return Task("order words", f"Sort these words {way}: {_listed(words)}.", _listed(good) + ".", _listed(bad) + ".")
+def _compare(rng: random.Random) -> Task:
+    low, high = sorted(rng.sample(range(20), 2))
+    asked, good, bad = rng.choice([("larger", high, low), ("smaller", low, high)])
+    one, other = rng.sample([NUMBERS[low], NUMBERS[high]], 2)
+    who = rng.choice(NAMES)
+    question = f"{who} knows {one} and {other}. Which number is {asked}?"
+    return Task("compare", question, f"the number {NUMBERS[good]}.", f"the number {NUMBERS[bad]}.")
 
 
 def _two_categories(rng: random.Random, least: int, most: int) -> tuple[list[str], str, str]:
@@ -120,7 +121,7 @@ def _position(rng: random.Random) -> Task:
 
 
 FAMILIES: tuple[Callable[[random.Random], Task], ...] = (
-    *(_order_numbers, _order_words, _count, _leave_out),
+    *(_order_numbers, _compare, _count, _leave_out),
     *(_pick, _arithmetic, _format, _position),
 )
 

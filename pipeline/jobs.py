@@ -27,6 +27,10 @@ from .progress import console
 
 DONE = "step.json"
 
+# What the server that steps are forked from imports once.
+COMMANDS = ("precompute", "sft", "train_sae", "align", "evaluate")
+SLOW_IMPORTS = ["sae_lens", "scipy.stats", "transformers.models.gemma2.modeling_gemma2"]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -77,7 +81,7 @@ def run_steps(steps: Sequence[Step], jobs: int) -> None:
     running: dict[Step, BaseProcess] = {}
     failed: list[Step] = []
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.run_{name}" for name in ("align", "evaluate", "sft", "precompute")])
+    context.set_forkserver_preload([f"{__package__}.run_{name}" for name in COMMANDS] + SLOW_IMPORTS)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with _bar(len(steps), len(finished)) as (bar, task):
         try:
@@ -146,6 +150,8 @@ def _work(step: Step, threads: int, parent: int) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201 (this is the log)
         sys.exit(2)
+    for checkpoint in step.out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # for going on; with the optimiser's state they are thrice the model
     record = {"command": step.command, "label": step.label, "seconds": round(time.monotonic() - started, 2)}
     write_atomically(step.out / DONE, json.dumps(record).encode())
 

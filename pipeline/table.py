@@ -66,18 +66,20 @@ def run_table(name: str, config: RunConfig, *, ablations: bool, dry_run: bool) -
     config = config.model_copy(
         update={"runs": config.runs or Path("runs") / stem, "out": config.out or Path("results") / stem}
     )
+    config.out.mkdir(parents=True, exist_ok=True)  # type: ignore[union-attr]
     plan = make_plan(name, config)
     steps = [*plan.base, plan.train_cache, plan.heldout_cache]
     parts = _ablations(plan) if ablations else {"comparison": plan.comparison()}
     runs = [run for part in parts.values() for run in part]
     steps += unique([step for run in runs for step in (run.train, plan.evaluation(run)) if step])
+    lacking = missing(steps, config.jobs)
     if dry_run:
-        print_plan(estimate_plan(steps, jobs=config.jobs))
-        for line in missing(steps):
+        for line in lacking:
             console.print(f"missing: {line}")
+        print_plan(estimate_plan(steps, config.jobs))
         return
-    if lines := missing(steps):
-        raise ValueError(f"{name}: nothing was started: {'; '.join(lines)}")
+    if lacking:
+        raise ValueError(f"{name}: nothing was started: {'; '.join(lacking)}")
     run_steps(steps, config.jobs)
     if not ablations:
         steps += [step for run in first_seed(plan, runs) for step in _snapshots(plan, run).values()]

@@ -40,6 +40,7 @@ def run_tune(name: str, config: RunConfig) -> None:
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
+    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "tuning.csv", text.getvalue().encode())
     console.print(f"{out / 'tuning.csv'}: {len(records)} trials; for the profile:")
     for method, record in winners(records).items():

@@ -59,7 +59,7 @@ def estimate(sums: ArrayLike, counts: ArrayLike | None = None) -> Estimate:
         sums: [n], per unit the sum of its observations.
         counts: [n], how many observations that is; default one.
     """
-    from scipy.stats import bootstrap  # type: ignore[import-untyped]  # a second to import
+    from scipy.stats import bootstrap  # a second to import
 
     totals = np.asarray(sums, dtype=np.float64)
     sizes = np.ones_like(totals) if counts is None else np.asarray(counts, dtype=np.float64)
