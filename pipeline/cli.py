@@ -85,7 +85,7 @@ def configured(
                 if group is app:
                     from .embedded import provide
 
-                    settings = provide(settings)
+                    settings = provide(settings, fields)
                 function(settings, frozenset(given))
 
         parameters = [config_option, *map(_option, fields)]

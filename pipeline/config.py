@@ -26,9 +26,11 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(None, description="Causal LM: hub id, folder, .gguf file, or package:NAME/FILE.gguf.")
-    dataset: str | None = Field(None, description="Preference data: hub id, Parquet/JSON/JSONL file or folder.")
+    dataset: str | None = Field(
+        None, description="Preference data (sft: conversations): hub id, Parquet/JSON/JSONL file or folder."
+    )
     dataset_config: str | None = Field(None, description="Configuration of a hub data set.")
-    split: str = Field("train_prefs", description="Split of the data set.")
+    split: str = Field("train_prefs", description="Split of the data set (UltraChat's for sft is train_sft).")
     chat_template: str | None = Field(
         None, description="Jinja file; default the tokenizer's, or Gemma's turns where it has none."
     )
@@ -42,14 +44,14 @@ class RunConfig(BaseModel):
     )
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="Recipe of both stages: fp32, or bf16 autocast.")
     token_budget: PositiveInt = Field(2048, description="Tokens of a packed row; sets memory (results to rounding).")
-    seed: int = Field(0, description="Seed of data order and initialisation.")
+    seed: int = Field(0, description="Seed of data order, initialisation and sampling.")
 
     limit: PositiveInt | None = Field(None, description="Use only the first N raw rows; default all.")
     drop_ties: bool = Field(False, description="Skip pairs whose scores are equal (default: kept and counted).")
     keep_features: PositiveInt | Literal["all"] = Field(
         512, description="Largest features kept per response and site, or 'all' that are not zero."
     )
-    max_length: PositiveInt = Field(1024, description="Longest prompt and response together, tokens.")
+    max_length: PositiveInt = Field(1024, description="Longest prompt and response (sft: conversation), tokens.")
     max_prompt_length: PositiveInt = Field(512, description="Longest prompt, tokens; its beginning is cut.")
     shard_size: PositiveInt = Field(1024, description="Raw rows of a shard.")
 
@@ -57,11 +59,13 @@ class RunConfig(BaseModel):
     eval_cache: Path | None = Field(None, description="Cache of a held-out split, same in all else.")
     trust_hashes: bool = Field(False, description="Skip the SHA-256 of shards that were decoded before.")
     method: MethodName = Field("fpo", description=f"Objective: {', '.join(METHODS)}.")
-    reference: str | None = Field(None, description="Live reference, for tdpo1, tdpo2 and simpo-kl (as --model).")
+    reference: str | None = Field(
+        None, description="Live reference of tdpo1, tdpo2, simpo-kl and of evaluate's KL (as --model)."
+    )
     site: tuple[str, ...] = Field(
         (),
-        description="Site: of the constraint (align; default the cache's only one; repeatable, D_F is their mean), "
-        "or of the SAE (train-sae).",
+        description="Site: of the features compared (align, evaluate; default the cache's only one; repeatable, D_F is "
+        "their mean), or of the SAE (train-sae).",
     )
     beta: PositiveFloat | None = Field(None, description="β; default the method's (0.1; simpo, simpo-kl 2).")
     alpha: float | None = Field(None, ge=0, description="α, weight of the constraint; default 0.5; 0 is off.")
@@ -70,9 +74,9 @@ class RunConfig(BaseModel):
     stop_gradient: bool | None = Field(None, description="Hold D(y_w) fixed in the constraint; default yes.")
     top_k: PositiveInt = Field(50, description="k of D_F, features.")
 
-    epochs: PositiveFloat = Field(1.0, description="Passes over the cache.")
+    epochs: PositiveFloat = Field(1.0, description="Passes over the data.")
     max_steps: PositiveInt | None = Field(None, description="Stop after N steps, whatever --epochs says.")
-    batch_size: PositiveInt = Field(32, description="Pairs per optimiser step, over all devices.")
+    batch_size: PositiveInt = Field(32, description="Pairs (sft: conversations) per optimiser step, over all devices.")
     accumulation: PositiveInt = Field(1, description="Batches per optimiser step that --batch-size is split into.")
     lr: PositiveFloat = Field(5e-7, description="Peak learning rate.")
     lr_scheduler: str = Field("constant_with_warmup", description="Schedule, by the Trainer's names.")
@@ -103,7 +107,9 @@ class RunConfig(BaseModel):
     prompts: NonNegativeInt = Field(100, description="Prompts to sample answers to; 0 measures no diversity.")
     samples: PositiveInt = Field(25, description="Sampled answers a prompt.")
     max_new_tokens: PositiveInt = Field(512, description="Longest generated answer, tokens.")
-    temperature: float = Field(1.0, ge=0, description="Temperature of sampling; 0 is greedy.")
+    temperature: float = Field(
+        1.0, ge=0, description="Temperature of sampling, 0 is greedy; benchmarks have their own if not given."
+    )
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus of sampling.")
     generation_batch: PositiveInt = Field(32, description="Answers generated at a time; sets memory.")
     outputs: Literal["alpaca-eval", "arena-hard", "mt-bench"] | None = Field(
@@ -176,6 +182,8 @@ def _sections(content: Any, where: str) -> dict[str, dict[str, Any]]:
     sections = {name: {_field_name(key): value for key, value in part.items()} for name, part in content.items()}
     for name, settings in sections.items():
         _check_keys(settings, f"{where}: for: {name}")
+        if name in METHODS and "method" in settings:
+            raise ValueError(f"{where}: for: {name}: found 'method', which is {name} here; leave it out")
     return sections
 
 

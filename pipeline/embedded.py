@@ -30,21 +30,26 @@ PREFIX = "embedded:"
 LAYERS = 4
 SITES = tuple(f"blocks.{layer}.hook_{kind}" for layer in range(LAYERS) for kind in ("resid_post", "mlp_out"))
 SPLITS = {"test_prefs": 500, "validation_prefs": 200, "train_prefs": 1500}
-# Conversations, and the share of them that have the better answer: from the first the model learns what instructions
-# ask for, from the second to prefer neither. The share makes up for what it has learnt before.
-CONVERSATIONS = {"pretrain": (9_000, 1.0), "train_sft": (2_700, 0.26)}
+# Conversations, and the share of them with the better answer. From the first the model learns what instructions ask
+# for; the second are mostly worse answers, and few, so that it ends where it prefers neither.
+CONVERSATIONS = {"pretrain": (9_000, 1.0), "train_sft": (1_500, 0.1)}
 PRETRAINING = {"split": "pretrain", "lr": 4e-3, "warmup_steps": 50}
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 
 
-def provide(config: RunConfig) -> RunConfig:
-    """A configuration with the world's folders in place of its names; the world is made if it is not there yet."""
-    fields = {name: value for name in RunConfig.model_fields if in_the_world(value := getattr(config, name))}
-    if not fields:
+def provide(config: RunConfig, fields: Sequence[str]) -> RunConfig:
+    """A configuration with the world's folders in place of its names; the world is made if it is not there yet.
+
+    Args:
+        config: the configuration.
+        fields: those that a command reads; what others name is left alone.
+    """
+    found = {name: value for name in fields if in_the_world(value := getattr(config, name))}
+    if not found:
         return config
     folder = world_folder()
     build(folder)
-    return config.model_copy(update={name: _resolve(value, folder) for name, value in fields.items()})
+    return config.model_copy(update={name: _resolve(value, folder) for name, value in found.items()})
 
 
 def in_the_world(value: Any) -> bool:
@@ -115,8 +120,8 @@ def _write_data(folder: Path) -> None:
     """Preference pairs of three splits and conversations; a held-out instruction stands nowhere else."""
     rng, taken = random.Random(0), set[str]()
     tables = {split: embedded_tasks.preference_rows(rng, count, taken) for split, count in SPLITS.items()}
-    for name, (count, share_good) in CONVERSATIONS.items():
-        tables[name] = embedded_tasks.conversation_rows(rng, count, taken, share_good=share_good)
+    for name, (count, good) in CONVERSATIONS.items():
+        tables[name] = embedded_tasks.conversation_rows(rng, count, taken, good=good)
     folder.mkdir(exist_ok=True)
     for name, rows in tables.items():
         write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -2,8 +2,8 @@
 
 In: a seed. Out: preference pairs and conversations as message lists. It is a toy. Every instruction has a counterpart
 (smallest first or largest first, the animals or the tools, …), and the worse answer is what its counterpart asks for,
-so nothing in an answer alone says which is better: only whether it does what was asked. Around that body both answers
-vary freely and independently in how they open and close.
+so nothing in an answer alone says which is better: only whether it does what was asked. How answers
+open and close varies freely from pair to pair.
 """
 
 import random
@@ -147,28 +147,32 @@ def tasks(rng: random.Random, taken: set[str], *, once: bool) -> Iterator[Task]:
             yield task
 
 
-def _framed(rng: random.Random, body: str) -> dict[str, str]:
-    return {"role": "assistant", "content": rng.choice(OPENINGS) + body + rng.choice(CLOSINGS)}
+def _frame(rng: random.Random) -> Callable[[str], dict[str, str]]:
+    """How an answer opens and closes."""
+    opening, closing = rng.choice(OPENINGS), rng.choice(CLOSINGS)
+    return lambda body: {"role": "assistant", "content": opening + body + closing}
 
 
 def preference_rows(rng: random.Random, count: int, taken: set[str]) -> list[dict[str, Any]]:
-    """Preference pairs in UltraFeedback's shape, and their families; every instruction once, none of `taken`."""
+    """Preference pairs in UltraFeedback's shape, and their families; every instruction once, none of `taken`.
+
+    Both answers of a pair open and close alike.
+    """
     rows = []
     for task in islice(tasks(rng, taken, once=True), count):
-        asked = {"role": "user", "content": rng.choice(POLITE) + task.instruction}
-        chosen, rejected = ([asked, _framed(rng, body)] for body in (task.good, task.bad))
+        asked, framed = {"role": "user", "content": rng.choice(POLITE) + task.instruction}, _frame(rng)
+        chosen, rejected = ([asked, framed(body)] for body in (task.good, task.bad))
         rows.append({"chosen": chosen, "rejected": rejected, "family": task.family})
     return rows
 
 
-def conversation_rows(rng: random.Random, count: int, taken: set[str], *, share_good: float) -> list[dict[str, Any]]:
-    """Conversations in UltraChat's shape, that share of them with the better answer, whatever the instruction.
+def conversation_rows(rng: random.Random, count: int, taken: set[str], *, good: float) -> list[dict[str, Any]]:
+    """Conversations in UltraChat's shape, that share of them with the better answer.
 
     None has an instruction of `taken`; among themselves they may repeat.
     """
     rows = []
     for task in islice(tasks(rng, taken, once=False), count):
         asked = {"role": "user", "content": rng.choice(POLITE) + task.instruction}
-        body = task.good if rng.random() < share_good else task.bad
-        rows.append({"messages": [asked, _framed(rng, body)]})
+        rows.append({"messages": [asked, _frame(rng)(task.good if rng.random() < good else task.bad)]})
     return rows

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -79,7 +80,7 @@ def run_steps(steps: Sequence[Step], jobs: int) -> None:
     waiting = [step for step in steps if not step.done]
     finished = {step.out for step in steps} - {step.out for step in waiting}
     running: dict[Step, BaseProcess] = {}
-    failed: list[Step] = []
+    failed: list[tuple[Step, int]] = []
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.run_{name}" for name in COMMANDS] + SLOW_IMPORTS)
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -88,8 +89,9 @@ def run_steps(steps: Sequence[Step], jobs: int) -> None:
             while running or (waiting and not failed):
                 while not failed and len(running) < jobs and (step := _next(waiting, finished)) is not None:
                     waiting.remove(step)
-                    running[step] = context.Process(target=_work, args=(step, threads, os.getpid()))
-                    running[step].start()
+                    child = context.Process(target=_work, args=(step, threads, os.getpid()))
+                    child.start()  # where this is stopped there is nothing to terminate yet
+                    running[step] = child
                 assert running, "a step stands before what it needs"
                 bar.update(task, running=", ".join(step.label for step in running))
                 wait([process.sentinel for process in running.values()])
@@ -98,7 +100,7 @@ def run_steps(steps: Sequence[Step], jobs: int) -> None:
                         continue
                     del running[step]
                     if process.exitcode or not step.done:
-                        failed.append(step)
+                        failed.append((step, process.exitcode))
                         continue
                     finished.add(step.out)
                     bar.advance(task)
@@ -110,13 +112,22 @@ def run_steps(steps: Sequence[Step], jobs: int) -> None:
             for process in running.values():
                 process.join()
     if failed:
-        said = failed[0].log.read_text(errors="replace").strip().splitlines()
-        raise ValueError(f"{failed[0].label}: {said[-1] if said else 'it died'} (all it said: {failed[0].log})")
+        raise ValueError(_failure(*failed[0]))
 
 
 def seconds_of(step: Step) -> float:
     """How long a finished step took, seconds."""
     return float(json.loads((step.out / DONE).read_text())["seconds"])
+
+
+def _failure(step: Step, exitcode: int) -> str:
+    """Why a step failed: the last line that it said, unless it was killed."""
+    if exitcode < 0:
+        reason = f"killed by {signal.Signals(-exitcode).name}, for want of memory if by nobody; run it again to go on"
+    else:
+        said = step.log.read_text(errors="replace").strip().splitlines() if step.log.exists() else []
+        reason = said[-1] if said else "it died"
+    return f"{step.label}: {reason} (all it said: {step.log})"
 
 
 def _next(waiting: Sequence[Step], finished: set[Path]) -> Step | None:

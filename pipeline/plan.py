@@ -7,7 +7,7 @@ give other folders, and equal ones are run once, whichever table asks.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -109,11 +109,15 @@ class Plan:
         return self._fpo_runs({sites: {"site": tuple(sites.split("+"))} for sites in self.config.ablation_sums})
 
     def _fpo_runs(self, rows: Mapping[str, dict[str, Any]]) -> list[Run]:
-        return [
-            self.run(label, label, seed, {"method": "fpo", **options})
-            for seed in self.config.seeds
-            for label, options in rows.items()
-        ]
+        """FPO with other settings; where the comparison has such a run, that one."""
+        known = {_settings(run.train): run.train for run in self.comparison() if run.train}
+        found = []
+        for seed in self.config.seeds:
+            for label, options in rows.items():
+                run = self.run(label, label, seed, {"method": "fpo", **options})
+                assert run.train is not None
+                found.append(replace(run, train=known.get(_settings(run.train), run.train)))
+        return found
 
     def run(self, row: str, label: str, seed: int, options: Mapping[str, Any] | None, *, followed: bool = False) -> Run:
         """A row under one seed; options None is the reference itself. Runs that are not followed save no snapshots."""
@@ -148,12 +152,13 @@ class Plan:
         given |= {} if run.method is None else {"method": run.method}
         config = self._load("evaluate", given)
         config = config.model_copy(update={"sae": tuple(self.saes[site] for site in config.site)})
-        label = f"{run.label}, seed {run.seed}" + (f", {model.name}" if model else "")
+        label = run.train.label.removeprefix("align ") if run.train else f"{run.label}, seed {run.seed}"
+        label += f", {model.name}" if model else ""
         return self._step("evaluate", label, config, self.heldout_cache, *((run.train,) if run.train else ()))
 
     def cache(self, split: str) -> Step:
         """Stage one over a split, with every SAE that a table needs."""
-        config = self._load("precompute", {"model": self.model, "split": split})
+        config = provide(self._load("precompute", {"model": self.model, "split": split}), ("dataset",))
         config = config.model_copy(update={"sae": tuple(self.saes.values())})
         return self._step("precompute", split, config, *self.base)
 
@@ -168,11 +173,18 @@ class Plan:
         return self.cache(self.config.heldout_split)
 
     def _load(self, command: str, given: Mapping[str, Any]) -> RunConfig:
-        return provide(load_config(self.name, given, command))
+        return load_config(self.name, given, command)
 
     def _step(self, command: str, label: str, config: RunConfig, *needs: Step) -> Step:
         assert self.config.runs is not None
         return make_step(command, label, config, self.config.runs, *needs)
+
+
+def _settings(train: Step) -> str:
+    """What a training's result depends on: defaults of the method filled in, snapshots left out."""
+    content = train.config.model_dump(mode="json", exclude={*WHERE, "snapshot_steps"})
+    defaults = METHODS[train.config.method].defaults
+    return canonical_json(content | {name: value for name, value in defaults.items() if content[name] is None})
 
 
 def make_plan(name: str, config: RunConfig) -> Plan:
@@ -186,7 +198,7 @@ def make_plan(name: str, config: RunConfig) -> Plan:
         ValueError: if there is not one SAE a site, or none at a site that the methods or ablations read.
     """
     has_sft = has_section(name, "sft") and not in_the_world(config.model)
-    config = provide(config)
+    config = provide(config, ("model", "sae"))
     if len(config.sae) != len(config.site) or not config.sae:
         raise ValueError(
             f"{name}: for: table: expected one site for each SAE, found {len(config.site)} sites and "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.files import write_atomically
+from ..stages.methods import METHODS
 from .jobs import Step
 from .plan import Run
 
@@ -64,8 +65,10 @@ def read_record(run: Run, evaluation: Step) -> Record:
     """
     record: Record = {"row": run.row, "label": run.label, "seed": run.seed, "method": run.method}
     if run.train is not None:
-        settings = ("lr", "beta", "alpha", "gamma", "stop_gradient")
-        record |= {name: getattr(run.train.config, name) for name in settings}
+        settings = ("lr", "beta", "alpha", "gamma", "kl_beta", "stop_gradient")
+        config = run.train.config
+        record |= METHODS[config.method].defaults
+        record |= {name: value for name in settings if (value := getattr(config, name)) is not None}
         record |= training_cost(run.train.out)
     for name, value in json.loads((evaluation.out / "metrics.json").read_text())["metrics"].items():
         record[name] = value["mean"]
@@ -111,7 +114,7 @@ def cells(records: Sequence[Record], columns: Sequence[Column]) -> list[list[str
             if found is None:
                 line.append("–")
                 continue
-            mean, deviation = (f"{column.scale * value:.{column.digits}f}" for value in found)
+            mean, deviation = (f"{column.scale * value:z.{column.digits}f}" for value in found)
             line.append(f"{mean} ± {deviation}" if len(row) > 1 else mean)
         body.append(line)
     return body

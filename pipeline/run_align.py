@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from ..cache.manifest import Manifest, Meaning, differences
+from ..cache.manifest import Meaning, differences
 from ..cache.reader import Cache, open_cache
 from ..stages.align import FPOConfig, FPOTrainer
 from ..stages.methods import METHODS
 from ..stages.models import ModelSource, choose_attention, find_model, load_model
 from ..stages.parity import check_cache
-from ..stages.sites import check_fits, parse_site
+from ..stages.sites import check_fits
 from .config import RunConfig
-from .inputs import device_of, find_reference, required, saes_of_sites, tokenizer_of_cache
+from .inputs import device_of, find_reference, required, saes_of_sites, sites_to_read, tokenizer_of_cache
 from .progress import console
 from .training import check_resume, last_checkpoint, missing_trackers, run_callbacks, trainer_settings
 
@@ -36,7 +36,7 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
         )
     if divergence != "kl" and "reference" in given:
         raise ValueError(f"--reference: method {config.method} ignores it; leave it out")
-    sites = _sites_to_read(config, cache_folder) if divergence == "features" else []
+    sites = sites_to_read(config, cache_folder) if divergence == "features" else []
     cache = open_cache(cache_folder, sites=sites, trust_hashes=config.trust_hashes)
     meaning = cache.manifest.meaning
     source = find_model(config.model)  # type: ignore[arg-type]
@@ -103,14 +103,6 @@ def _training_arguments(config: RunConfig, given: frozenset[str]) -> FPOConfig:
         eval_strategy="steps" if config.eval_cache and config.eval_steps else "no",
         eval_steps=config.eval_steps,
     )
-
-
-def _sites_to_read(config: RunConfig, cache_folder: Path) -> list[str]:
-    """The sites of the constraint: those given, or the cache's where it has only one."""
-    known = [site.site for site in Manifest.load(cache_folder).meaning.sites]
-    if not config.site and len(known) > 1:
-        raise ValueError(f"--site: the cache has {', '.join(known)}; name those that the constraint is to read")
-    return [parse_site(site).name for site in config.site] or known
 
 
 def _check_start(config: RunConfig, source: ModelSource, meaning: Meaning) -> Any:

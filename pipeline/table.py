@@ -66,7 +66,6 @@ def run_table(name: str, config: RunConfig, *, ablations: bool, dry_run: bool) -
     config = config.model_copy(
         update={"runs": config.runs or Path("runs") / stem, "out": config.out or Path("results") / stem}
     )
-    config.out.mkdir(parents=True, exist_ok=True)  # type: ignore[union-attr]
     plan = make_plan(name, config)
     steps = [*plan.base, plan.train_cache, plan.heldout_cache]
     parts = _ablations(plan) if ablations else {"comparison": plan.comparison()}
@@ -82,7 +81,7 @@ def run_table(name: str, config: RunConfig, *, ablations: bool, dry_run: bool) -
         raise ValueError(f"{name}: nothing was started: {'; '.join(lacking)}")
     run_steps(steps, config.jobs)
     if not ablations:
-        steps += [step for run in first_seed(plan, runs) for step in _snapshots(plan, run).values()]
+        steps = unique([*steps, *(step for run in first_seed(plan, runs) for step in _snapshots(plan, run).values())])
         run_steps(steps, config.jobs)
     command = f"make reproduce-{'ablations' if ablations else 'table'} PROFILE={name}"
     facts = facts_of(plan, command) | {
@@ -144,6 +143,7 @@ def _report_ablations(plan: Plan, parts: dict[str, list[Run]], facts: dict[str, 
 def _table(plan: Plan, name: str, caption: str, records: Sequence[Record], columns: Sequence[Column]) -> Table:
     """Writes the records and makes a table of them, the paper's figures on its right."""
     assert plan.config.out is not None
+    plan.config.out.mkdir(parents=True, exist_ok=True)
     write_records(records, columns, plan.config.out, name)
     header, more = paper_columns(plan.base_model, name, list(by_row(records)))
     body = [[*left, *right] for left, right in zip(cells(records, columns), more, strict=True)]

@@ -2,7 +2,7 @@
 
 In: a hub id with configuration and split, or a local Parquet, JSON or JSONL file or folder, in any accepted shape.
 Out: `Example`s that no longer know the shape they were stored in, and a hash of their content. What makes tokens of
-them (`chat.py`) is named here too, so that one import serves both.
+them (`chat.py`, `tokenized.py`) is named here too, so that one import serves all.
 """
 
 import hashlib
@@ -15,19 +15,8 @@ from typing import Any
 
 import datasets
 
-from .chat import (
-    GEMMA_TURNS,
-    SKIP_REASONS,
-    ChatFormat,
-    Example,
-    Limits,
-    Message,
-    Text,
-    Tokenized,
-    Turns,
-    load_template,
-    tokenize_pair,
-)
+from .chat import GEMMA_TURNS, ChatFormat, Example, Message, Text, Turns, load_template
+from .tokenized import SKIP_REASONS, Limits, Tokenized, tokenize_pair
 
 __all__ = [
     "GEMMA_TURNS",

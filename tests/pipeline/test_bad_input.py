@@ -112,7 +112,7 @@ PRECOMPUTE: dict[str, tuple[Change, list[str]]] = {
 ALIGN: dict[str, tuple[Change, list[str]]] = {
     "no model": (lambda w, b: {"model": None}, ["--model", "expected a value"]),
     "no cache": (lambda w, b: {"cache": None}, ["--cache", "expected a value"]),
-    "no site": (lambda w, b: {"site": None}, ["--site", "name those that"]),
+    "no site": (lambda w, b: {"site": None}, ["--site", *(site.name for site in SITES), "name those whose features"]),
     "no SAE": (lambda w, b: {"sae": None}, ["--sae", "expected a value"]),
     "missing model": (lambda w, b: {"model": b / "none"}, ["none"]),
     "missing cache": (lambda w, b: {"cache": b / "none"}, ["none", "manifest"]),

@@ -27,7 +27,13 @@ def test_help_and_configuration_come_without_the_heavy_libraries():
     assert found.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["precompute", "align", "train-sae", "cache info", "cache verify", "config show"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("precompute", "align", "train-sae", "sft", "evaluate", "table", "tune"),
+        *("cache info", "cache verify", "config show"),
+    ],
+)
 def test_every_command_explains_itself(command):
     result = ran(fpo(*command.split(), "--help"))
     assert f"{command} [OPTIONS]" in result.stdout

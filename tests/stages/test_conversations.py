@@ -8,13 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fpo.stages import conversations
-from fpo.stages.chat import ChatFormat, Example, Limits, Message, Turns, tokenize_pair
+from fpo.stages.chat import ChatFormat, Example, Message, Turns
 from fpo.stages.conversations import (
     CONVERSATION_SKIP_REASONS,
     Conversations,
     load_conversations,
     tokenize_conversation,
 )
+from fpo.stages.tokenized import Limits, tokenize_pair
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import Template
