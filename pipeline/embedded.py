@@ -31,8 +31,8 @@ LAYERS = 4
 SITES = tuple(f"blocks.{layer}.hook_{kind}" for layer in range(LAYERS) for kind in ("resid_post", "mlp_out"))
 SPLITS = {"test_prefs": 500, "validation_prefs": 200, "train_prefs": 1500}
 # Conversations, and the share of them with the better answer. From the first the model learns what instructions ask
-# for; the second are mostly worse answers, and few, so that it ends where it prefers neither.
-CONVERSATIONS = {"pretrain": (9_000, 1.0), "train_sft": (1_500, 0.1)}
+# for; the second are mostly worse answers, and so many that it ends where it prefers neither.
+CONVERSATIONS = {"pretrain": (9_000, 1.0), "train_sft": (2_600, 0.1)}
 PRETRAINING = {"split": "pretrain", "lr": 4e-3, "warmup_steps": 50}
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 

@@ -145,7 +145,7 @@ def test_the_paper_s_comparison_is_told_in_lines_of_a_readable_length(name, abla
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
     assert any("google/gemma-2" in line for line in lines) and "61,135 rows" in " ".join(lines)
-    for label in ("align FPO", "align TDPO-1", "evaluate SFT") if not ablations else ("align α = 0.5, without sg",):
+    for label in ("align FPO", "align TDPO-1", "evaluate SFT") if not ablations else ("align α = 1, with sg",):
         assert label in " ".join(" ".join(lines).split())
 
 
