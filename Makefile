@@ -72,7 +72,7 @@ test: install lint types
 
 # What takes longer than some seconds: compiled attention, a killed process, a hub that is out of reach.
 test-slow: install
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -n auto -m slow
 
 clean:
 	rm -rf build dist .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -137,7 +137,7 @@ def test_the_world_s_folder_is_the_user_s_and_named_by_what_makes_the_world():
 
 def test_other_settings_of_what_makes_the_world_are_another_world(profile):
     before = embedded.world_folder()
-    for section, field in (("sft", {"lr": 1e-3}), ("sft", {"seed": 7}), ("train-sae", {"width": 64})):
+    for section, field in (("sft", {"lr": 3e-2}), ("sft", {"seed": 7}), ("train-sae", {"width": 64})):
         profile(section, **field)
         assert embedded.world_folder() != before, field
     profile(None)
