@@ -108,11 +108,14 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
 
 
 def last_checkpoint(config: RunConfig) -> str | None:
-    """The checkpoint that a resumed run goes on from; None for a new one, or where none was written yet."""
-    from transformers.trainer_utils import get_last_checkpoint
+    """The checkpoint that a resumed run goes on from; None for a new one, or where none was written yet.
 
-    checkpoint: str | None = get_last_checkpoint(str(config.out)) if config.resume else None
-    return checkpoint
+    The Trainer writes its state last: a checkpoint without one was cut off, and is passed over.
+    """
+    if not config.resume or config.out is None:
+        return None
+    whole = [state.parent for state in config.out.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))) if whole else None
 
 
 def run_callbacks(config: RunConfig, record: Mapping[str, Any]) -> list[TrainerCallback]:

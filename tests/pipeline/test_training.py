@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from fpo.pipeline.config import load_config
 from fpo.pipeline.run_align import run_align
+from fpo.pipeline.training import last_checkpoint
 
 
 def align(world: Any, out: Path, **options: Any) -> Path:
@@ -30,3 +31,16 @@ def test_an_adapter_has_no_snapshots(world, tmp_path):
     with pytest.raises(ValueError, match=r"\A--snapshot-steps: [^\n]*--lora-r[^\n]*\Z"):
         align(world, tmp_path / "run", snapshot_steps=1, lora_r=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
+    config = load_config(None, {"out": tmp_path, "resume": True}, "align")
+    assert last_checkpoint(config) is None
+    for step, whole in ((9, True), (10, True), (11, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+        if whole:
+            (folder / "trainer_state.json").touch()
+    assert last_checkpoint(config) == str(tmp_path / "checkpoint-10")
+    assert last_checkpoint(load_config(None, {"out": tmp_path}, "align")) is None
