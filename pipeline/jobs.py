@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -149,7 +150,13 @@ def _bar(total: int, done: int):  # type: ignore[no-untyped-def]
 
 
 def _work(step: Step, threads: int, parent: int) -> None:
-    """What the process of a step does: its command, with everything it says in its log."""
+    """What the process of a step does: its command, with everything it says in its log.
+
+    Ctrl-C reaches every process of the terminal; the one that plans then stops the others. A process that is stopped
+    cleans up behind itself, where one that is killed would leave semaphores, of which Python warns.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     step.log.parent.mkdir(parents=True, exist_ok=True)
     with step.log.open("a") as log:
@@ -165,6 +172,10 @@ def _work(step: Step, threads: int, parent: int) -> None:
         shutil.rmtree(checkpoint)  # for going on; with the optimiser's state they are thrice the model
     record = {"command": step.command, "label": step.label, "seconds": round(time.monotonic() - started, 2)}
     write_atomically(step.out / DONE, json.dumps(record).encode())
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit("stopped; run it again to go on")
 
 
 def _leave_with(parent: int) -> None:
