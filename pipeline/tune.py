@@ -17,7 +17,7 @@ from .progress import console
 from .results import Record, read_record
 
 # Factors of the profile's learning rate, and of the method's own β (method.md section 4).
-RATES = (0.3, 1.0, 3.0)
+RATES = (0.3, 1.0, 3.0, 10.0)
 BETAS = (0.3, 1.0, 3.0)
 
 SCORE = "accuracy/raw"

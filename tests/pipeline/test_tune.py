@@ -32,7 +32,7 @@ def test_every_method_is_searched_as_much_as_any_other(plan):
     for method, grid in grids.items():
         points = [(run.train.config.lr, run.train.config.beta) for run in grid if run.train]
         assert len(set(points)) == len(points) == len({run.train.out for run in grid if run.train})
-        assert {lr for lr, _ in points} == {3e-4, 1e-3, 3e-3}
+        assert {lr for lr, _ in points} == {3e-4, 1e-3, 3e-3, 1e-2}
         own = float(METHODS[method].defaults["beta"])
         assert sorted({beta for _, beta in points}) == pytest.approx([0.3 * own, own, 3 * own])
         assert {(run.method, run.seed, run.train.config.snapshot_steps) for run in grid if run.train} == {
@@ -92,6 +92,18 @@ def test_a_profile_without_a_validation_split_is_refused(world, tmp_path):
     assert result.exit_code == 2 and "validation_split" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
+
+
+def test_the_embedded_profile_has_the_winners_of_the_committed_log():
+    log = Path(__file__).parents[2] / "results" / "embedded" / "tuning.csv"
+    records = [
+        {"method": line["method"]} | {key: float(line[key]) for key in tune.COLUMNS[1:]}
+        for line in csv.DictReader(log.read_text().splitlines())
+    ]
+    assert [record["method"] for record in records] == [m for m in METHODS for _ in range(len(RATES) * len(BETAS))]
+    for method, best in winners(records).items():
+        config = load_config("embedded", {"method": method}, "align")
+        assert (config.lr, config.beta) == (best["lr"], best["beta"]), method
 
 
 @pytest.mark.slow
