@@ -8,7 +8,6 @@ Legend: R responses, K ranks, T tokens.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -99,14 +98,8 @@ def kl_over_training(curves: Sequence[Curve], title_note: str) -> Figure:
 
 
 @styled
-def peak_memory(memory: Bars, device: Literal["CPU process", "GPU"], title_note: str) -> Figure:
-    """Figure 4, left: peak memory of training; mean over seeds, its sd, and a dot a seed.
-
-    Args:
-        memory: peak memory per method and seed.
-        device: whose memory it is.
-        title_note: small print.
-    """
+def peak_memory(memory: Bars, title_note: str) -> Figure:
+    """Figure 4, left: peak memory of tensors in training; mean over seeds, its sd, and a dot a seed."""
     figure = new_figure(7, 1.4 + 0.36 * len(memory.values), title_note)
     axes = figure.subplots()
     rows = zip(memory.values.items(), memory.means, memory.deviations, strict=True)
@@ -116,7 +109,7 @@ def peak_memory(memory: Bars, device: Literal["CPU process", "GPU"], title_note:
         right = max(*values, mean + deviation)
         axes.annotate(short(mean), (right, row), xytext=(6, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(memory.values)), [method_label(method) for method in memory.values])
-    axes.set(title=f"Peak training memory of the {device}", xlabel=memory.axis_label)
+    axes.set(title="Peak memory of tensors in training", xlabel=memory.axis_label)
     axes.invert_yaxis()
     axes.set_xlim(0, (max(max(v) for v in memory.values.values()) or 1.0) * 1.15)
     return figure

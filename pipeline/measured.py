@@ -78,8 +78,8 @@ def comparison_figures(
         ),
         (
             "figure-4-left",
-            "Figure 4, left: peak memory of training.",
-            lambda: figures.peak_memory(Bars(memory, "MB"), "GPU" if on_gpu() else "CPU process", note),
+            "Figure 4, left: peak memory of tensors in training.",
+            lambda: figures.peak_memory(Bars(memory, "MB"), note),
         ),
         (
             "figure-4-right",
@@ -125,10 +125,3 @@ def bound_tokens(plan: Plan, runs: Sequence[Run], records: Sequence[Record]) -> 
             squares = table["feature_sq"].to_numpy()
             found.append(Tokens(run.row, table["kl"].to_numpy(), squares, record["bound/spectral_norm"]))
     return found
-
-
-def on_gpu() -> bool:
-    """Whether training ran on a GPU here."""
-    import torch
-
-    return torch.cuda.is_available()

@@ -49,7 +49,7 @@ COLUMNS = (
     Column("features/mse_chosen", "feature MSE chosen"),
     Column("features/mse_rejected", "feature MSE rejected"),
     Column("features/mse_margin", "feature MSE margin"),
-    Column("train/peak_memory_bytes", "peak memory, MB", 1e-6, 0),
+    Column("train/peak_memory_bytes", "peak memory of tensors, MB", 1e-6, 1),
     Column("train/tokens_per_second", "tokens/s", 1, 0),
     Column("train/seconds", "training, s", 1, 1),
 )

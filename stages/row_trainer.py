@@ -6,8 +6,6 @@ tokens) of all ranks and accumulated batches, and which logs means over pairs an
 """
 
 import math
-import resource
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans, forget_lines_after
 from .models import Recipe
 from .scoring import attach_scoring, check_model
@@ -105,6 +104,7 @@ class RowTrainer(Trainer):
         attach_scoring(model)
         self._means = {"train": PairMeans(), "eval": PairMeans()}
         self._tokens, self._started = 0, time.monotonic()
+        self._memory = PeakMemory()
         super().__init__(
             model=model,
             args=args,
@@ -112,7 +112,7 @@ class RowTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[MetricsFile(), *(callbacks or [])],
+            callbacks=[MetricsFile(), self._memory, *(callbacks or [])],
         )
         if self.is_fsdp_enabled:
             raise ValueError("FSDP: ranks may pack different numbers of rows and would wait for each other; use DDP")
@@ -178,15 +178,10 @@ class RowTrainer(Trainer):
             )
 
     def _cost(self) -> dict[str, float]:
-        """Tokens of all ranks over the time of training, saving included; the peak is the process's on CPU."""
+        """Tokens of all ranks over the time of training, saving included, and peak memory (`memory.py`)."""
         seconds = time.monotonic() - self._started
         tokens = float(self.accelerator.reduce(torch.tensor(float(self._tokens), device=self.args.device), "sum"))
-        if self.args.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.args.device)
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return {"train_tokens_per_second": round(tokens / seconds, 1), "train_peak_memory_bytes": peak}
+        return {"train_tokens_per_second": round(tokens / seconds, 1), **self._memory.read(self.args.device)}
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         items = sum(self.row_items(row) for batch in batch_samples for row in batch["rows"])

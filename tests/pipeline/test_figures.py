@@ -67,7 +67,7 @@ FEW = ["dpo", "tdpo2", "fpo", "fpo-alpha0"]
 FIGURES: dict[str, tuple[Any, list[str]]] = {
     "rank": (lambda: activation_by_rank(descending(), 10, NOTE), []),
     "kl": (lambda: kl_over_training([curve("sft", 0.0), *curves()], NOTE), list(LABELS)),
-    "memory": (lambda: peak_memory(MEMORY, "GPU", NOTE), list(LABELS)),
+    "memory": (lambda: peak_memory(MEMORY, NOTE), list(LABELS)),
     "mse": (lambda: feature_mse(*MSE, NOTE), list(LABELS)),
     "kl-mse": (lambda: kl_against_mse(curves(), NOTE), TRAINED),
     "tokens": (lambda: token_bound([tokens(method) for method in FEW], NOTE), FEW),
@@ -152,7 +152,7 @@ def test_no_text_touches_another(name, drawings):
         lambda: kl_against_mse([curve(method, 2.0**n, tuple(range(61))) for n, method in enumerate(FEW)], NOTE),
         lambda: token_bound([tokens(method) for method in TRAINED[:5]], NOTE),
         lambda: token_bound([Tokens("fpo", np.ones(1), np.ones(1), 1.0)], NOTE * 3),
-        lambda: peak_memory(Bars({"fpo": [0.0]}, "GB"), "CPU process", NOTE),
+        lambda: peak_memory(Bars({"fpo": [0.0]}, "GB"), NOTE),
     ],
     ids=["large and small", "many steps", "two rows", "one token", "zero"],
 )

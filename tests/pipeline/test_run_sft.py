@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # What differs between two runs of the same command, or is a mean since the last start.
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second")
-CLOCK += ("train_peak_memory_bytes", "train_loss")
+CLOCK += ("train_peak_memory_bytes", "train_peak_process_bytes", "train_loss")
 
 
 def conversation_rows(seed: int, count: int) -> list[dict[str, Any]]:

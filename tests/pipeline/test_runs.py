@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 LOG_2 = pytest.approx(math.log(2), rel=1e-6)
 # What differs between two runs of the same command, or is a mean since the last start.
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second")
-CLOCK += ("train_peak_memory_bytes", "train_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+CLOCK += ("train_peak_memory_bytes", "train_peak_process_bytes", "train_loss")
+CLOCK += ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
 @pytest.fixture(scope="module")

@@ -137,7 +137,7 @@ def test_training_lowers_the_loss_and_says_what_it_cost(trainer, tmp_path):
     tokens = 10 * sum(one.ids.size for one in told)
     # The run's own clock starts later and stops earlier.
     assert 0 < cost["train_tokens_per_second"] <= tokens / cost["train_runtime"] * 1.01
-    assert cost["train_peak_memory_bytes"] > 10**6
+    assert cost["train_peak_process_bytes"] > cost["train_peak_memory_bytes"] > 0
     assert not list(tmp_path.rglob("training_args.bin"))
 
 
