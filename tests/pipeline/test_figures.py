@@ -171,7 +171,7 @@ def test_figures_say_what_was_measured(folder):
     assert f"k = 10: {100 * pooled[:, :10].sum() / pooled.sum():.0f} %" in texts(folder / "rank.svg")
     memory = texts(folder / "memory.svg")
     assert all(f"\n{620 + 90 * place}\n" in f"\n{memory}\n" for place in range(len(LABELS)))
-    assert "GPU" in memory and "mean ± sd over 2 seeds" in memory
+    assert "tensors" in memory and "mean ± sd over 2 seeds" in memory
     assert texts(folder / "kl-mse.svg").count("+1.00") == 5
     shares = texts(folder / "tokens.svg")
     for method in FEW:
