@@ -28,7 +28,7 @@ class PageTable:
         caption: what it shows.
         header: one name a column; the first column names the rows.
         rows: one cell a column, as shown.
-        note: small print below it; empty for none.
+        prose: whether its cells are sentences, which wrap.
 
     Raises:
         ValueError: if there is no row, or one has not one cell a column.
@@ -37,7 +37,7 @@ class PageTable:
     caption: str
     header: list[str]
     rows: list[list[str]]
-    note: str = ""
+    prose: bool = False
 
     def __post_init__(self) -> None:
         columns = len(self.header)

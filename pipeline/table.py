@@ -47,12 +47,14 @@ class Table:
         caption: its title.
         header: its columns.
         body: its rows.
+        prose: whether its cells are sentences.
     """
 
     name: str
     caption: str
     header: list[str]
     body: list[list[str]]
+    prose: bool = False
 
     @property
     def markdown(self) -> str:
@@ -162,9 +164,8 @@ def _write(
     out = plan.config.out
     assert out is not None
     note = note_of(plan)
-    judged = Table(
-        "claims", "The paper's claims", ["claim", "here", "figures"], [[c.text, c.answer, c.figures] for c in claims]
-    )
+    answers = [[claim.text, claim.answer, claim.figures] for claim in claims]
+    judged = Table("claims", "The paper's claims", ["claim", "here", "figures"], answers, prose=True)
     tables = [*tables, judged]
     listed = "".join(f"- {key}: {value}\n" for key, value in facts.items())
     text = f"{note}\n\n" + "".join(table.markdown for table in tables) + listed
@@ -172,7 +173,7 @@ def _write(
     page = Page(
         title=f"FPO: {name}, profile {plan.name}",
         note=note,
-        tables=[PageTable(table.caption, table.header, table.body) for table in tables],
+        tables=[PageTable(table.caption, table.header, table.body, table.prose) for table in tables],
         figures=list(figures),
         facts=facts,
     )
