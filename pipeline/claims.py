@@ -4,6 +4,7 @@ In: records of a comparison or an ablation (`results.py`). Out: each claim with 
 The thresholds are ours; the paper gives none.
 """
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,32 +66,64 @@ def ablation_claims(sites: Sequence[Record], weights: Sequence[Record]) -> list[
     means = {row: _mean(runs, "accuracy/raw") for row, runs in by_row(sites).items()}
     claims = []
     if len(means) > 1:
-        half = len(means) // 2
-        early, late = (sum(part) / len(part) for part in (list(means.values())[:half], list(means.values())[half:]))
+        early = set(list(means)[: len(means) // 2])
+        late = [record for record in sites if record["row"] not in early]
+        gain = _gain(late, [record for record in sites if record["row"] in early], "accuracy/raw")
         claims.append(
             Claim(
-                "Later sites give a higher accuracy than early ones (later half against earlier half)",
-                late > early,
-                f"{100 * late:.1f} % against {100 * early:.1f} %: "
-                + ", ".join(f"{row} {100 * value:.1f}" for row, value in means.items()),
+                "Later sites give a higher accuracy than early ones (later half against earlier half, by more than two "
+                "standard deviations of the difference)",
+                gain.tells,
+                f"difference {gain.text(100, 2, 'points')}; "
+                + ", ".join(f"{row} {100 * value:.1f} %" for row, value in means.items()),
             )
         )
-    with_sg, without = (
-        [record for record in weights if record["stop_gradient"] is not False and record["alpha"]],
-        [record for record in weights if record["stop_gradient"] is False and record["alpha"]],
-    )
-    if with_sg and without:
-        found = [mean_and_deviation(part, "diversity/entropy") for part in (with_sg, without)]
-        assert found[0] and found[1]
+    constrained = [record for record in weights if record["alpha"]]
+    held = [record for record in constrained if record["stop_gradient"] is not False]
+    free = [record for record in constrained if record["stop_gradient"] is False]
+    if held and free:
+        gain = _gain(held, free, "diversity/entropy")
         claims.append(
             Claim(
-                "The stop-gradient helps diversity (H, mean over α)",
-                found[0][0] > found[1][0],
-                f"{found[0][0]:.3f} with, {found[1][0]:.3f} without (deviation over runs {found[0][1]:.3f}, "
-                f"{found[1][1]:.3f})",
+                "The stop-gradient helps diversity (H, mean over α, by more than two standard deviations of the "
+                "difference)",
+                gain.tells,
+                f"difference {gain.text(1, 3, 'nats a token')}; {_mean(held, 'diversity/entropy'):.3f} with, "
+                f"{_mean(free, 'diversity/entropy'):.3f} without",
             )
         )
     return claims
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """A difference of two sets of runs, paired by seed: mean and sample standard deviation over seeds."""
+
+    mean: float
+    deviation: float
+    seeds: int
+
+    @property
+    def tells(self) -> bool | None:
+        """Whether it is above two deviations."""
+        return _over_seeds(self.mean > 2 * self.deviation, self.seeds)
+
+    def text(self, scale: float, digits: int, unit: str) -> str:
+        """The difference with its spread."""
+        spread = _spread(scale * self.deviation, self.seeds, digits)
+        return f"{scale * self.mean:+.{digits}f} {unit} ({spread}, paired by seed)"
+
+
+def _gain(better: Sequence[Record], worse: Sequence[Record], key: str) -> _Gain:
+    """By how much one set of runs is above another; a seed's value is the mean over its runs."""
+    high, low = _by_seed(better, key), _by_seed(worse, key)
+    gains = [high[seed] - low[seed] for seed in high if seed in low]
+    return _Gain(statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else 0.0, len(gains))
+
+
+def _by_seed(records: Sequence[Record], key: str) -> dict[int, float]:
+    seeds = {record["seed"] for record in records}
+    return {seed: statistics.fmean(record[key] for record in records if record["seed"] == seed) for seed in seeds}
 
 
 def _mean(runs: Sequence[Record], key: str) -> float:
@@ -129,14 +162,11 @@ def _beats_reference(rows: Mapping[str, list[Record]]) -> Claim:
 
 def _constraint_tells(rows: Mapping[str, list[Record]]) -> Claim:
     """Whether FPO can be told from FPO without its constraint, by seeds paired."""
-    fpo, without = ({r["seed"]: r["accuracy/raw"] for r in rows[row]} for row in ("fpo", "fpo-alpha0"))
-    gains = [100 * (fpo[seed] - without[seed]) for seed in fpo if seed in without]
-    mean = sum(gains) / len(gains)
-    deviation = (sum((gain - mean) ** 2 for gain in gains) / max(1, len(gains) - 1)) ** 0.5
+    gain = _gain(rows["fpo"], rows["fpo-alpha0"], "accuracy/raw")
     return Claim(
         "FPO's accuracy is above that of α = 0 by more than two standard deviations of the difference",
-        _over_seeds(mean > 2 * deviation, len(gains)),
-        f"difference {mean:+.2f} points ({_spread(deviation, len(gains), 2)}, paired by seed)",
+        gain.tells,
+        f"difference {gain.text(100, 2, 'points')}",
     )
 
 

@@ -130,36 +130,37 @@ def test_one_seed_cannot_tell_what_deviations_are_asked_for():
 
 
 def site(name: str, *accuracies: float) -> list[dict[str, Any]]:
-    return [{"row": name, "label": name, "accuracy/raw": value} for value in accuracies]
+    """A run a seed."""
+    return [{"row": name, "label": name, "seed": seed, "accuracy/raw": v} for seed, v in enumerate(accuracies)]
 
 
 def weight(alpha: float, stop: bool, *entropies: float) -> list[dict[str, Any]]:
-    return [
-        {"row": f"{alpha} {stop}", "alpha": alpha, "stop_gradient": stop, "diversity/entropy": value}
-        for value in entropies
-    ]
+    """A run a seed."""
+    settings = {"row": f"{alpha} {stop}", "alpha": alpha, "stop_gradient": stop}
+    return [{**settings, "seed": seed, "diversity/entropy": value} for seed, value in enumerate(entropies)]
 
 
 def test_later_sites_are_compared_with_earlier_ones():
-    sites = [*site("a", 0.50, 0.52), *site("b", 0.60), *site("c", 0.55), *site("d", 0.57, 0.59)]
+    sites = [*site("a", 0.50, 0.52), *site("b", 0.60, 0.61), *site("c", 0.55, 0.57), *site("d", 0.59, 0.60)]
     (found,) = ablation_claims(sites, [])
-    assert found.answer == "yes"
-    assert found.figures == "56.5 % against 55.5 %: a 51.0, b 60.0, c 55.0, d 58.0"
-    assert ablation_claims([*site("a", 0.6), *site("b", 0.6)], [])[0].answer == "no"
-    assert ablation_claims([*site("a", 0.6), *site("b", 0.5)], [])[0].answer == "no"
+    assert found.answer == "yes"  # two points under the first seed, two under the second
+    assert found.figures == "difference +2.00 points (sd 0.00, paired by seed); a 51.0 %, b 60.5 %, c 56.0 %, d 59.5 %"
+    assert ablation_claims([*site("a", 0.6, 0.6), *site("b", 0.6, 0.6)], [])[0].answer == "no"
+    assert ablation_claims([*site("a", 0.6, 0.6), *site("b", 0.61, 0.64)], [])[0].answer == "no"  # 1 and 4 points
+    assert ablation_claims([*site("a", 0.6), *site("b", 0.7)], [])[0].answer == "cannot tell"
     assert ablation_claims(site("a", 0.6), []) == []
 
 
 def test_the_stop_gradient_is_judged_by_entropy_without_the_row_that_has_no_constraint():
     weights = [
-        *weight(0.0, True, 9.0),
-        *weight(0.5, True, 1.6, 1.8),
-        *weight(0.5, False, 1.5),
-        *weight(1.0, False, 1.7),
+        *weight(0.0, True, 9.0, 9.0),
+        *weight(0.5, True, 1.7, 1.8),
+        *weight(0.5, False, 1.5, 1.6),
+        *weight(1.0, False, 1.7, 1.8),
     ]
     (found,) = ablation_claims([], weights)
     assert found.answer == "yes"
-    assert found.figures.startswith("1.700 with, 1.600 without (deviation over runs 0.141, 0.141")
-    same = [*weight(0.5, True, 1.6), *weight(0.5, False, 1.6)]
+    assert found.figures == "difference +0.100 nats a token (sd 0.000, paired by seed); 1.750 with, 1.650 without"
+    same = [*weight(0.5, True, 1.6, 1.6), *weight(0.5, False, 1.6, 1.6)]
     assert ablation_claims([], same)[0].answer == "no"
     assert ablation_claims([], weight(0.5, True, 1.6)) == []
