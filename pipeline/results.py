@@ -43,6 +43,7 @@ COLUMNS = (
     ACCURACY,
     Column("accuracy/implicit", "accuracy implicit, %", 100, 1),
     ENTROPY,
+    Column("length/finished", "answers that end, %", 100, 0),
     Column("kl/chosen", "KL chosen, nats"),
     Column("kl/rejected", "KL rejected, nats"),
     Column("kl/margin", "KL margin, nats"),

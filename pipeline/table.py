@@ -35,7 +35,7 @@ from .results import (
     write_records,
 )
 
-ABLATION_KEYS = ("kl/chosen", "kl/rejected", "features/mse_chosen", "features/mse_rejected")
+ABLATION_KEYS = ("length/finished", "kl/chosen", "kl/rejected", "features/mse_chosen", "features/mse_rejected")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,16 @@
+"""The README shows what commands wrote."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("caption", ["Methods", "The paper's claims"])
+def test_the_table_is_the_one_that_the_command_wrote(caption):
+    written = (PROJECT / "results" / "embedded" / "table.md").read_text()
+    found = re.search(rf"\*\*{caption}\*\*\n\n((?:\|.*\n)+)", written)
+    assert found is not None and len(found[1].splitlines()) > 5
+    assert found[1] in (PROJECT / "README.md").read_text()
