@@ -188,7 +188,7 @@ class CacheWriter:
 
     def withdraw(self) -> None:
         """Takes the manifest back."""
-        (self.folder / MANIFEST_NAME).unlink()
+        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
 
     def write_options(self, text: str) -> None:
         """Writes `run.yaml`, the options that the cache is made with."""
