@@ -74,8 +74,10 @@ class StoreWriter(CacheWriter):
         """Whether the shard is there, or built here, and its footer is that of this spec and number."""
         if super().is_done(index):
             return True
-        if index not in self._stored and self._is_shard(index, self._stored_footer(self._names[index])):
-            self._stored.add(index)
+        if index not in self._stored:
+            self._store.refresh()
+            if self._is_shard(index, self._stored_footer(self._names[index])):
+                self._stored.add(index)
         return index in self._stored
 
     def write_shard(self, rows: Sequence[CachedPair], report: ShardReport) -> None:

@@ -58,10 +58,14 @@ class Store:
         """The URL of a file, or of the folder."""
         return f"{self.url}/{name}" if name else self.url
 
+    def refresh(self) -> None:
+        """Forgets what the store was seen to hold: others write there too."""
+        self._files.invalidate_cache()
+
     def sizes(self) -> dict[str, int]:
         """Bytes of every file of the folder and of the folders in it."""
         with self._asking():
-            self._files.invalidate_cache()
+            self.refresh()
             found = self._files.find(self._root, maxdepth=2, detail=True)
         return {path[len(self._root) :].lstrip("/"): int(info["size"]) for path, info in found.items()}
 
@@ -71,9 +75,8 @@ class Store:
 
     @contextmanager
     def open(self, name: str) -> Iterator[Any]:
-        """A file to read from, as it is now; it knows its `size`."""
+        """A file to read from; it knows its `size`."""
         with self._asking(name):
-            self._files.invalidate_cache()  # others write here too
             with self._files.open(f"{self._root}/{name}", "rb") as file:
                 yield file
 
@@ -83,6 +86,7 @@ class Store:
         Raises:
             ValueError: it is too large to be one.
         """
+        self.refresh()
         try:
             with self.open(name) as file:
                 if file.size > LARGEST_TEXT:
