@@ -172,22 +172,25 @@ class Manifest:
             ValueError: it was altered, is of another format version, or contradicts itself.
         """
         path = folder / MANIFEST_NAME
-        return cls.parse(path.read_bytes() if path.exists() else None, str(path))
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{path}: no manifest, so the cache is not complete; finish `fpo precompute`"
+            ) from None
+        return cls.parse(data, str(path))
 
     @classmethod
-    def parse(cls, data: bytes | None, where: str) -> "Manifest":
+    def parse(cls, data: bytes, where: str) -> "Manifest":
         """Checks the bytes of a `manifest.json`.
 
         Args:
-            data: the file; None if there is none.
-            where: its path or address.
+            data: the file.
+            where: its path or address, for errors.
 
         Raises:
-            FileNotFoundError: there is none, so stage one has not finished.
             ValueError: it was altered, is of another format version, or contradicts itself.
         """
-        if data is None:
-            raise FileNotFoundError(f"{where}: no manifest, so the cache is not complete; finish `fpo precompute`")
         try:
             return cls._parse(data)
         except (ValueError, RecursionError) as error:

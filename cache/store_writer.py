@@ -51,7 +51,7 @@ class StoreWriter(CacheWriter):
         name = f"{re.sub('[^A-Za-z0-9]+', '-', self._store.url)[:80]}-{sha256_text(canonical_json(spec))[:12]}"
         super().__init__(user_folder() / "staging" / name, meaning, numerics, num_rows)
         footers = {name: self._stored_footer(name) for name in self._store.shards()}
-        manifest = self._store.read(MANIFEST_NAME)
+        manifest = self._store.read_if_there(MANIFEST_NAME)
         self._published = None if manifest is None else Manifest.parse(manifest, self._store.address(MANIFEST_NAME))
         self._check_contents(self._store.url, self._published, footers)
         self._stored = {i for i, name in enumerate(self._names) if self._is_shard(i, footers.get(name))}
@@ -133,7 +133,7 @@ class StoreWriter(CacheWriter):
     def append_provenance(self, record: dict[str, Any]) -> None:
         """Adds one line to `provenance.jsonl`, beside those that other machines wrote."""
         super().append_provenance(record)
-        theirs = self._store.read(PROVENANCE_NAME) or b""
+        theirs = self._store.read_if_there(PROVENANCE_NAME) or b""
         ours = (self.folder / PROVENANCE_NAME).read_bytes()
         # A store cannot append, so that of two machines that end in the same second one line may be lost to the other;
         # whoever writes next puts its own back.

@@ -21,6 +21,7 @@ from .writer import BESIDE
 # More than a manifest of a hundred thousand shards has.
 LARGEST_TEXT = 1 << 28
 BLOCK = 1 << 24
+MAKE_IT = "make the bucket or the repository first, or correct the address"
 EXTRAS = {"s3": "fpo[s3]", "s3a": "fpo[s3]", "gs": "fpo[gcs]", "gcs": "fpo[gcs]"}
 
 _SHARD = re.compile(r"data/[^/]+\.parquet")
@@ -76,23 +77,26 @@ class Store:
     @contextmanager
     def open(self, name: str) -> Iterator[Any]:
         """A file to read from; it knows its `size`."""
-        with self._asking(name):
-            with self._files.open(f"{self._root}/{name}", "rb") as file:
-                yield file
+        with self._asking(name), self._files.open(f"{self._root}/{name}", "rb") as file:
+            yield file
 
-    def read(self, name: str) -> bytes | None:
-        """A file of text whole; None if there is none.
+    def read(self, name: str) -> bytes:
+        """A file of text whole, as it is now.
 
         Raises:
             ValueError: it is too large to be one.
         """
         self.refresh()
+        with self.open(name) as file:
+            if file.size > LARGEST_TEXT:
+                found = f"expected at most {LARGEST_TEXT} bytes, found {file.size}"
+                raise ValueError(f"{self.address(name)}: {found}; look at what was put there")
+            return bytes(file.read(file.size))
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """As `read`; None if there is no such file."""
         try:
-            with self.open(name) as file:
-                if file.size > LARGEST_TEXT:
-                    found = f"expected at most {LARGEST_TEXT} bytes, found {file.size}"
-                    raise ValueError(f"{self.address(name)}: {found}; look at what was put there")
-                return bytes(file.read(file.size))
+            return self.read(name)
         except FileNotFoundError:
             return None
 
@@ -110,12 +114,12 @@ class Store:
 
     def put(self, name: str, path: Path) -> None:
         """Uploads a file."""
-        with self._asking(name):
+        with self._asking(name, MAKE_IT):
             self._files.put_file(str(path), f"{self._root}/{name}")
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file of text."""
-        with self._asking(name):
+        with self._asking(name, MAKE_IT):
             self._files.pipe_file(f"{self._root}/{name}", data)
 
     def remove(self, name: str) -> None:
@@ -124,7 +128,7 @@ class Store:
             self._files.rm_file(f"{self._root}/{name}")
 
     @contextmanager
-    def _asking(self, name: str = "") -> Iterator[None]:
+    def _asking(self, name: str = "", advice: str = "correct the address") -> Iterator[None]:
         """Names the address in what a driver raises: each has kinds of its own, and few say where it was."""
         try:
             yield
@@ -133,9 +137,7 @@ class Store:
         except Exception as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             if isinstance(error, FileNotFoundError):
-                raise FileNotFoundError(
-                    f"{self.address(name)}: not found ({said}); correct the address, or make the bucket or repository"
-                ) from error
+                raise FileNotFoundError(f"{self.address(name)}: not found ({said}); {advice}") from error
             raise OSError(
                 f"{self.address(name)}: expected the store to answer, found {said}; look at the address, the network "
                 "and your credentials, and run the same command again"
@@ -144,7 +146,11 @@ class Store:
 
 def load_manifest(store: Store) -> Manifest:
     """The manifest of a cache in a store; raises as `Manifest.load`."""
-    return Manifest.parse(store.read(MANIFEST_NAME), store.address(MANIFEST_NAME))
+    try:
+        data = store.read(MANIFEST_NAME)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}, or finish `fpo precompute`, which writes the manifest last") from error
+    return Manifest.parse(data, store.address(MANIFEST_NAME))
 
 
 def fetch(place: Path | str) -> Path:
@@ -167,7 +173,7 @@ def fetch(place: Path | str) -> Path:
             for record in manifest.shards:
                 _fetch_shard(store, record, folder / record.name)
             for name in BESIDE:
-                if (data := store.read(name)) is not None:
+                if (data := store.read_if_there(name)) is not None:
                     write_atomically(folder / name, data)
             manifest.save(folder)
     return folder

@@ -101,7 +101,7 @@ def test_a_fetch_that_was_stopped_goes_on(local: Path, url: str, monkeypatch: py
 def test_without_a_manifest_the_user_is_told_to_finish(local: Path, url: str):
     (local / "manifest.json").unlink()
     upload(local, url)
-    with pytest.raises(FileNotFoundError, match=rf"{url}/manifest\.json: no manifest.*finish `fpo precompute`"):
+    with pytest.raises(FileNotFoundError, match=rf"{url}/manifest\.json: not found.*finish `fpo precompute`"):
         open_cache(url)
     (fault,) = verify(url)
     assert fault.startswith("manifest.json: ")

@@ -5,11 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import huggingface_hub
 import pytest
 import yaml
+from fake_hub import serve
 from fpo.cache.stores import Store
 from tiny_world import SITES, files, fpo, losses, ran, to_arguments
 
@@ -55,11 +59,11 @@ def test_a_cache_is_computed_into_a_store_killed_and_finished_on_another_machine
     program = [sys.executable, "-c", KILLED, str(world.folder), url]
     assert subprocess.run(program, env=environment, check=False, capture_output=True).returncode == -signal.SIGKILL
     result = world.align(tmp_path / "run", cache=url)
-    assert (result.exit_code, f"{url}/manifest.json: no manifest" in result.stderr) == (2, True)
+    assert (result.exit_code, f"{url}/manifest.json: not found" in result.stderr) == (2, True)
     machine("second")
     assert f"{url}: 12 pairs in 4 shards" in ran(world.precompute(url)).stdout
     store, local = Store(url), files(world.cache)
-    (provenance,) = [json.loads(line) for line in (store.read("provenance.jsonl") or b"").splitlines()]
+    (provenance,) = [json.loads(line) for line in store.read("provenance.jsonl").splitlines()]
     assert provenance["shards"] == 2  # the other two were in the store
     assert yaml.safe_load(store.read("run.yaml"))["out"] == url
     same = [name for name in local if name.startswith("data/")] + ["README.md", "manifest.json"]
@@ -95,7 +99,7 @@ def test_info_and_verify_take_a_url_and_damage_is_told(world, url):
     assert fpo("cache", "info", url).stdout == fpo("cache", "info", world.cache).stdout
     assert ran(fpo("cache", "verify", url)).stdout == "sound\n"
     name = sorted(store.shards())[1]
-    data = bytearray(store.read(name) or b"")
+    data = bytearray(store.read(name))
     data[len(data) // 3] ^= 1
     store.write(name, bytes(data))
     result = fpo("cache", "verify", url)
@@ -127,3 +131,35 @@ def test_only_a_cache_can_be_written_into_a_store(command):
     assert (result.exit_code, "--out: expected a folder, found s3://bucket/run" in result.stderr) == (2, True)
     assert len(result.stderr.splitlines()) == 1
     assert not Path("s3:").exists()
+
+
+@pytest.fixture
+def hub(world, monkeypatch) -> Iterator[str]:
+    """The hub, which has the world's cache as a data set; its URL."""
+    with serve(world.cache, "owner/uf") as address:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": address})
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        yield "hf://datasets/owner/uf"
+
+
+def test_training_from_a_data_set_of_the_hub_is_training_from_the_folder(world, hub, tmp_path):
+    assert ran(fpo("cache", "verify", hub)).stdout == "sound\n"
+    ran(world.align(tmp_path / "local"))
+    ran(world.align(tmp_path / "hub", cache=hub))
+    assert losses(tmp_path / "hub") == losses(tmp_path / "local")
+
+
+def test_a_data_set_that_the_hub_does_not_have_is_named(world, hub, tmp_path):
+    result = world.align(tmp_path / "run", cache="hf://datasets/owner/other")
+    assert (result.exit_code, "hf://datasets/owner/other/manifest.json: not found" in result.stderr) == (2, True)
+    assert "repository not found" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_without_a_network_the_hub_is_named(world, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    result = world.align(tmp_path / "run", cache=hub)
+    assert (result.exit_code, hub in result.stderr) == (2, True), result.stderr
+    assert "HF_HUB_OFFLINE" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
