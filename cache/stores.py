@@ -42,7 +42,7 @@ class Store:
         Raises:
             ValueError: there is no driver for such a URL, or it is not installed.
         """
-        self.url = url.rstrip("/")
+        self.url = url if url.endswith("://") else url.rstrip("/")
         protocol = url.partition("://")[0]
         try:
             with self._asking():
@@ -54,6 +54,9 @@ class Store:
             raise ValueError(
                 f"{url}: expected a folder, or a URL as s3://…, gs://… or hf://datasets/…, found: {error}; correct it"
             ) from error
+
+        if not self._root.strip("/"):
+            raise ValueError(f"{url}: expected a bucket or a repository after '://', found nothing; add its name")
 
     def address(self, name: str = "") -> str:
         """The URL of a file, or of the folder."""

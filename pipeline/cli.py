@@ -21,7 +21,8 @@ from .config import RunConfig, load_config, profile_names, to_yaml
 
 app = typer.Typer(
     help="Feature-level constrained preference optimization, in two offline stages. FPO_HOME is the folder of "
-    "remembered hashes and decoded caches (default ~/.cache/fpo); FPO_TRACEBACK=1 shows where an error came from.",
+    "remembered hashes, decoded caches and copies of caches in stores (default ~/.cache/fpo); "
+    "FPO_TRACEBACK=1 shows where an error came from.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

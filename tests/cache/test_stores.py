@@ -175,7 +175,7 @@ def test_a_store_that_does_not_answer_is_named(url: str, monkeypatch: pytest.Mon
         store.sizes()
 
 
-def test_a_missing_bucket_is_named():
+def test_a_missing_bucket_is_named(s3):
     with pytest.raises(FileNotFoundError, match="s3://none-of-that-name/uf/x: not found"):
         Store("s3://none-of-that-name/uf").write("x", b"1")
 
@@ -187,6 +187,18 @@ def test_a_driver_that_is_not_installed_is_named_with_what_installs_it(monkeypat
     monkeypatch.setattr(stores.fsspec, "url_to_fs", missing)
     with pytest.raises(ValueError, match=r"^gs://bucket/uf: expected a driver for gs://.*pip install 'fpo\[gcs\]'$"):
         Store("gs://bucket/uf")
+
+
+def test_a_url_without_a_bucket_is_refused(s3):
+    with pytest.raises(ValueError, match=r"^s3://: expected a bucket"):
+        Store("s3://")
+
+
+def test_a_cache_may_be_all_that_is_in_a_bucket(local: Path, url: str):
+    bucket = url.removesuffix("/caches/uf")
+    upload(local, bucket)
+    assert verify(bucket) == []
+    assert len(open_cache(bucket)) == 9
 
 
 def test_a_protocol_that_nobody_knows_is_refused():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,25 @@ def test_training_from_a_data_set_of_the_hub_is_training_from_the_folder(world, 
     ran(world.align(tmp_path / "local"))
     ran(world.align(tmp_path / "hub", cache=hub))
     assert losses(tmp_path / "hub") == losses(tmp_path / "local")
+
+
+def test_a_cache_is_computed_into_a_data_set_of_the_hub(world, hub, tmp_path, monkeypatch):
+    def upload_file(self: Any, *, path_or_fileobj: str, path_in_repo: str, repo_id: str, **_: Any) -> None:
+        assert repo_id == "owner/new"
+        (tmp_path / "new" / path_in_repo).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path_or_fileobj, tmp_path / "new" / path_in_repo)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_file", upload_file)
+    (tmp_path / "new").mkdir()
+    with serve(tmp_path / "new", "owner/new") as address:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": address})
+        url = "hf://datasets/owner/new"
+        ran(world.precompute(url))
+        ran(world.precompute(url))
+        assert ran(fpo("cache", "verify", url)).stdout == "sound\n"
+    local = files(world.cache)
+    same = [name for name in local if name.startswith("data/")] + ["README.md", "manifest.json"]
+    assert {name: files(tmp_path / "new")[name] for name in same} == {name: local[name] for name in same}
 
 
 def test_a_data_set_that_the_hub_does_not_have_is_named(world, hub, tmp_path):
