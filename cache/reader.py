@@ -171,7 +171,7 @@ def _stored_damages(store: Store) -> Iterator[str]:
         path = Path(scratch) / "shard.parquet"
         for record in manifest.shards:
             try:
-                store.fetch(record.name, path, record.bytes)
+                store.fetch(record.name, path, record)
             except FileNotFoundError:
                 yield f"{record.name}: missing"
             except ValueError as error:

@@ -54,7 +54,6 @@ class Store:
             raise ValueError(
                 f"{url}: expected a folder, or a URL as s3://…, gs://… or hf://datasets/…, found: {error}; correct it"
             ) from error
-
         if not self._root.strip("/"):
             raise ValueError(f"{url}: expected a bucket or a repository after '://', found nothing; add its name")
 
@@ -103,17 +102,20 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def fetch(self, name: str, path: Path, size: int | None = None) -> None:
+    def fetch(self, name: str, path: Path, expected: ShardRecord | None = None) -> None:
         """Copies a file to `path`, whole or not at all.
 
         Raises:
-            ValueError: it has another size than it should, and nothing of it was fetched.
+            ValueError: it is not the expected one; if its size tells, nothing of it was fetched.
         """
         with self.open(name) as source:
-            if size is not None and source.size != size:
-                raise ValueError(f"expected {size} bytes, found {source.size}")
+            if expected is not None and source.size != expected.bytes:
+                raise ValueError(f"expected {expected.bytes} bytes, found {source.size}")
             with atomic_file(path) as file:
                 shutil.copyfileobj(source, file, BLOCK)
+                file.flush()
+                if expected is not None and (sha256 := sha256_file(Path(file.name))) != expected.sha256:
+                    raise ValueError(f"expected SHA-256 {expected.sha256}, found {sha256}")
 
     def put(self, name: str, path: Path) -> None:
         """Uploads a file."""
@@ -174,7 +176,8 @@ def fetch(place: Path | str) -> Path:
         if not (folder / MANIFEST_NAME).exists():
             remove_leftovers(folder / "data")
             for record in manifest.shards:
-                _fetch_shard(store, record, folder / record.name)
+                if not (folder / record.name).exists():  # else it is of a command that was stopped
+                    _fetch_shard(store, record, folder / record.name)
             for name in BESIDE:
                 if (data := store.read_if_there(name)) is not None:
                     write_atomically(folder / name, data)
@@ -183,13 +186,8 @@ def fetch(place: Path | str) -> Path:
 
 
 def _fetch_shard(store: Store, record: ShardRecord, path: Path) -> None:
-    if path.exists():
-        return  # by a command that was stopped; what is damaged of it is found as in every folder
     try:
-        store.fetch(record.name, path, record.bytes)
-        if (sha256 := sha256_file(path)) != record.sha256:
-            path.unlink()
-            raise ValueError(f"expected SHA-256 {record.sha256}, found {sha256}")
+        store.fetch(record.name, path, record)
     except ValueError as error:
         raise ValueError(
             f"{store.address(record.name)}: {error}; delete it there and run `fpo precompute` with the same options"

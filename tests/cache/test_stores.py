@@ -8,6 +8,7 @@ import pytest
 from cache_rows import assert_same, write_cache
 from fpo.cache import stores
 from fpo.cache.files import as_place, canonical_json
+from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache, verify
 from fpo.cache.stores import Store, fetch
 
@@ -139,7 +140,7 @@ def test_nothing_of_a_file_is_fetched_that_is_larger_than_it_should_be(
     store.write(SECOND, bytes(1 << 20))
     monkeypatch.setattr(stores, "atomic_file", lambda _: pytest.fail("fetched"))
     with pytest.raises(ValueError, match="found 1048576"):
-        store.fetch(SECOND, local / "copy", (local / SECOND).stat().st_size)
+        store.fetch(SECOND, local / "copy", Manifest.load(local).shards[1])
     monkeypatch.setattr(stores, "LARGEST_TEXT", 100)
     with pytest.raises(ValueError, match=r"manifest\.json: expected at most 100 bytes"):
         fetch(url)
