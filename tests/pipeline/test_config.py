@@ -131,7 +131,7 @@ def test_a_missing_file_is_refused_with_the_profiles_named(name):
 )
 def test_what_is_written_reads_back_the_same(lr, steps, keep, sae, model, ties):
     given = {"lr": lr, "max_steps": steps, "keep_features": keep, "sae": sae, "model": model, "drop_ties": ties}
-    config = load_config(None, options)
+    config = load_config(None, given)
     assert RunConfig(**yaml.safe_load(to_yaml(config))) == config
 
 
