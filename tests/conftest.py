@@ -1,6 +1,7 @@
 import gc
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,3 +50,14 @@ def url(s3) -> str:
     bucket = f"bucket-{uuid.uuid4().hex}"
     s3.create_bucket(Bucket=bucket)
     return f"s3://{bucket}/caches/uf"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Goes to a machine of that name, which has a user folder of its own."""
+
+    def move(name: str) -> None:
+        monkeypatch.setenv("FPO_HOME", str(tmp_path / "machines" / name))
+
+    move("first")
+    return move

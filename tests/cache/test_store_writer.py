@@ -17,19 +17,10 @@ from fpo.cache.store_writer import StoreWriter, open_writer
 from fpo.cache.stores import Store
 from fpo.cache.writer import CacheWriter
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 TESTS = Path(__file__).parents[1]
 NAMES = [f"data/train-{i:05d}-of-00003.parquet" for i in range(3)]
-
-
-@pytest.fixture(autouse=True)
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Goes to a machine of that name, which has a user folder of its own."""
-
-    def move(name: str) -> None:
-        monkeypatch.setenv("FPO_HOME", str(tmp_path / name))
-
-    move("first")
-    return move
 
 
 def writer_of(url: str) -> CacheWriter:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_rows import assert_same, write_cache
+from cache_rows import assert_same, upload, write_cache
 from fpo.cache import stores
 from fpo.cache.files import as_place, canonical_json
 from fpo.cache.manifest import Manifest
@@ -27,15 +27,6 @@ def local(tmp_path: Path) -> Path:
     write_cache(tmp_path / "cache")
     (tmp_path / "cache/provenance.jsonl").write_text('{"host": "a"}\n')
     return tmp_path / "cache"
-
-
-def upload(folder: Path, url: str) -> Store:
-    """Puts a folder into a store as it is."""
-    store = Store(url)
-    for path in folder.rglob("*"):
-        if path.is_file() and ".locks" not in path.parts:
-            store.put(str(path.relative_to(folder)), path)
-    return store
 
 
 @pytest.mark.parametrize(

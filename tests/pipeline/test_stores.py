@@ -14,9 +14,12 @@ import fsspec
 import huggingface_hub
 import pytest
 import yaml
+from cache_rows import upload
 from fake_hub import serve
 from fpo.cache.stores import Store
 from tiny_world import SITES, files, fpo, losses, ran, to_arguments
+
+pytestmark = pytest.mark.usefixtures("machine")
 
 TESTS = Path(__file__).parents[1]
 
@@ -33,26 +36,6 @@ def put(self, name, path):
 Store.put = put
 World(Path(folder)).precompute(url)
 """
-
-
-@pytest.fixture(autouse=True)
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Goes to a machine of that name, which has a user folder of its own."""
-
-    def move(name: str) -> None:
-        monkeypatch.setenv("FPO_HOME", str(tmp_path / "machines" / name))
-
-    move("first")
-    return move
-
-
-def upload(folder: Path, url: str) -> Store:
-    """Puts a cache into a store as it is."""
-    store = Store(url)
-    for path in folder.rglob("*"):
-        if path.is_file() and ".locks" not in path.parts:
-            store.put(str(path.relative_to(folder)), path)
-    return store
 
 
 def test_a_cache_is_computed_into_a_store_killed_and_finished_on_another_machine(world, url, machine, tmp_path):
