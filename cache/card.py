@@ -8,15 +8,25 @@ from collections.abc import Sequence
 
 from .manifest import Manifest, Meaning
 
+# The hub's size categories begin at these powers of ten.
+SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+
 _CARD = """\
 ---
+pretty_name: Reference cache for feature-level preference optimization
 configs:
 - config_name: default
   data_files:
   - split: {split}
-    path: data/*.parquet
+    path: data/{split}-*.parquet
+size_categories:
+- {size}
+task_categories:
+- text-generation
 tags:
 - preference-optimization
+- rlhf
+- dpo
 - sparse-autoencoder
 - fpo
 ---
@@ -24,7 +34,8 @@ tags:
 # Reference cache for feature-level preference optimization
 
 {pairs} preference pairs: their tokens, and what a frozen reference model said about both responses. Train from it
-with `fpo align --cache`, without the reference model.
+with `fpo align --cache FOLDER`, or of the hub's copy with `fpo align --cache hf://datasets/OWNER/NAME`, without the
+reference model.
 
 Fingerprint: `{fingerprint}`
 
@@ -64,6 +75,8 @@ import pyarrow.parquet as pq
 table = pq.read_table("data", columns=["pair_id", "chosen_ref_logp", "rejected_ref_logp"])
 ```
 
+or `datasets.load_dataset(".", split="{split}")`, with the folder or OWNER/NAME in place of the point.
+
 `manifest.json` has the SHA-256 of every shard.
 """
 
@@ -77,12 +90,23 @@ def data_card(manifest: Manifest) -> str:
     counts.update({f"skipped, {reason}": number for reason, number in manifest.skipped.items()})
     return _CARD.format(
         split=meaning.split,
+        size=_size_category(manifest.num_pairs),
         pairs=manifest.num_pairs,
         fingerprint=meaning.fingerprint(),
         sites=_table(sites),
         settings=_table(_settings(meaning)),
         counts=_table(sorted(counts.items())),
     )
+
+
+def _size_category(pairs: int) -> str:
+    """The hub's name for a number of rows."""
+    reached = sum(pairs >= 10 ** (3 + i) for i in range(len(SIZES)))
+    if reached == 0:
+        return f"n<{SIZES[0]}"
+    if reached == len(SIZES):
+        return f"n>{SIZES[-1]}"
+    return f"{SIZES[reached - 1]}<n<{SIZES[reached]}"
 
 
 def _settings(meaning: Meaning) -> list[tuple[str, object]]:

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+# A folder of this machine, or the URL of one in an object store.
+Place = Path | str
+
 _TMP_NAME = re.compile(r".+\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}")
 
 
@@ -24,6 +27,13 @@ def user_folder() -> Path:
     if caches := os.environ.get("XDG_CACHE_HOME"):
         return Path(caches) / "fpo"
     return Path.home() / ".cache" / "fpo"
+
+
+def as_place(name: Path | str) -> Place:
+    """The folder that a name means, or the name itself where it is a URL of another machine."""
+    if isinstance(name, str) and "://" in name and not name.startswith("file://"):
+        return name
+    return Path(str(name).removeprefix("file://"))
 
 
 def sha256_file(path: Path) -> str:

@@ -178,10 +178,23 @@ class Manifest:
             raise FileNotFoundError(
                 f"{path}: no manifest, so the cache is not complete; finish `fpo precompute`"
             ) from None
+        return cls.parse(data, str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> "Manifest":
+        """Checks the bytes of a `manifest.json`.
+
+        Args:
+            data: the file.
+            where: its path or address, for errors.
+
+        Raises:
+            ValueError: it was altered, is of another format version, or contradicts itself.
+        """
         try:
             return cls._parse(data)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: {error}; download it again, or delete it and run `fpo precompute`") from error
+            raise ValueError(f"{where}: {error}; download it again, or delete it and run `fpo precompute`") from error
 
     @classmethod
     def _parse(cls, data: bytes) -> "Manifest":

@@ -1,23 +1,25 @@
 """Stage two's side of the cache: rows by number, from memory that all processes of a machine share.
 
-In: a finished cache's folder. Out: a `Cache` to index, or the list of what is damaged.
+In: a finished cache's folder or URL. Out: a `Cache` to index, or the list of what is damaged.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
 from filelock import FileLock
 
 from .columns import Columns, table_to_batch
-from .files import atomic_file, remove_leftovers, sha256_file, sha256_text, user_folder
+from .files import as_place, atomic_file, remove_leftovers, sha256_file, sha256_text, user_folder
 from .manifest import MANIFEST_NAME, Manifest, ShardRecord, differences
 from .records import parse_json
 from .schema import CachedPair, arrow_schema
 from .shard import DAMAGE, check_range, read_footer, read_table
+from .stores import Store, fetch, load_manifest
 from .writer import PROVENANCE_NAME
 
 
@@ -74,19 +76,20 @@ class Cache:
         return records
 
 
-def open_cache(folder: Path, *, sites: Sequence[str] | None = None, trust_hashes: bool = False) -> Cache:
+def open_cache(place: Path | str, *, sites: Sequence[str] | None = None, trust_hashes: bool = False) -> Cache:
     """Checks a cache and opens it for reading, decoding it if this machine has not yet.
 
     Args:
-        folder: of the cache.
+        place: folder or URL of the cache; one in a store is copied to this machine first, once.
         sites: names of the sites whose features are wanted, in that order; all by default, none if empty.
         trust_hashes: whether to skip the SHA-256 of shards that were decoded before.
 
     Raises:
         FileNotFoundError: there is no manifest.
+        OSError: the store does not answer.
         ValueError: the cache is damaged or has no such site.
     """
-    folder = Path(folder)
+    folder = fetch(place)
     manifest = Manifest.load(folder)
     names = [site.site for site in manifest.meaning.sites] if sites is None else list(sites)
     numbers = _site_numbers(manifest, names)
@@ -132,34 +135,79 @@ def _decode(folder: Path, manifest: Manifest, sites: Sequence[int], decoded: Pat
             writer.write_batch(table_to_batch(table))
 
 
-def verify(folder: Path) -> list[str]:
-    """Every damage of a cache, one line each, which begins with the file's name; none if it is sound."""
-    folder = Path(folder)
+def verify(place: Path | str) -> list[str]:
+    """Every damage of a cache, one line each, which begins with the file's name; none if it is sound.
+
+    Of a cache in a store it is the store's files that are checked, not this machine's copy of them.
+
+    Raises:
+        OSError: the store does not answer.
+        ValueError: there is no driver for it.
+    """
+    place = as_place(place)
+    return list(_damages(place) if isinstance(place, Path) else _stored_damages(Store(place)))
+
+
+def _damages(folder: Path) -> Iterator[str]:
     try:
         manifest = Manifest.load(folder)
     except (OSError, ValueError) as error:
-        return [f"{MANIFEST_NAME}: {error}"]
-    faults = list(_folder_faults(folder, manifest, hashes=True))
-    damaged = {fault.split(":", 1)[0] for fault in faults}
+        yield f"{MANIFEST_NAME}: {error}"
+        return
+    yield from _foreign(manifest, _shards_in(folder))
     for record in manifest.shards:
-        # A file with the wrong bytes is not parsed any further.
-        if record.name not in damaged:
+        yield from _shard_damages(folder / record.name, manifest, record)
+
+
+def _stored_damages(store: Store) -> Iterator[str]:
+    """As `_damages`, with a shard at a time on this machine."""
+    try:
+        manifest = load_manifest(store)
+    except (FileNotFoundError, ValueError) as error:
+        yield f"{MANIFEST_NAME}: {error}"
+        return
+    yield from _foreign(manifest, store.shards())
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "shard.parquet"
+        for record in manifest.shards:
             try:
-                check_range(read_table(folder / record.name, manifest.meaning), record.report)
-            except DAMAGE as error:
-                faults.append(f"{record.name}: {error}")
-    return faults
+                store.fetch(record.name, path, record)
+            except FileNotFoundError:
+                yield f"{record.name}: missing"
+            except ValueError as error:
+                yield f"{record.name}: {error}"
+            else:
+                yield from _shard_damages(path, manifest, record)
+
+
+def _shard_damages(path: Path, manifest: Manifest, record: ShardRecord) -> Iterator[str]:
+    fault = next(_shard_faults(path, manifest, record, hashes=True), None)
+    if fault is None:  # a file with the wrong bytes is not parsed any further
+        try:
+            check_range(read_table(path, manifest.meaning), record.report)
+        except DAMAGE as error:
+            fault = str(error)
+    if fault is not None:
+        yield f"{record.name}: {fault}"
 
 
 def _folder_faults(folder: Path, manifest: Manifest, hashes: bool) -> Iterator[str]:
-    names = {record.name for record in manifest.shards}
-    for path in sorted((folder / "data").glob("*.parquet")):
-        if f"data/{path.name}" not in names:
-            yield f"data/{path.name}: not in the manifest"
+    yield from _foreign(manifest, _shards_in(folder))
     for record in manifest.shards:
         for fault in _shard_faults(folder / record.name, manifest, record, hashes):
             yield f"{record.name}: {fault}"
             break
+
+
+def _shards_in(folder: Path) -> list[str]:
+    return sorted(f"data/{path.name}" for path in (folder / "data").glob("*.parquet"))
+
+
+def _foreign(manifest: Manifest, shards: Sequence[str]) -> Iterator[str]:
+    known = {record.name for record in manifest.shards}
+    for name in shards:
+        if name not in known:
+            yield f"{name}: not in the manifest"
 
 
 def _shard_faults(path: Path, manifest: Manifest, record: ShardRecord, hashes: bool) -> Iterator[str]:

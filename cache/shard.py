@@ -85,6 +85,14 @@ def read_footer(source: Path | pa.BufferReader) -> Footer:
     return Footer(parts["meaning"], parts["numerics"], parts["shard"], parquet.num_rows)
 
 
+def footer_of(source: Path | pa.BufferReader) -> Footer | None:
+    """`read_footer`; None if the file is missing or damaged."""
+    try:
+        return read_footer(source)
+    except DAMAGE:
+        return None
+
+
 def read_table(source: Path | pa.BufferReader, meaning: Meaning, sites: Sequence[int] | None = None) -> pa.Table:
     """Reads and checks a shard's rows.
 

@@ -1,6 +1,7 @@
 """Stage one's side of the cache: shards, one at a time, and the manifest last.
 
-In: rows and a report per shard. Out: a folder of Parquet shards, `manifest.json`, `README.md`, `provenance.jsonl`.
+In: rows and a report per shard. Out: a folder of Parquet shards, `manifest.json`, `README.md`, `provenance.jsonl`,
+`run.yaml`.
 
 Any number of workers may write into one folder, each in its own process:
 
@@ -12,7 +13,7 @@ Any number of workers may write into one folder, each in its own process:
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,13 @@ from .manifest import (
     shard_name,
 )
 from .schema import FORMAT_VERSION, CachedPair
-from .shard import DAMAGE, check_range, encode_shard, read_footer, read_table
+from .shard import DAMAGE, Footer, check_range, encode_shard, footer_of, read_footer, read_table
 
+CARD_NAME = "README.md"
+OPTIONS_NAME = "run.yaml"
 PROVENANCE_NAME = "provenance.jsonl"
+# What lies beside the manifest and the shards.
+BESIDE = (CARD_NAME, OPTIONS_NAME, PROVENANCE_NAME)
 
 
 class CacheWriter:
@@ -65,35 +70,32 @@ class CacheWriter:
         names = [site.site for site in meaning.sites]
         if len(set(names)) < len(names):
             raise ValueError(f"sites: expected each once, found {', '.join(names)}")
-        self.folder, self.meaning, self.numerics, self.num_rows = Path(folder), meaning, numerics, num_rows
+        self.folder, self.meaning, self.numerics, self.num_rows = folder, meaning, numerics, num_rows
         self.num_shards = max(1, -(-num_rows // numerics.shard_size))
         self._names = [shard_name(meaning.split, i, self.num_shards) for i in range(self.num_shards)]
         for name in ("data", ".locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._check_folder()
+        manifest = Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
+        shards = {f"data/{path.name}": path for path in sorted((folder / "data").glob("*.parquet"))}
+        self._check_contents(str(folder), manifest, {name: footer_of(path) for name, path in shards.items()})
         for folder in (self.folder, self.folder / "data"):
             remove_leftovers(folder)
 
-    def _check_folder(self) -> None:
-        if (self.folder / MANIFEST_NAME).exists():
-            manifest = Manifest.load(self.folder)
-            self._check_identity(MANIFEST_NAME, manifest.meaning, manifest.numerics)
-        for path in sorted((self.folder / "data").glob("*.parquet")):
-            try:
-                footer = read_footer(path)
-            except DAMAGE:
-                footer = None  # a damaged shard is not done, and is written again
+    def _check_contents(self, where: str, manifest: Manifest | None, footers: Mapping[str, Footer | None]) -> None:
+        """Refuses what is of another spec; a damaged shard, whose footer is None, is not done, and is written again."""
+        if manifest is not None:
+            self._check_identity(where, MANIFEST_NAME, manifest.meaning, manifest.numerics)
+        for name, footer in footers.items():
             if footer is not None:
-                self._check_identity(path.name, footer.meaning, footer.numerics)
-            if f"data/{path.name}" not in self._names:
-                raise ValueError(f"{path}: expected one of {self.num_shards} shards, {self._names[0]} …; move it away")
+                self._check_identity(where, name, footer.meaning, footer.numerics)
+            if name not in self._names:
+                expected = f"expected one of {self.num_shards} shards, {self._names[0]} …"
+                raise ValueError(f"{where}/{name}: {expected}; move it away")
 
-    def _check_identity(self, name: str, meaning: Meaning, numerics: Numerics) -> None:
+    def _check_identity(self, where: str, name: str, meaning: Meaning, numerics: Numerics) -> None:
         if found := differences(self.meaning, meaning) + differences(self.numerics, numerics):
             what = "; ".join(found)
-            raise IdentityError(
-                f"{self.folder}: {name} is of another spec ({what}); take another folder or the same spec"
-            )
+            raise IdentityError(f"{where}: {name} is of another spec ({what}); take another folder or the same spec")
 
     def shard_range(self, index: int) -> range:
         """The raw rows of a shard."""
@@ -106,9 +108,10 @@ class CacheWriter:
 
     def is_done(self, index: int) -> bool:
         """Whether the shard is there and its footer is that of this spec and number."""
-        try:
-            footer = read_footer(self.shard_path(index))
-        except DAMAGE:
+        return self._is_shard(index, footer_of(self.shard_path(index)))
+
+    def _is_shard(self, index: int, footer: Footer | None) -> bool:
+        if footer is None:
             return False
         raw_rows = self.shard_range(index)
         return (footer.meaning, footer.numerics) == (self.meaning, self.numerics) and (
@@ -170,7 +173,7 @@ class CacheWriter:
         if self.missing():
             return None
         manifest = Manifest(self.meaning, self.numerics, tuple(self._record(i) for i in range(self.num_shards)))
-        write_atomically(self.folder / "README.md", data_card(manifest).encode())
+        write_atomically(self.folder / CARD_NAME, data_card(manifest).encode())
         manifest.save(self.folder)
         return manifest
 
@@ -182,6 +185,14 @@ class CacheWriter:
         except DAMAGE as error:
             raise ValueError(f"{path}: {error}; delete it and run `fpo precompute` again") from error
         return ShardRecord(self._names[index], footer.rows, path.stat().st_size, sha256_file(path), footer.report)
+
+    def withdraw(self) -> None:
+        """Takes the manifest back."""
+        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
+
+    def write_options(self, text: str) -> None:
+        """Writes `run.yaml`, the options that the cache is made with."""
+        write_atomically(self.folder / OPTIONS_NAME, text.encode())
 
     def append_provenance(self, record: dict[str, Any]) -> None:
         """Adds one line to `provenance.jsonl`, whole even when several workers add at once."""

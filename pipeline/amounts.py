@@ -90,7 +90,7 @@ def data_of(step: Step, makers: Mapping[Path, Step]) -> Data:
     """
     config = step.config
     if step.command in ("align", "evaluate"):
-        assert config.cache is not None
+        assert isinstance(config.cache, Path)  # a plan makes its caches itself
         if config.cache in makers and not makers[config.cache].done:
             return data_of(makers[config.cache], makers)
         return _cached(config.cache)

@@ -1,6 +1,6 @@
 """What is in a cache, as a person wants to read it.
 
-In: a cache's folder. Out: a line for each fact, on the terminal.
+In: a cache's folder or URL. Out: a line for each fact, on the terminal.
 """
 
 from pathlib import Path
@@ -12,14 +12,14 @@ from ..cache.reader import open_cache
 from .progress import console
 
 
-def print_info(folder: Path) -> None:
+def print_info(place: Path | str) -> None:
     """Prints pairs, sites, sizes, what was skipped, noise and provenance.
 
     Raises:
         FileNotFoundError: if there is no finished cache.
         ValueError: if it is damaged.
     """
-    cache = open_cache(folder, sites=[])
+    cache = open_cache(place, sites=[])
     manifest = cache.manifest
     meaning, numerics = manifest.meaning, manifest.numerics
 
@@ -38,7 +38,7 @@ def print_info(folder: Path) -> None:
     line("features kept", f"{kept} a response and site")
     for number, site in enumerate(meaning.sites):
         line(f"site {number}", f"{site.site}: {site.architecture} SAE, width {site.width}, {site.sae[:12]}")
-        line("", _feature_statistics(folder, manifest, number))
+        line("", _feature_statistics(cache.folder, manifest, number))
     if manifest.noise:
         mse = ", ".join(f"{value:.2g}" for value in manifest.noise.feature_mse)
         line("noise", f"between two packings: log-probs {manifest.noise.logp:.2g} nats, D_F {mse}")

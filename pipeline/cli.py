@@ -21,7 +21,8 @@ from .config import RunConfig, load_config, profile_names, to_yaml
 
 app = typer.Typer(
     help="Feature-level constrained preference optimization, in two offline stages. FPO_HOME is the folder of "
-    "remembered hashes and decoded caches (default ~/.cache/fpo); FPO_TRACEBACK=1 shows where an error came from.",
+    "remembered hashes, decoded caches and copies of caches in stores (default ~/.cache/fpo); "
+    "FPO_TRACEBACK=1 shows where an error came from.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -224,7 +225,7 @@ def table(
         bool, typer.Option("--dry-run", help="Print the plan with estimates, and what is missing.")
     ] = False,
     runs: Annotated[Path | None, typer.Option("--runs", help="Folder of the runs; default runs/<profile>.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the tables; default results/<profile>.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder of the tables; default results/<profile>.")] = None,
     jobs: Jobs = None,
 ) -> None:
     """The paper's comparison: every method under every seed, evaluated; tables, figures and a page."""
@@ -240,7 +241,7 @@ def table(
 def tune(
     config: Profile = "embedded",
     runs: Annotated[Path | None, typer.Option("--runs", help="Folder of the runs; default runs/<profile>.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the log; default results/<profile>.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Folder of the log; default results/<profile>.")] = None,
     jobs: Jobs = None,
 ) -> None:
     """Search learning rate and β of every method on the validation split, with one budget for all."""
@@ -252,25 +253,27 @@ def tune(
         run_tune(config, settings)
 
 
-CacheFolder = Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)]
+CachePlace = Annotated[
+    str, typer.Argument(help="Folder of the cache, or its URL in an object store.", show_default=False)
+]
 
 
 @cache_app.command("info")
-def cache_info(folder: CacheFolder) -> None:
+def cache_info(place: CachePlace) -> None:
     """What is in a cache: pairs, sites, sizes, what was skipped, noise, provenance."""
     from .cache_info import print_info
 
     with user_errors():
-        print_info(folder)
+        print_info(place)
 
 
 @cache_app.command("verify")
-def cache_verify(folder: CacheFolder) -> None:
+def cache_verify(place: CachePlace) -> None:
     """Check every byte of a cache; exit code 1 and the names of what is damaged."""
     from ..cache.reader import verify
 
     with user_errors():
-        damages = verify(folder)
+        damages = verify(place)
     for damage in damages:
         typer.echo(damage)
     if damages:

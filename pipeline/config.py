@@ -8,16 +8,31 @@ import difflib
 import importlib.resources
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
+from ..cache import files
 from ..stages.methods import METHODS, MethodName
 
-# What `for` of a configuration file may name beside methods; the second line are those that read a method's settings.
+# What `for` of a configuration file may name beside methods; those that read a method's settings; those that may write
+# into a store.
 COMMANDS = ("precompute", "align", "train-sae", "sft", "evaluate", "table", "tune")
 METHOD_COMMANDS = (None, "align")
+STORE_COMMANDS = (None, "precompute")
+
+# A folder, or text that is a URL: of `s3://bucket` a Path would make `s3:/bucket`.
+Place = Annotated[files.Place, BeforeValidator(lambda value: files.as_place(value) if type(value) is str else value)]
 
 
 class RunConfig(BaseModel):
@@ -37,7 +52,7 @@ class RunConfig(BaseModel):
     sae: tuple[str, ...] = Field(
         (), description="SAE: release:sae_id, a folder that SAELens saved, or params.npz@site. Repeatable."
     )
-    out: Path | None = Field(None, description="Folder to write.")
+    out: Place | None = Field(None, description="Folder to write; precompute: or a URL, as s3://bucket/cache.")
     device: str = Field("auto", description="auto (a GPU where there is one), cpu or cuda.")
     attention: Literal["auto", "eager", "sdpa", "flex_attention"] = Field(
         "auto", description="auto (the fastest that is exact for model and device), eager, sdpa or flex_attention."
@@ -55,8 +70,10 @@ class RunConfig(BaseModel):
     max_prompt_length: PositiveInt = Field(512, description="Longest prompt, tokens; its beginning is cut.")
     shard_size: PositiveInt = Field(1024, description="Raw rows of a shard.")
 
-    cache: Path | None = Field(None, description="Cache that stage one wrote.")
-    eval_cache: Path | None = Field(None, description="Cache of a held-out split, same in all else.")
+    cache: Place | None = Field(
+        None, description="Cache that stage one wrote: its folder, or its URL, as hf://datasets/OWNER/NAME."
+    )
+    eval_cache: Place | None = Field(None, description="Cache of a held-out split, same in all else.")
     trust_hashes: bool = Field(False, description="Skip the SHA-256 of shards that were decoded before.")
     method: MethodName = Field("fpo", description=f"Objective: {', '.join(METHODS)}.")
     reference: str | None = Field(
@@ -156,12 +173,15 @@ def load_config(name: str | None, given: Mapping[str, Any], command: str | None 
         values |= sections.get(str({**values, **given}.get("method", RunConfig.model_fields["method"].default)), {})
     _check_keys(content, where)
     try:
-        return RunConfig(**{**values, **given})
+        config = RunConfig(**{**values, **given})
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
         place = f"--{key.replace('_', '-')}" if key in given else f"{where}: {key}"
         raise ValueError(f"{place}: {first['msg']}, found {first['input']!r}") from error
+    if isinstance(config.out, str) and command not in STORE_COMMANDS:
+        raise ValueError(f"--out: expected a folder, found {config.out}; only `fpo precompute` writes into a store")
+    return config
 
 
 def has_section(name: str, command: str) -> bool:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from ..cache.files import Place
 from ..cache.manifest import Manifest, Meaning
+from ..cache.stores import fetch
 from ..stages.models import ModelSource, default_device, find_model, load_tokenizer, tokenizer_sha256
 from ..stages.preferences import ChatFormat, Limits, Preferences, load_preferences, load_template
 from ..stages.sites import SiteSAE, load_sae, parse_site
@@ -69,13 +71,13 @@ def load_data(config: RunConfig) -> tuple[ModelSource, Preferences, ChatFormat, 
     return source, preferences, ChatFormat(load_tokenizer(source), template), limits
 
 
-def sites_to_read(config: RunConfig, cache_folder: Path) -> list[str]:
+def sites_to_read(config: RunConfig, cache: Place) -> list[str]:
     """Names of the sites whose features are compared: those of `--site`, or the cache's where it has only one.
 
     Raises:
         ValueError: if the cache has several and none is named.
     """
-    known = [site.site for site in Manifest.load(cache_folder).meaning.sites]
+    known = [site.site for site in Manifest.load(fetch(cache)).meaning.sites]
     if not config.site and len(known) > 1:
         raise ValueError(f"--site: the cache has {', '.join(known)}; name those whose features are to be read")
     return [parse_site(site).name for site in config.site] or known
@@ -97,7 +99,7 @@ def saes_of_sites(config: RunConfig, sites: list[str], device: str) -> list[Site
     return [by_site[site] for site in sites]
 
 
-def tokenizer_of_cache(source: ModelSource, cache_folder: Path, meaning: Meaning) -> Any:
+def tokenizer_of_cache(source: ModelSource, cache: Place, meaning: Meaning) -> Any:
     """The model's tokenizer, which has to be the cache's.
 
     Raises:
@@ -107,7 +109,7 @@ def tokenizer_of_cache(source: ModelSource, cache_folder: Path, meaning: Meaning
     found = tokenizer_sha256(tokenizer)
     if found != meaning.tokenizer:
         raise ValueError(
-            f"cache {cache_folder}: its tokenizer is not that of {source.name} (hashes {meaning.tokenizer[:12]} and "
+            f"cache {cache}: its tokenizer is not that of {source.name} (hashes {meaning.tokenizer[:12]} and "
             f"{found[:12]}); make a cache with this model"
         )
     return tokenizer

@@ -53,7 +53,7 @@ class Step:
     @property
     def out(self) -> Path:
         """The folder that it writes."""
-        assert self.config.out is not None
+        assert isinstance(self.config.out, Path)
         return self.config.out
 
     @property

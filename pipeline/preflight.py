@@ -92,7 +92,7 @@ def missing_files(steps: Sequence[Step], makers: Mapping[Path, Step]) -> list[st
         if step.command in ("align", "evaluate"):
             for cache in (config.cache, config.eval_cache):
                 if (
-                    cache is not None
+                    isinstance(cache, Path)
                     and maker_of(str(cache), makers) is None
                     and not (cache / "manifest.json").exists()
                 ):

@@ -27,7 +27,7 @@ SPLIT_FIELDS = ("dataset", "split", "limit")
 
 def run_align(config: RunConfig, given: frozenset[str]) -> None:
     """`fpo align`."""
-    _, cache_folder, out = required(config, "model", "cache", "out")
+    _, place, out = required(config, "model", "cache", "out")
     args = _training_arguments(config, given)
     divergence = METHODS[config.method].divergence
     if divergence == "kl" and config.reference is None:
@@ -36,15 +36,15 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
         )
     if divergence != "kl" and "reference" in given:
         raise ValueError(f"--reference: method {config.method} ignores it; leave it out")
-    sites = sites_to_read(config, cache_folder) if divergence == "features" else []
-    cache = open_cache(cache_folder, sites=sites, trust_hashes=config.trust_hashes)
+    sites = sites_to_read(config, place) if divergence == "features" else []
+    cache = open_cache(place, sites=sites, trust_hashes=config.trust_hashes)
     meaning = cache.manifest.meaning
     source = find_model(config.model)  # type: ignore[arg-type]
     tokenizer = _check_start(config, source, meaning)
     eval_cache = None
     if config.eval_cache:
         eval_cache = open_cache(config.eval_cache, sites=sites, trust_hashes=config.trust_hashes)
-        _check_same_but_split(eval_cache, cache)
+        _check_same_but_split(config, eval_cache, cache)
     device = device_of(config)
     attention = choose_attention(config.attention, source, device)
     saes = saes_of_sites(config, sites, device)
@@ -120,12 +120,12 @@ def _check_start(config: RunConfig, source: ModelSource, meaning: Meaning) -> An
     return tokenizer
 
 
-def _check_same_but_split(eval_cache: Cache, cache: Cache) -> None:
+def _check_same_but_split(config: RunConfig, eval_cache: Cache, cache: Cache) -> None:
     lines = differences(cache.manifest.meaning, eval_cache.manifest.meaning)
     wrong = [line for line in lines if line.split(":")[0] not in SPLIT_FIELDS]
     if wrong:
         raise ValueError(
-            f"--eval-cache {eval_cache.folder}: expected a cache like the training cache's but for the split; "
+            f"--eval-cache {config.eval_cache}: expected a cache like the training cache's but for the split; "
             f"{'; '.join(wrong)}"
         )
 

@@ -4,8 +4,7 @@ In: a `RunConfig`. Out: a cache in `--out` and its totals on the terminal. What 
 anything is written.
 """
 
-from pathlib import Path
-
+from ..cache.files import Place
 from ..cache.manifest import Manifest
 from ..stages.models import choose_attention, load_model
 from ..stages.precompute import Reference, precompute
@@ -34,16 +33,16 @@ def run_precompute(config: RunConfig) -> None:
             token_budget=config.token_budget,
             shard_size=config.shard_size,
             limit=config.limit,
+            options=to_yaml(config),
             on_pairs=progress.advance,
         )
     if manifest is None:
         console.print("shards of this cache are still with other workers; whoever finishes last writes the manifest")
         return
-    (out / "run.yaml").write_text(to_yaml(config))
     _print_totals(manifest, out, progress.tokens_per_second)
 
 
-def _print_totals(manifest: Manifest, out: Path, tokens_per_second: float) -> None:
+def _print_totals(manifest: Manifest, out: Place, tokens_per_second: float) -> None:
     counts = manifest.counts
     console.print(
         f"{out}: {manifest.num_pairs} pairs in {len(manifest.shards)} shards, {manifest.num_bytes / 1e6:.1f} MB "

@@ -125,7 +125,7 @@ def _report_comparison(plan: Plan, runs: Sequence[Run], facts: dict[str, str]) -
         tables.append(Table("win-rates", "The paper's Table 2, left; not measured here", *rates))
     claims = comparison_claims(records, rank_correlations(curves))
     out = plan.config.out
-    assert out is not None
+    assert isinstance(out, Path)
     figures = comparison_figures(plan, runs, records, curves, out / "figures")
     _write(plan, "table", tables, claims, figures, facts)
 
@@ -144,7 +144,7 @@ def _report_ablations(plan: Plan, parts: dict[str, list[Run]], facts: dict[str, 
 
 def _table(plan: Plan, name: str, caption: str, records: Sequence[Record], columns: Sequence[Column]) -> Table:
     """Writes the records and makes a table of them, the paper's figures on its right."""
-    assert plan.config.out is not None
+    assert isinstance(plan.config.out, Path)
     plan.config.out.mkdir(parents=True, exist_ok=True)
     write_records(records, columns, plan.config.out, name)
     header, more = paper_columns(plan.base_model, name, list(by_row(records)))
@@ -162,7 +162,7 @@ def _write(
 ) -> None:
     """The Markdown file and the page."""
     out = plan.config.out
-    assert out is not None
+    assert isinstance(out, Path)
     note = note_of(plan)
     answers = [[claim.text, claim.answer, claim.figures] for claim in claims]
     judged = Table("claims", "The paper's claims", ["claim", "here", "figures"], answers, prose=True)

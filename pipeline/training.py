@@ -112,7 +112,7 @@ def last_checkpoint(config: RunConfig) -> str | None:
 
     The Trainer writes its state last: a checkpoint without one was cut off, and is passed over.
     """
-    if not config.resume or config.out is None:
+    if not config.resume or not isinstance(config.out, Path):
         return None
     whole = [state.parent for state in config.out.glob("checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))) if whole else None

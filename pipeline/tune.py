@@ -30,6 +30,7 @@ def run_tune(name: str, config: RunConfig) -> None:
     if config.validation_split is None:
         raise ValueError(f"{name}: expected validation_split, found none; name the split to choose on")
     out = config.out or Path("results") / stem
+    assert isinstance(out, Path)
     config = config.model_copy(update={"runs": config.runs or Path("runs") / stem, "out": out})
     plan = make_plan(name, config.model_copy(update={"heldout_split": config.validation_split}))
     runs = [run for method in METHODS for run in trials(plan, method)]

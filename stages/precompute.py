@@ -1,8 +1,8 @@
 """Stage one: the frozen reference and its SAEs over preference data, once, into a cache.
 
-In: a reference model, SAEs, preferences. Out: a folder of Parquet shards and its manifest. A shard is a range of raw
-rows and the unit of work: it is written whole or not at all, so the stage can be killed at any moment and run again,
-and several workers can share a folder.
+In: a reference model, SAEs, preferences. Out: a folder, or a place in a store, with Parquet shards and their manifest.
+A shard is a range of raw rows and the unit of work: it is written whole or not at all, so the stage can be killed at
+any moment and run again, and several workers can share a folder.
 """
 
 import datetime
@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from ..cache.manifest import MANIFEST_NAME, Manifest, Meaning, Numerics, ShardReport, SiteMeaning
+from ..cache.manifest import Manifest, Meaning, Numerics, ShardReport, SiteMeaning
 from ..cache.schema import FORMAT_VERSION
+from ..cache.store_writer import open_writer
 from ..cache.writer import CacheWriter
 from .models import ModelSource, Recipe, tokenizer_sha256
 from .packing import PackedRow
@@ -97,12 +98,13 @@ def precompute(
     reference: Reference,
     preferences: Preferences,
     limits: Limits,
-    out: Path,
+    out: Path | str,
     *,
     keep_features: int | None = 512,
     token_budget: int = 2048,
     shard_size: int = 1024,
     limit: int | None = None,
+    options: str | None = None,
     on_pairs: Callable[[int, int], None] | None = None,
 ) -> Manifest | None:
     """Writes the shards that are missing, then the manifest.
@@ -111,11 +113,12 @@ def precompute(
         reference: the frozen model and its SAEs.
         preferences: the raw rows.
         limits: lengths and what to drop.
-        out: the cache's folder; may hold shards of an earlier, interrupted run.
+        out: the cache's folder or URL; may hold shards of an earlier, interrupted run.
         keep_features: features kept a response; None for all that are not 0.
         token_budget: tokens of a packed row.
         shard_size: raw rows of a shard.
         limit: how many raw rows were asked for, for the fingerprint; None for all.
+        options: the text of `run.yaml`; None for no such file.
         on_pairs: called with (raw rows, scored tokens) after each piece of work, (rows, 0) for a finished shard.
 
     Returns:
@@ -123,12 +126,15 @@ def precompute(
 
     Raises:
         ValueError: if the folder holds another cache (`IdentityError`), or no pair is left to score.
+        OSError: if a store does not answer.
         FloatingPointError: if a log-probability or a feature is not finite; names the pair and the site.
     """
     check_model(reference.model)
     meaning = describe_meaning(reference, preferences, limits, keep_features=keep_features, limit=limit)
     numerics = describe_numerics(reference.model, token_budget, shard_size)
-    writer = CacheWriter(out, meaning, numerics, len(preferences))
+    writer = open_writer(out, meaning, numerics, len(preferences))
+    if options is not None:
+        writer.write_options(options)
     advance = on_pairs or (lambda rows, tokens: None)
     started, tokens, written = time.monotonic(), 0, 0
     try:
@@ -147,7 +153,7 @@ def precompute(
             writer.append_provenance(_provenance(reference, preferences, written, tokens, time.monotonic() - started))
     manifest = writer.finish()
     if manifest is not None and manifest.num_pairs == 0:
-        (out / MANIFEST_NAME).unlink()  # there is nothing to train on
+        writer.withdraw()  # there is nothing to train on
         reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(manifest.skipped.items()))
         raise ValueError(f"data set {preferences.source}: expected pairs to score, all were skipped: {reasons}")
     return manifest

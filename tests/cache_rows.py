@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from fpo.cache.columns import Columns, table_to_batch
 from fpo.cache.manifest import Manifest, Meaning, Noise, Numerics, ShardReport, SiteMeaning
 from fpo.cache.schema import CachedPair, Pair, ReferenceResponse, SparseFeatures, pair_id
+from fpo.cache.stores import Store
 from fpo.cache.writer import CacheWriter
 
 SITES = (
@@ -83,6 +84,15 @@ def write_cache(
     manifest = writer.finish()
     assert manifest is not None
     return manifest
+
+
+def upload(folder: Path, url: str) -> Store:
+    """Puts a folder into a store as it is."""
+    store = Store(url)
+    for path in folder.rglob("*"):
+        if path.is_file() and ".locks" not in path.parts:
+            store.put(str(path.relative_to(folder)), path)
+    return store
 
 
 def with_damaged_pages(data: bytes) -> Iterator[bytes]:

@@ -1,4 +1,7 @@
 import gc
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,3 +24,40 @@ def world(tmp_path_factory) -> Any:
     world = make_world(tmp_path_factory.mktemp("world"))
     gc.freeze()  # the Trainer collects garbage whenever it starts; what is imported by now is none
     return world
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """An S3 server on this machine, the account for it in the environment, and its client."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield boto3.client("s3")
+    server.stop()
+
+
+@pytest.fixture
+def url(s3) -> str:
+    """A cache's URL in a bucket of its own."""
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    s3.create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/caches/uf"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Goes to a machine of that name, which has a user folder of its own."""
+
+    def move(name: str) -> None:
+        monkeypatch.setenv("FPO_HOME", str(tmp_path / "machines" / name))
+
+    move("first")
+    return move

@@ -215,12 +215,3 @@ def test_a_spec_that_cannot_be_written_is_refused(tmp_path: Path):
         with pytest.raises(ValueError, match="expected"):
             CacheWriter(tmp_path / "never", meaning, numerics, num_rows)
     assert not (tmp_path / "never").exists()
-
-
-def test_the_data_card_has_a_header_for_the_hub_and_the_counts(tmp_path: Path):
-    manifest = write_cache(tmp_path, 10)
-    card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nconfigs:\n")
-    assert f"`{manifest.meaning.fingerprint()}`" in card
-    for line in ("- split: train", "| pairs | 9 |", "| skipped, empty | 1 |", f"`{SITES[1].sae}`"):
-        assert line in card

@@ -271,3 +271,16 @@ def test_a_key_that_stands_twice_in_a_section_is_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("for: {dpo: {max-length: 1, max_length: 2}}\n")
     with pytest.raises(ValueError, match=r"run\.yaml.*'max_length' stands twice"):
         load_config(str(tmp_path / "run.yaml"), {}, "align")
+
+
+def test_a_url_stays_one_and_a_folder_too(tmp_path):
+    options = {"cache": "s3://bucket/uf", "eval_cache": "hf://datasets/owner/name", "out": "caches//uf"}
+    config = load_config(None, options)
+    assert (config.cache, config.eval_cache, config.out) == (*list(options.values())[:2], Path("caches/uf"))
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "run.yaml"), {}) == config
+
+
+def test_what_is_no_place_is_refused():
+    with pytest.raises(ValueError, match=r"^--cache: .*found 3"):
+        load_config(None, {"cache": 3})

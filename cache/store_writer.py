@@ -1,0 +1,141 @@
+"""Stage one's side of a cache in an object store: built here, shard by shard, and put there; the manifest last.
+
+In: rows and a report per shard, as for a folder. Out: the same files in the store. What counts is what is there: a run
+on any machine goes on from the shards that it finds.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from .files import as_place, canonical_json, sha256_text, user_folder
+from .manifest import MANIFEST_NAME, Manifest, Meaning, Numerics, ShardRecord, ShardReport
+from .schema import CachedPair
+from .shard import Footer, footer_of
+from .stores import Store
+from .writer import CARD_NAME, OPTIONS_NAME, PROVENANCE_NAME, CacheWriter
+
+# At the end of a Parquet file: the footer's length, four bytes, and a magic number.
+TAIL = 8
+
+
+def open_writer(place: Path | str, meaning: Meaning, numerics: Numerics, num_rows: int) -> CacheWriter:
+    """The writer of a cache in a folder, or at a URL; raises as they do."""
+    place = as_place(place)
+    if isinstance(place, Path):
+        return CacheWriter(place, meaning, numerics, num_rows)
+    return StoreWriter(place, meaning, numerics, num_rows)
+
+
+class StoreWriter(CacheWriter):
+    """A cache that is being written into a store.
+
+    Workers of one machine share its staging folder; those of several machines should be given different shards, or
+    they do the same work twice.
+    """
+
+    def __init__(self, url: str, meaning: Meaning, numerics: Numerics, num_rows: int):
+        """Looks at what the store has.
+
+        Raises:
+            IdentityError: the store holds a cache of another spec.
+            OSError: the store does not answer.
+            ValueError: the spec cannot be written, the store holds shards that do not belong, or has no driver.
+        """
+        self._store = Store(url)
+        spec = [self._store.url, meaning.fingerprint(), dataclasses.asdict(numerics), num_rows]
+        name = f"{re.sub('[^A-Za-z0-9]+', '-', self._store.url)[:80]}-{sha256_text(canonical_json(spec))[:12]}"
+        super().__init__(user_folder() / "staging" / name, meaning, numerics, num_rows)
+        footers = {name: self._stored_footer(name) for name in self._store.shards()}
+        manifest = self._store.read_if_there(MANIFEST_NAME)
+        self._published = None if manifest is None else Manifest.parse(manifest, self._store.address(MANIFEST_NAME))
+        self._check_contents(self._store.url, self._published, footers)
+        self._stored = {i for i, name in enumerate(self._names) if self._is_shard(i, footers.get(name))}
+
+    def _stored_footer(self, name: str) -> Footer | None:
+        try:
+            with self._store.open(name) as file:
+                # Read here and not by pyarrow, which could not tell a store that is out of reach from a damaged shard.
+                if file.size < TAIL:
+                    return None
+                file.seek(-TAIL, 2)
+                length = min(file.size, int.from_bytes(file.read(4), "little") + TAIL)
+                file.seek(-length, 2)
+                data = file.read(length)
+        except FileNotFoundError:
+            return None
+        return footer_of(pa.BufferReader(data))
+
+    def is_done(self, index: int) -> bool:
+        """Whether the shard is there, or built here, and its footer is that of this spec and number."""
+        if super().is_done(index):
+            return True
+        if index not in self._stored:
+            self._store.refresh()
+            if self._is_shard(index, self._stored_footer(self._names[index])):
+                self._stored.add(index)
+        return index in self._stored
+
+    def write_shard(self, rows: Sequence[CachedPair], report: ShardReport) -> None:
+        """Checks a shard, commits it here and uploads it; raises as `CacheWriter.write_shard`, and `OSError`."""
+        super().write_shard(rows, report)
+        self._store.put(self._names[report.index], self.shard_path(report.index))
+
+    def finish(self) -> Manifest | None:
+        """Uploads what is not there yet: shards of a run that was stopped, the files beside them, then the manifest.
+
+        Returns:
+            The manifest, or None if shards are missing.
+
+        Raises:
+            OSError: the store does not answer.
+            ValueError: a shard does not read back.
+        """
+        sizes = self._store.sizes()
+        if self._published is not None and all(
+            sizes.get(record.name) == record.bytes for record in self._published.shards
+        ):
+            return self._published
+        for index, name in enumerate(self._names):
+            if super().is_done(index) and sizes.get(name) != self.shard_path(index).stat().st_size:
+                self._store.put(name, self.shard_path(index))
+        manifest = super().finish()
+        if manifest is not None:
+            self._store.put(CARD_NAME, self.folder / CARD_NAME)
+            self._store.put(MANIFEST_NAME, self.folder / MANIFEST_NAME)
+        return manifest
+
+    def _record(self, index: int) -> ShardRecord:
+        if super().is_done(index):
+            return super()._record(index)
+        name, path = self._names[index], self.shard_path(index)
+        self._store.fetch(name, path)
+        try:
+            return super()._record(index)
+        except ValueError as error:
+            path.unlink()
+            raise ValueError(f"{self._store.address(name)}, copied to {error}") from error
+
+    def withdraw(self) -> None:
+        """Takes the manifest back."""
+        super().withdraw()
+        self._store.remove(MANIFEST_NAME)
+
+    def write_options(self, text: str) -> None:
+        """Writes `run.yaml`, before anything is computed: a store that takes no file is found out here."""
+        super().write_options(text)
+        self._store.put(OPTIONS_NAME, self.folder / OPTIONS_NAME)
+
+    def append_provenance(self, record: dict[str, Any]) -> None:
+        """Adds one line to `provenance.jsonl`, beside those that other machines wrote."""
+        super().append_provenance(record)
+        theirs = self._store.read_if_there(PROVENANCE_NAME) or b""
+        ours = (self.folder / PROVENANCE_NAME).read_bytes()
+        # A store cannot append, so that of two machines that end in the same second one line may be lost to the other;
+        # whoever writes next puts its own back.
+        lines = dict.fromkeys([*theirs.splitlines(keepends=True), *ours.splitlines(keepends=True)])
+        self._store.write(PROVENANCE_NAME, b"".join(lines))

@@ -1,0 +1,194 @@
+"""A cache in an object store, at any URL that fsspec has a driver for: `s3://`, `gs://`, `hf://datasets/…`.
+
+In: the URL of a cache. Out: its files by name, and a verified copy of it on this machine. What stands in a store may be
+a stranger's: names are those of a checked manifest, and no file is fetched before its size is known.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from filelock import FileLock
+
+from .files import as_place, atomic_file, remove_leftovers, sha256_file, user_folder, write_atomically
+from .manifest import MANIFEST_NAME, Manifest, ShardRecord
+from .writer import BESIDE
+
+# More than a manifest of a hundred thousand shards has.
+LARGEST_TEXT = 1 << 28
+BLOCK = 1 << 24
+MAKE_IT = "make the bucket or the repository first, or correct the address"
+EXTRAS = {"s3": "fpo[s3]", "s3a": "fpo[s3]", "gs": "fpo[gcs]", "gcs": "fpo[gcs]"}
+
+_SHARD = re.compile(r"data/[^/]+\.parquet")
+
+
+class Store:
+    """The files below a URL, by their names relative to it.
+
+    What is not there is a `FileNotFoundError`, what the store does not answer an `OSError`; both name the address.
+
+    Attributes:
+        url: the address, without a slash at its end.
+    """
+
+    def __init__(self, url: str):
+        """Finds the driver; nothing is asked of the store yet.
+
+        Raises:
+            ValueError: there is no driver for such a URL, or it is not installed.
+        """
+        self.url = url if url.endswith("://") else url.rstrip("/")
+        protocol = url.partition("://")[0]
+        try:
+            with self._asking():
+                self._files, self._root = fsspec.url_to_fs(self.url)
+        except ImportError as error:
+            install = f"pip install '{EXTRAS[protocol]}'" if protocol in EXTRAS else "install what it names"
+            raise ValueError(f"{url}: expected a driver for {protocol}://, found none ({error}); {install}") from error
+        except ValueError as error:
+            raise ValueError(
+                f"{url}: expected a folder, or a URL as s3://…, gs://… or hf://datasets/…, found: {error}; correct it"
+            ) from error
+        if not self._root.strip("/"):
+            raise ValueError(f"{url}: expected a bucket or a repository after '://', found nothing; add its name")
+
+    def address(self, name: str = "") -> str:
+        """The URL of a file, or of the folder."""
+        return f"{self.url}/{name}" if name else self.url
+
+    def refresh(self) -> None:
+        """Forgets what the store was seen to hold: others write there too."""
+        self._files.invalidate_cache()
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file of the folder and of the folders in it."""
+        with self._asking():
+            self.refresh()
+            found = self._files.find(self._root, maxdepth=2, detail=True)
+        return {path[len(self._root) :].lstrip("/"): int(info["size"]) for path, info in found.items()}
+
+    def shards(self) -> list[str]:
+        """The names of the Parquet files that lie where shards do."""
+        return sorted(name for name in self.sizes() if _SHARD.fullmatch(name))
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Any]:
+        """A file to read from; it knows its `size`."""
+        with self._asking(name), self._files.open(f"{self._root}/{name}", "rb") as file:
+            yield file
+
+    def read(self, name: str) -> bytes:
+        """A file of text whole, as it is now.
+
+        Raises:
+            ValueError: it is too large to be one.
+        """
+        self.refresh()
+        with self.open(name) as file:
+            if file.size > LARGEST_TEXT:
+                found = f"expected at most {LARGEST_TEXT} bytes, found {file.size}"
+                raise ValueError(f"{self.address(name)}: {found}; look at what was put there")
+            return bytes(file.read(file.size))
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """As `read`; None if there is no such file."""
+        try:
+            return self.read(name)
+        except FileNotFoundError:
+            return None
+
+    def fetch(self, name: str, path: Path, expected: ShardRecord | None = None) -> None:
+        """Copies a file to `path`, whole or not at all.
+
+        Raises:
+            ValueError: it is not the expected one; if its size tells, nothing of it was fetched.
+        """
+        with self.open(name) as source:
+            if expected is not None and source.size != expected.bytes:
+                raise ValueError(f"expected {expected.bytes} bytes, found {source.size}")
+            with atomic_file(path) as file:
+                shutil.copyfileobj(source, file, BLOCK)
+                file.flush()
+                if expected is not None and (sha256 := sha256_file(Path(file.name))) != expected.sha256:
+                    raise ValueError(f"expected SHA-256 {expected.sha256}, found {sha256}")
+
+    def put(self, name: str, path: Path) -> None:
+        """Uploads a file."""
+        with self._asking(name, MAKE_IT):
+            self._files.put_file(str(path), f"{self._root}/{name}")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file of text."""
+        with self._asking(name, MAKE_IT):
+            self._files.pipe_file(f"{self._root}/{name}", data)
+
+    def remove(self, name: str) -> None:
+        """Removes a file."""
+        with self._asking(name):
+            self._files.rm_file(f"{self._root}/{name}")
+
+    @contextmanager
+    def _asking(self, name: str = "", advice: str = "correct the address") -> Iterator[None]:
+        """Names the address in what a driver raises: each has kinds of its own, and few say where it was."""
+        try:
+            yield
+        except (ValueError, ImportError):
+            raise
+        except Exception as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            if isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(f"{self.address(name)}: not found ({said}); {advice}") from error
+            raise OSError(
+                f"{self.address(name)}: expected the store to answer, found {said}; look at the address, the network "
+                "and your credentials, and run the same command again"
+            ) from error
+
+
+def load_manifest(store: Store) -> Manifest:
+    """The manifest of a cache in a store; raises as `Manifest.load`."""
+    try:
+        data = store.read(MANIFEST_NAME)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}, or finish `fpo precompute`, which writes the manifest last") from error
+    return Manifest.parse(data, store.address(MANIFEST_NAME))
+
+
+def fetch(place: Path | str) -> Path:
+    """The folder of a cache, for one in a store a copy in the user's folder, made once for each content.
+
+    Raises:
+        FileNotFoundError: the store has no manifest, or lacks a shard.
+        ValueError: a file in the store is damaged, or there is no driver for it.
+    """
+    place = as_place(place)
+    if isinstance(place, Path):
+        return place
+    store = Store(place)
+    manifest = load_manifest(store)
+    folder = user_folder() / "fetched" / manifest.sha256
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / MANIFEST_NAME).exists():
+            remove_leftovers(folder / "data")
+            for record in manifest.shards:
+                if not (folder / record.name).exists():  # else it is of a command that was stopped
+                    _fetch_shard(store, record, folder / record.name)
+            for name in BESIDE:
+                if (data := store.read_if_there(name)) is not None:
+                    write_atomically(folder / name, data)
+            manifest.save(folder)
+    return folder
+
+
+def _fetch_shard(store: Store, record: ShardRecord, path: Path) -> None:
+    try:
+        store.fetch(record.name, path, record)
+    except ValueError as error:
+        raise ValueError(
+            f"{store.address(record.name)}: {error}; delete it there and run `fpo precompute` with the same options"
+        ) from error
