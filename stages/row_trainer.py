@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .metrics import MetricsFile, PairMeans, forget_lines_after
 from .models import Recipe
-from .scoring import attach_scoring, check_model
+from .scoring import RowScores, attach_scoring, check_model
+from .shares import ShareOfBatches, check_fsdp
 
 
 @dataclass
@@ -82,7 +85,8 @@ class RowTrainer(Trainer):
         callbacks: as the Trainer's.
 
     Raises:
-        ValueError: if weights are not fp32; if the architecture is not supported (`check_model`); under FSDP.
+        ValueError: if weights are not fp32; if the architecture is not supported (`check_model`); if FSDP is asked for
+            in a way that would change what is computed or saved (`check_fsdp`).
     """
 
     args: RowConfig
@@ -114,8 +118,37 @@ class RowTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[MetricsFile(), *(callbacks or [])],
         )
-        if self.is_fsdp_enabled:
-            raise ValueError("FSDP: ranks may pack different numbers of rows and would wait for each other; use DDP")
+        # What a rank runs, with weight 0, while others have more rows than it.
+        self._spare: Any = data_collator([train_dataset[0]])["rows"][0].to(self.args.device)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes the accelerator; under FSDP weights are gathered, and gradients summed, in fp32 as elsewhere."""
+        super().create_accelerator_and_postprocess()
+        plugin = check_fsdp(self.accelerator)
+        if plugin is not None:
+            plugin.mixed_precision_policy = None  # accelerate's would be pure bf16; `score_row` does its own autocast
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        sampler = (sampler_fn and sampler_fn(dataset)) or SequentialSampler(dataset)
+        share = ShareOfBatches(
+            sampler, batch_size, self.args.dataloader_drop_last, self.args.process_index, self.args.world_size
+        )
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=share,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, put_on_device=True, use_seedable_sampler=True
+        )
+
+    def score(self, model: nn.Module, row: Any) -> RowScores:
+        """Scores one row, inside the forward of what wraps the model."""
+        raise NotImplementedError
 
     def row_loss(self, model: nn.Module, row: Any) -> Tensor:
         """The loss of one row, float64, summed over its items; adds its metrics to the running sums."""
@@ -147,19 +180,21 @@ class RowTrainer(Trainer):
         rows: Any = self._prepare_inputs(inputs)["rows"]
         scale = self.accelerator.num_processes / num_items_in_batch
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        for number, row in enumerate(rows):
-            last = number == len(rows) - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self.row_loss(model, row) * scale
+        passes = len(rows) + inputs["spares"]
+        for number in range(passes):
+            # Sharded gradients are summed over ranks at once: kept for later, they would be whole on every device.
+            with nullcontext() if number == passes - 1 or self.is_fsdp_enabled else self.accelerator.no_sync(model):
+                if number < len(rows):
+                    loss = self.row_loss(model, rows[number]) * scale
+                    self._tokens += rows[number].tokens
+                else:
+                    loss = 0.0 * self.score(model, self._spare).logps_R.sum()
                 self.accelerator.backward(loss)
             total += loss.detach()
-            self._tokens += row.tokens
         return total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics gathered since the last line of the same kind: means over pairs, over all ranks.
-
-        (accelerate repeats pairs to fill the last batch of several ranks; repeats count.)
 
         Raises:
             FloatingPointError: if the loss is not finite; the line is still written.
@@ -189,11 +224,19 @@ class RowTrainer(Trainer):
         return {"train_tokens_per_second": round(tokens / seconds, 1), "train_peak_memory_bytes": peak}
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        self._even_out(batch_samples)
         items = sum(self.row_items(row) for batch in batch_samples for row in batch["rows"])
-        if self.accelerator.num_processes == 1:
-            return items
-        counted = self.accelerator.reduce(torch.tensor(items, device=device), "sum")
-        return int(counted)
+        return int(self.accelerator.reduce(torch.tensor(items, device=device), "sum"))
+
+    def _even_out(self, batches: list[Any]) -> None:
+        """Notes in each batch how many `spares` this rank runs after its rows, so that all ranks run as many passes.
+
+        With sharded weights each pass is one of all ranks together; without, the others would be waiting anyway.
+        """
+        rows = torch.tensor([len(batch["rows"]) for batch in batches], device=self.args.device)
+        most = self.accelerator.gather(rows[None]).amax(0)
+        for batch, spares in zip(batches, (most - rows).tolist(), strict=True):
+            batch["spares"] = spares
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -1,0 +1,49 @@
+"""What training on several ranks needs: batches shared out so that every item is one rank's, and FSDP as it has to be.
+
+In: a sampler and the place of a rank; the accelerator. Out: the rank's part of each batch, as indices; one line that
+says what cannot be.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import BatchSampler, Sampler
+
+
+class ShareOfBatches(BatchSampler):
+    """Batches of all ranks, of which it yields one rank's share: perhaps fewer items than another's, perhaps none.
+
+    (accelerate's shares repeat items until all ranks have as many, and a pair that is trained on twice counts twice.)
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, rank: int, world_size: int) -> None:
+        super().__init__(sampler, batch_size * world_size, drop_last)
+        self._rank, self._world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in super().__iter__():
+            yield batch[self._rank :: self._world_size]
+
+
+def check_fsdp(accelerator: Any) -> Any:
+    """Accelerate's FSDP plugin, None where there is none.
+
+    Raises:
+        ValueError: if accelerate would ignore it; if it is version 1; if the weights are to be loaded by one rank only,
+            or saved in pieces.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise ValueError("FSDP: expected GPUs, found none, where accelerate runs DDP instead; leave FSDP out")
+        return None
+    found = {
+        "fsdp_version": (plugin.fsdp_version, 2),
+        "fsdp_cpu_ram_efficient_loading": (bool(plugin.cpu_ram_efficient_loading), False),
+        "fsdp_state_dict_type": (plugin.state_dict_type.name, "FULL_STATE_DICT"),
+    }
+    for name, (value, expected) in found.items():
+        if value != expected:
+            raise ValueError(f"FSDP: expected {name}: {expected}, found {value}; set it in accelerate's configuration")
+    return plugin

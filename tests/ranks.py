@@ -1,0 +1,124 @@
+"""Two processes over gloo on this machine, as a launcher would start them, and what they run.
+
+(A spawned process finds what it runs by the name of its module, which pytest does not give to test files.)
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from fpo.stages.align import FPOConfig, FPOTrainer
+from pairs import calm_gemma2, calm_llama
+from tiny_world import World
+from torch import Tensor
+from transformers import TrainerCallback
+
+# What `accelerate launch` sets for a configuration with FSDP2, as `pipeline/launch/` has it.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+def on_ranks(function: Callable[..., Any], folder: Path, *arguments: Any, fsdp: bool = False, ranks: int = 2) -> Any:
+    """Runs `function(*arguments)` in every rank; returns what it returned in each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    with mock.patch.dict(os.environ, launched | (FSDP if fsdp else {})):
+        torch.multiprocessing.spawn(_rank, (folder, function, arguments, fsdp), nprocs=ranks)
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def _rank(rank: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...], fsdp: bool) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    if fsdp:
+        _shard_on_cpu()
+    torch.save(function(*arguments), folder / f"rank-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _shard_on_cpu() -> None:
+    """Has accelerate shard weights on a CPU, where it would run DDP instead without saying so."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from transformers import Trainer
+
+    make = Trainer.create_accelerator_and_postprocess
+
+    def make_sharding(self: Trainer) -> None:
+        make(self)
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        self.is_fsdp_enabled = True
+
+    Trainer.create_accelerator_and_postprocess = make_sharding
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded, whole, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor.detach().clone()
+
+
+# One step of training.
+
+PAIRS = 7  # of the held-out cache: two ranks never have as many
+ONE_BATCH = {"per_device_train_batch_size": PAIRS, "token_budget": 10_000}
+# Per rank: 4 and 3 pairs in rows of their own; 2 and 2, then 2 and 1; 3 and 3, then 1 and none.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "one batch": {"per_device_train_batch_size": 4, "token_budget": 1},
+    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "token_budget": 120},
+    "a rank without pairs": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "token_budget": 120},
+    "checkpointing": {"per_device_train_batch_size": 4, "token_budget": 1, "activation_checkpointing": True},
+}
+MODELS = {"tied": calm_gemma2, "untied": calm_llama}
+
+
+class Watch(TrainerCallback):
+    """Keeps the gradients of a step before clipping."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def policy_of(world: World, heads: str) -> Any:
+    vocabulary = world.policy().config.vocab_size
+    return MODELS[heads](seed=5, vocab_size=vocabulary, tie_word_embeddings=heads == "tied")
+
+
+def step(world: World, out: Path, heads: str, scale: float = 1.0, **settings: Any) -> tuple[dict[str, Tensor], ...]:
+    """Gradients before clipping and weights after one step of SGD at learning rate 1."""
+
+    class Scaled(FPOTrainer):
+        def row_loss(self, *args: Any) -> Tensor:
+            return scale * super().row_loss(*args)
+
+    watch = Watch()
+    defaults = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "bf16": False, "disable_tqdm": True}
+    defaults |= {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    defaults |= {"max_steps": 1, "allow_different_start": True, "max_grad_norm": 0.0, "weight_decay": 0.0}
+    trainer = Scaled(
+        policy_of(world, heads),
+        FPOConfig(output_dir=str(out), **(defaults | settings)),
+        world.open((0,), "eval_cache"),
+        saes=[world.load_sae()],
+        callbacks=[watch],
+    )
+    trainer.train()
+    return watch.gradients, {name: whole(weight) for name, weight in trainer.model.named_parameters()}
+
+
+def steps(world: Path, out: Path) -> dict[tuple[str, str], tuple[dict[str, Tensor], ...]]:
+    """A step of every model under all settings; `world` is the folder of a `World`."""
+    return {(heads, name): step(World(world), out, heads, **SETTINGS[name]) for heads in MODELS for name in SETTINGS}
