@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from .metrics import MetricsFile, PairMeans, forget_lines_after
 from .models import Recipe
 from .scoring import RowScores, attach_scoring, check_model
-from .shares import ShareOfBatches, check_fsdp
+from .shares import ShareOfBatches, check_fsdp, forget_ties
 
 
 @dataclass
@@ -239,6 +239,8 @@ class RowTrainer(Trainer):
             batch["spares"] = spares
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:
+            forget_ties(self.model, state_dict)
         super()._save(output_dir, state_dict)
         # A pickle of the settings: nothing here reads it, and run.yaml holds them.
         folder = output_dir or self.args.output_dir

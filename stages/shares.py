@@ -47,3 +47,9 @@ def check_fsdp(accelerator: Any) -> Any:
         if value != expected:
             raise ValueError(f"FSDP: expected {name}: {expected}, found {value}; set it in accelerate's configuration")
     return plugin
+
+
+def forget_ties(model: Any, weights: dict[str, Any]) -> None:
+    """Takes out of a sharded model's gathered weights those that are another's under a second name."""
+    for name in getattr(model, "all_tied_weights_keys", None) or ():
+        weights.pop(name, None)

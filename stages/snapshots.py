@@ -8,7 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
+
+from .shares import forget_ties
 
 
 class Snapshots(TrainerCallback):
@@ -26,17 +30,19 @@ class Snapshots(TrainerCallback):
         self._save_if_due(args, state, **kwargs)
 
     def _save_if_due(self, args: Any, state: Any, *, model: Any, processing_class: Any = None, **kwargs: Any) -> None:
-        if (
-            not state.is_world_process_zero
-            or state.global_step % self._every
-            or not 0 < state.global_step < state.max_steps
-        ):
+        if state.global_step % self._every or not 0 < state.global_step < state.max_steps:
+            return
+        weights = None
+        if isinstance(model, FSDPModule):  # every rank gives its part
+            weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            forget_ties(model, weights)
+        if not state.is_world_process_zero:
             return
         folder = snapshot_folder(Path(args.output_dir), state.global_step)
         new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        model.save_pretrained(new)
+        model.save_pretrained(new, state_dict=weights)
         if processing_class is not None:
             processing_class.save_pretrained(new)
         if folder.exists():  # a folder that is not empty cannot be replaced in one move
