@@ -129,21 +129,28 @@ class RowTrainer(Trainer):
             plugin.mixed_precision_policy = None  # accelerate's would be pure bf16; `score_row` does its own autocast
 
     def _get_dataloader(
-        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *args: Any, **kwargs: Any
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *_: Any, **__: Any
     ) -> Any:
+        args = self.args
         sampler = (sampler_fn and sampler_fn(dataset)) or SequentialSampler(dataset)
-        share = ShareOfBatches(
-            sampler, batch_size, self.args.dataloader_drop_last, self.args.process_index, self.args.world_size
-        )
         loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_sampler=share,
+            batch_sampler=ShareOfBatches(
+                sampler, batch_size, args.dataloader_drop_last, args.process_index, args.world_size
+            ),
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
         )
         return prepare_data_loader(
-            loader, self.args.device, num_processes=1, put_on_device=True, use_seedable_sampler=True
+            loader,
+            args.device,
+            num_processes=1,  # it is a share already
+            put_on_device=True,
+            use_seedable_sampler=self.accelerator.use_seedable_sampler,
+            non_blocking=self.accelerator.non_blocking,
         )
 
     def score(self, model: nn.Module, row: Any) -> RowScores:

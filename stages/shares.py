@@ -1,13 +1,16 @@
-"""What training on several ranks needs: batches shared out so that every item is one rank's, and FSDP as it has to be.
+"""What training on several ranks needs: batches that are shared out, FSDP as it has to be, weights made whole.
 
-In: a sampler and the place of a rank; the accelerator. Out: the rank's part of each batch, as indices; one line that
-says what cannot be.
+In: a sampler and the place of a rank; the accelerator; a model that may be sharded. Out: the rank's part of each batch,
+as indices; one line that says what cannot be; whole weights, each once.
 """
 
 import os
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import BatchSampler, Sampler
 
 
@@ -47,6 +50,16 @@ def check_fsdp(accelerator: Any) -> Any:
         if value != expected:
             raise ValueError(f"FSDP: expected {name}: {expected}, found {value}; set it in accelerate's configuration")
     return plugin
+
+
+def gather_weights(model: Any) -> dict[str, Any] | None:
+    """A sharded model's weights, whole on the first rank, on the CPU; None where FSDP does not hold them."""
+    if not isinstance(model, FSDPModule):
+        return None
+    whole: nn.Module = model
+    weights = get_model_state_dict(whole, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    forget_ties(model, weights)
+    return weights
 
 
 def forget_ties(model: Any, weights: dict[str, Any]) -> None:

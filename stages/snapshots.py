@@ -8,11 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from .shares import forget_ties
+from .shares import gather_weights
 
 
 class Snapshots(TrainerCallback):
@@ -32,10 +30,7 @@ class Snapshots(TrainerCallback):
     def _save_if_due(self, args: Any, state: Any, *, model: Any, processing_class: Any = None, **kwargs: Any) -> None:
         if state.global_step % self._every or not 0 < state.global_step < state.max_steps:
             return
-        weights = None
-        if isinstance(model, FSDPModule):  # every rank gives its part
-            weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-            forget_ties(model, weights)
+        weights = gather_weights(model)  # every rank gives its part
         if not state.is_world_process_zero:
             return
         folder = snapshot_folder(Path(args.output_dir), state.global_step)
