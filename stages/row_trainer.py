@@ -129,7 +129,7 @@ class RowTrainer(Trainer):
             plugin.mixed_precision_policy = None  # accelerate's would be pure bf16; `score_row` does its own autocast
 
     def _get_dataloader(
-        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *_: Any, **__: Any
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *others: Any, **settings: Any
     ) -> Any:
         args = self.args
         sampler = (sampler_fn and sampler_fn(dataset)) or SequentialSampler(dataset)

@@ -52,12 +52,11 @@ def check_fsdp(accelerator: Any) -> Any:
     return plugin
 
 
-def gather_weights(model: Any) -> dict[str, Any] | None:
+def gather_weights(model: nn.Module) -> dict[str, Any] | None:
     """A sharded model's weights, whole on the first rank, on the CPU; None where FSDP does not hold them."""
     if not isinstance(model, FSDPModule):
         return None
-    whole: nn.Module = model
-    weights = get_model_state_dict(whole, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     forget_ties(model, weights)
     return weights
 
