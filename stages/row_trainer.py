@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from .metrics import MetricsFile, PairMeans, forget_lines_after
 from .models import Recipe
 from .scoring import RowScores, attach_scoring, check_model
-from .shares import ShareOfBatches, check_fsdp, forget_ties
+from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
 
 
 @dataclass
@@ -118,8 +119,13 @@ class RowTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[MetricsFile(), *(callbacks or [])],
         )
-        # What a rank runs, with weight 0, while others have more rows than it.
-        self._spare: Any = data_collator([train_dataset[0]])["rows"][0].to(self.args.device)
+        several = self.args.world_size > 1
+        self._ranks = torch.distributed.new_group(backend="gloo") if several else None  # for counts alone
+
+    @cached_property
+    def _spare(self) -> Any:
+        """The row that a rank runs, with weight 0, while others have more rows than it."""
+        return self.data_collator([self.train_dataset[0]])["rows"][0].to(self.args.device)  # type: ignore[index]
 
     def create_accelerator_and_postprocess(self) -> None:
         """Makes the accelerator; under FSDP weights are gathered, and gradients summed, in fp32 as elsewhere."""
@@ -231,19 +237,22 @@ class RowTrainer(Trainer):
         return {"train_tokens_per_second": round(tokens / seconds, 1), "train_peak_memory_bytes": peak}
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
-        self._even_out(batch_samples)
-        items = sum(self.row_items(row) for batch in batch_samples for row in batch["rows"])
-        return int(self.accelerator.reduce(torch.tensor(items, device=device), "sum"))
+        return self._even_out(batch_samples)
 
-    def _even_out(self, batches: list[Any]) -> None:
+    def _even_out(self, batches: list[Any]) -> int:
         """Notes in each batch how many `spares` this rank runs after its rows, so that all ranks run as many passes.
 
         With sharded weights each pass is one of all ranks together; without, the others would be waiting anyway.
+
+        Returns:
+            The number of items over all batches and ranks.
         """
-        rows = torch.tensor([len(batch["rows"]) for batch in batches], device=self.args.device)
-        most = self.accelerator.gather(rows[None]).amax(0)
-        for batch, spares in zip(batches, (most - rows).tolist(), strict=True):
-            batch["spares"] = spares
+        items = sum(self.row_items(row) for batch in batches for row in batch["rows"])
+        rows = [len(batch["rows"]) for batch in batches]
+        counts = counts_of_ranks([items, *rows], self._ranks)
+        for batch, most, own in zip(batches, counts.amax(0).tolist()[1:], rows, strict=True):
+            batch["spares"] = most - own
+        return int(counts[:, 0].sum())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is not None:

@@ -1,14 +1,15 @@
 """What training on several ranks needs: batches that are shared out, FSDP as it has to be, weights made whole.
 
-In: a sampler and the place of a rank; the accelerator; a model that may be sharded. Out: the rank's part of each batch,
-as indices; one line that says what cannot be; whole weights, each once.
+In: a sampler and the place of a rank; counts; the accelerator; a model that may be sharded. Out: the rank's part of
+each batch, as indices; the counts of all ranks; one line that says what cannot be; whole weights, each once.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import BatchSampler, Sampler
@@ -27,6 +28,21 @@ class ShareOfBatches(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         for batch in super().__iter__():
             yield batch[self._rank :: self._world_size]
+
+
+def counts_of_ranks(counts: Sequence[int], group: Any) -> Tensor:
+    """What every rank counted, int64 [ranks, counts], on the CPU: no rank waits for its GPU.
+
+    Args:
+        counts: of this rank, as many on each.
+        group: a process group of CPUs; None where there is one rank alone.
+    """
+    mine = torch.tensor(counts)
+    if group is None:
+        return mine[None]
+    gathered = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(gathered, mine, group=group)
+    return torch.stack(gathered)
 
 
 def check_fsdp(accelerator: Any) -> Any:

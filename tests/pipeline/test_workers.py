@@ -1,6 +1,7 @@
 import pytest
+import torch
 from fpo.pipeline.config import RunConfig
-from fpo.pipeline.workers import place_of
+from fpo.pipeline.workers import place_of, take_own_gpu
 
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
 SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "3"}
@@ -33,6 +34,20 @@ def test_workers_of_an_array_are_each_one_of_all():
 
 def test_options_win_over_the_launcher():
     assert place_of(RunConfig(rank=1, world_size=2), TORCHRUN) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "visible", "gpu"),
+    [({"LOCAL_RANK": "3"}, 8, 3), ({"SLURM_LOCALID": "3"}, 4, 3), ({"SLURM_LOCALID": "3"}, 1, 0), ({}, 2, 0)],
+    ids=["torchrun", "srun", "srun that shows a task its own GPU", "alone"],
+)
+def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch, environment, visible, gpu):
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    take_own_gpu("cpu", environment)
+    take_own_gpu("cuda", environment)
+    assert taken == [gpu]
 
 
 @pytest.mark.parametrize(
