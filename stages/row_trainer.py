@@ -133,6 +133,8 @@ class RowTrainer(Trainer):
         plugin = check_fsdp(self.accelerator)
         if plugin is not None:
             plugin.mixed_precision_policy = None  # accelerate's would be pure bf16; `score_row` does its own autocast
+            # Gradients that wait for the last accumulated batch would wait whole on every device.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *others: Any, **settings: Any
@@ -195,7 +197,7 @@ class RowTrainer(Trainer):
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
         passes = len(rows) + inputs["spares"]
         for number in range(passes):
-            # Sharded gradients are summed over ranks at once: kept for later, they would be whole on every device.
+            # Under FSDP gradients are summed over ranks at once: those that wait would be whole on every device.
             with nullcontext() if number == passes - 1 or self.is_fsdp_enabled else self.accelerator.no_sync(model):
                 if number < len(rows):
                     loss = self.row_loss(model, rows[number]) * scale

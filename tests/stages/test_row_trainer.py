@@ -40,7 +40,7 @@ def test_a_loss_that_is_scaled_wrongly_does_not_pass_for_the_same_step(world, si
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_run_on_two_ranks_logs_evaluates_saves_and_resumes_as_on_one(world, tmp_path, wrapper):
-    sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    sizes = {"per_device_train_batch_size": 6, "per_device_eval_batch_size": 6}
     expected = whole_run(world.folder, tmp_path / "one", **sizes)
     found, _ = on_ranks(whole_run, tmp_path, world.folder, tmp_path / "two", fsdp=WRAPPERS[wrapper])
     for line, other in zip(expected, found, strict=True):
