@@ -31,6 +31,40 @@ def open_writer(place: Path | str, meaning: Meaning, numerics: Numerics, num_row
     return StoreWriter(place, meaning, numerics, num_rows)
 
 
+def read_any_footer(place: Path | str) -> Footer:
+    """The footer of a shard of a cache that is not finished yet: every shard says what the cache is.
+
+    Raises:
+        FileNotFoundError: there is no shard that is sound.
+    """
+    place = as_place(place)
+    if isinstance(place, Path):
+        footers = (footer_of(path) for path in sorted((place / "data").glob("*.parquet")))
+    else:
+        store = Store(place)
+        footers = (_stored_footer(store, name) for name in store.shards())
+    found = next((footer for footer in footers if footer is not None), None)
+    if found is None:
+        raise FileNotFoundError(f"{place}: expected a shard, found none; run `fpo precompute`")
+    return found
+
+
+def _stored_footer(store: Store, name: str) -> Footer | None:
+    """The footer of a shard in a store, None if it is missing or damaged, at the cost of its last bytes."""
+    try:
+        with store.open(name) as file:
+            # Read here and not by pyarrow, which could not tell a store that is out of reach from a damaged shard.
+            if file.size < TAIL:
+                return None
+            file.seek(-TAIL, 2)
+            length = min(file.size, int.from_bytes(file.read(4), "little") + TAIL)
+            file.seek(-length, 2)
+            data = file.read(length)
+    except FileNotFoundError:
+        return None
+    return footer_of(pa.BufferReader(data))
+
+
 class StoreWriter(CacheWriter):
     """A cache that is being written into a store.
 
@@ -50,25 +84,11 @@ class StoreWriter(CacheWriter):
         spec = [self._store.url, meaning.fingerprint(), dataclasses.asdict(numerics), num_rows]
         name = f"{re.sub('[^A-Za-z0-9]+', '-', self._store.url)[:80]}-{sha256_text(canonical_json(spec))[:12]}"
         super().__init__(user_folder() / "staging" / name, meaning, numerics, num_rows)
-        footers = {name: self._stored_footer(name) for name in self._store.shards()}
+        footers = {name: _stored_footer(self._store, name) for name in self._store.shards()}
         manifest = self._store.read_if_there(MANIFEST_NAME)
         self._published = None if manifest is None else Manifest.parse(manifest, self._store.address(MANIFEST_NAME))
         self._check_contents(self._store.url, self._published, footers)
         self._stored = {i for i, name in enumerate(self._names) if self._is_shard(i, footers.get(name))}
-
-    def _stored_footer(self, name: str) -> Footer | None:
-        try:
-            with self._store.open(name) as file:
-                # Read here and not by pyarrow, which could not tell a store that is out of reach from a damaged shard.
-                if file.size < TAIL:
-                    return None
-                file.seek(-TAIL, 2)
-                length = min(file.size, int.from_bytes(file.read(4), "little") + TAIL)
-                file.seek(-length, 2)
-                data = file.read(length)
-        except FileNotFoundError:
-            return None
-        return footer_of(pa.BufferReader(data))
 
     def is_done(self, index: int) -> bool:
         """Whether the shard is there, or built here, and its footer is that of this spec and number."""
@@ -76,7 +96,7 @@ class StoreWriter(CacheWriter):
             return True
         if index not in self._stored:
             self._store.refresh()
-            if self._is_shard(index, self._stored_footer(self._names[index])):
+            if self._is_shard(index, _stored_footer(self._store, self._names[index])):
                 self._stored.add(index)
         return index in self._stored
 

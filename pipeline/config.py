@@ -69,6 +69,16 @@ class RunConfig(BaseModel):
     max_length: PositiveInt = Field(1024, description="Longest prompt and response (sft: conversation), tokens.")
     max_prompt_length: PositiveInt = Field(512, description="Longest prompt, tokens; its beginning is cut.")
     shard_size: PositiveInt = Field(1024, description="Raw rows of a shard.")
+    rank: NonNegativeInt | None = Field(
+        None, description="Number of this worker, from 0; default what torchrun or SLURM says."
+    )
+    world_size: PositiveInt | None = Field(
+        None, description="Workers that share the cache out; default what torchrun or SLURM says."
+    )
+    engine: Literal["local", "ray"] = Field(
+        "local", description="Who hands out shards: local (each worker takes its own) or ray (a pool of workers)."
+    )
+    workers: PositiveInt | None = Field(None, description="Ray: workers of the pool; default one a GPU, or one.")
 
     cache: Place | None = Field(
         None, description="Cache that stage one wrote: its folder, or its URL, as hf://datasets/OWNER/NAME."

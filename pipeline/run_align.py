@@ -70,6 +70,8 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
             processing_class=tokenizer,
             callbacks=run_callbacks(config, {**identity, "training_device": str(args.device)}),
         )
+    if config.merge and trainer.is_fsdp_enabled:
+        raise ValueError("--merge: an adapter whose model is sharded by FSDP cannot be merged; leave one of them out")
     trainer.train(resume_from_checkpoint=last_checkpoint(config))
     last_step = [line for line in trainer.state.log_history if line["step"] == trainer.state.global_step]
     if eval_cache is not None and not any("eval_loss" in line for line in last_step):
@@ -143,4 +145,7 @@ def _save(config: RunConfig, trainer: Any, out: Path) -> None:
     if config.merge:
         trainer.model = trainer.model.merge_and_unload()
     trainer.save_model(str(out))
-    console.print(f"{out}: the {'adapter' if config.lora_r and not config.merge else 'model'}, run.yaml, metrics.jsonl")
+    if trainer.is_world_process_zero():
+        console.print(
+            f"{out}: the {'adapter' if config.lora_r and not config.merge else 'model'}, run.yaml, metrics.jsonl"
+        )

@@ -1,45 +1,85 @@
 """`fpo precompute`: stage one, from a configuration to a cache.
 
 In: a `RunConfig`. Out: a cache in `--out` and its totals on the terminal. What can be refused is refused before
-anything is written.
+anything is written. Several workers may share a cache: ranks of torchrun or SLURM, each of which runs this, or the
+actors of Ray.
 """
+
+from typing import Any
 
 from ..cache.files import Place
 from ..cache.manifest import Manifest
 from ..stages.models import choose_attention, load_model
 from ..stages.precompute import Reference, precompute
+from ..stages.preferences import Limits, Preferences
 from ..stages.sites import check_fits
 from .config import RunConfig, to_yaml
 from .inputs import device_of, load_data, load_saes, required
 from .progress import PairProgress, console
+from .workers import place_of, take_own_gpu
 
 
 def run_precompute(config: RunConfig) -> None:
     """`fpo precompute`."""
     _, _, _, out = required(config, "model", "dataset", "sae", "out")
+    rank, world_size = place_of(config)
+    if config.engine == "local":
+        manifest, tokens_per_second = _run_worker(config, out, rank, world_size)
+    elif world_size > 1:
+        raise ValueError(f"--engine: ray starts its workers itself, found {world_size} of them; start one process")
+    else:
+        manifest, tokens_per_second = _run_pool(config, out), 0.0
+    if manifest is None:
+        console.print("shards of this cache are still with other workers; whoever finishes last writes the manifest")
+        return
+    _print_totals(manifest, out, tokens_per_second)
+
+
+def _run_worker(config: RunConfig, out: Place, rank: int, world_size: int) -> tuple[Manifest | None, float]:
+    if config.workers is not None:
+        raise ValueError(
+            "--workers: only --engine ray reads it; leave it out, or start several processes with torchrun"
+        )
+    reference, preferences, limits, settings = load_stage_one(config)
+    with PairProgress(len(preferences)) as progress:
+        manifest = precompute(
+            reference,
+            preferences,
+            limits,
+            out,
+            rank=rank,
+            world_size=world_size,
+            on_pairs=progress.advance,
+            **settings,
+        )
+    return manifest, progress.tokens_per_second
+
+
+def _run_pool(config: RunConfig, out: Place) -> Manifest:
+    try:
+        from .ray_pool import run_pool
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--engine: expected Ray, found no module {error.name}; pip install 'fpo[ray]'") from error
+    return run_pool(config, out)
+
+
+def load_stage_one(config: RunConfig) -> tuple[Reference, Preferences, Limits, dict[str, Any]]:
+    """What a worker of stage one needs: the reference on its device, the raw rows, limits, `ShardWorker`'s settings."""
     source, preferences, chat, limits = load_data(config)
     device = device_of(config)
+    take_own_gpu(device)
     saes = load_saes(config, device)
     model = load_model(source, attention=choose_attention(config.attention, source, device), device=device)
     for sae in saes:
         check_fits(sae, model)
-    with PairProgress(len(preferences)) as progress:
-        manifest = precompute(
-            Reference(source, model, chat, saes, config.dtype),
-            preferences,
-            limits,
-            out,
-            keep_features=None if config.keep_features == "all" else config.keep_features,
-            token_budget=config.token_budget,
-            shard_size=config.shard_size,
-            limit=config.limit,
-            options=to_yaml(config),
-            on_pairs=progress.advance,
-        )
-    if manifest is None:
-        console.print("shards of this cache are still with other workers; whoever finishes last writes the manifest")
-        return
-    _print_totals(manifest, out, progress.tokens_per_second)
+    settings = {
+        "keep_features": None if config.keep_features == "all" else config.keep_features,
+        "token_budget": config.token_budget,
+        "shard_size": config.shard_size,
+        "limit": config.limit,
+        "options": to_yaml(config.model_copy(update={"rank": None, "world_size": None})),  # the same for all workers
+    }
+    return Reference(source, model, chat, saes, config.dtype), preferences, limits, settings
 
 
 def _print_totals(manifest: Manifest, out: Place, tokens_per_second: float) -> None:

@@ -64,7 +64,8 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
         )
     trainer.train(resume_from_checkpoint=last_checkpoint(config))
     trainer.save_model(str(out))
-    console.print(f"{out}: the model, run.yaml, metrics.jsonl")
+    if args.process_index == 0:
+        console.print(f"{out}: the model, run.yaml, metrics.jsonl")
 
 
 def _stop_at(model: Any, end_id: int) -> None:

@@ -42,7 +42,7 @@ class FPOTrainer(RowTrainer):
 
     Raises:
         ValueError: if the method lacks its SAEs or its reference, or was given one that it does not read; if weights
-            are not fp32; if a cache does not fit (`check_cache`); under FSDP, which is not supported yet.
+            are not fp32; if a cache does not fit (`check_cache`); as `RowTrainer`.
     """
 
     args: FPOConfig
@@ -186,9 +186,9 @@ class FPOTrainer(RowTrainer):
 
         Taken at the weights of the lowest layer that the constraint reads (the last one for the KL) on the step's first
         row, so that it costs a backward through the layers above only. At the start it is 0 without measuring: policy
-        and reference are the same.
+        and reference are the same. Not under FSDP, where a layer's weights are whole only while it runs.
         """
-        if not losses.constraint.requires_grad:
+        if not losses.constraint.requires_grad or self.is_fsdp_enabled:
             return
         if self.state.global_step == 0 and not self.args.allow_different_start:
             self._means["train"].add({"constraint/grad_ratio": losses.loss.new_zeros(())})
@@ -208,9 +208,11 @@ class FPOTrainer(RowTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """Losses of one batch without gradient; the metrics are weighted by pairs when they are logged."""
-        losses = []
+        """Runs one batch without gradient; what is logged are means over all pairs, the loss among them."""
+        self._even_out([inputs])
         with torch.no_grad():
             for row in self._prepare_inputs(inputs)["rows"]:
-                losses.append(self.row_losses(model, row, "eval").loss)
-        return torch.cat(losses).mean(), None, None
+                self.row_losses(model, row, "eval")
+            for _ in range(inputs["spares"]):
+                self.score(model, self._spare)
+        return torch.zeros((), device=self.args.device), None, None

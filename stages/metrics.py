@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -30,10 +31,14 @@ class PairMeans:
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def read(self, accelerator: Any) -> dict[str, float]:
-        """The means over all ranks, by name; starts anew."""
+        """The means over all ranks, by name; starts anew. A rank that had no pairs knows no names."""
         sums, self._sums = self._sums, {}
-        totals = {name: accelerator.reduce(entry, "sum").tolist() for name, entry in sorted(sums.items())}
-        return {name: total / count for name, (total, count) in totals.items()}
+        names = sorted(set(gather_object(list(sums))))
+        if not names:
+            return {}
+        nothing = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        totals = accelerator.reduce(torch.stack([sums.get(name, nothing) for name in names]), "sum").tolist()
+        return {name: total / count for name, (total, count) in zip(names, totals, strict=True)}
 
 
 def forget_lines_after(step: int, folder: Path) -> None:

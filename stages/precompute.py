@@ -94,32 +94,152 @@ def describe_meaning(
     )
 
 
+class ShardWorker:
+    """Given a shard's number, writes that shard, or nothing if it is there; any number of them may share a folder.
+
+    Attributes:
+        writer: of the cache.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        preferences: Preferences,
+        limits: Limits,
+        out: Path | str,
+        *,
+        keep_features: int | None = 512,
+        token_budget: int = 2048,
+        shard_size: int = 1024,
+        limit: int | None = None,
+        options: str | None = None,
+        on_pairs: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Opens the cache's place, which may hold shards of an earlier, interrupted run.
+
+        Args:
+            reference: the frozen model and its SAEs.
+            preferences: the raw rows.
+            limits: lengths and what to drop.
+            out: the cache's folder or URL.
+            keep_features: features kept a response; None for all that are not 0.
+            token_budget: tokens of a packed row.
+            shard_size: raw rows of a shard.
+            limit: how many raw rows were asked for, for the fingerprint; None for all.
+            options: the text of `run.yaml`; None for no such file.
+            on_pairs: called with (raw rows, scored tokens) after each piece of work, (rows, 0) for a finished shard.
+
+        Raises:
+            ValueError: if the folder holds another cache (`IdentityError`), or the model is not supported.
+        """
+        check_model(reference.model)
+        meaning = describe_meaning(reference, preferences, limits, keep_features=keep_features, limit=limit)
+        numerics = describe_numerics(reference.model, token_budget, shard_size)
+        self.writer = open_writer(out, meaning, numerics, len(preferences))
+        if options is not None:
+            self.writer.write_options(options)
+        self._reference, self._preferences, self._limits = reference, preferences, limits
+        self._advance = on_pairs or (lambda rows, tokens: None)
+        self._started, self._tokens, self._written = time.monotonic(), 0, 0
+
+    def work(self, index: int) -> bool:
+        """Writes a shard, unless it is done or another worker's.
+
+        Returns:
+            Whether it is done; False while another worker is at it.
+
+        Raises:
+            FloatingPointError: if a log-probability or a feature is not finite; names the pair and the site.
+        """
+        if self.writer.is_done(index):
+            self._advance(len(self.writer.shard_range(index)), 0)
+            return True
+        with self.writer.lock(index) as mine:
+            if mine:
+                self._tokens += self._write_shard(index).counts["scored_tokens"]
+                self._written += 1
+        return mine or self.writer.is_done(index)
+
+    def leave(self) -> None:
+        """Says in the cache's `provenance.jsonl` who wrote how many shards since the last time, when and how fast."""
+        if self._written:
+            seconds = time.monotonic() - self._started
+            record = _provenance(self._reference, self._preferences, self._written, self._tokens, seconds)
+            self.writer.append_provenance(record)
+        self._started, self._tokens, self._written = time.monotonic(), 0, 0
+
+    def _write_shard(self, index: int) -> ShardReport:
+        rows = self.writer.shard_range(index)
+        pairs, skipped = [], []
+        counts: Counter[str] = Counter(ties=0, truncated_prompts=0, truncated_responses=0, scored_tokens=0)
+        for raw_row in rows:
+            example = self._preferences.example(raw_row)
+            tokenized = tokenize_pair(example, raw_row, self._reference.chat, self._limits)
+            if tokenized.pair is None:
+                assert tokenized.skipped is not None
+                skipped.append((raw_row, tokenized.skipped))
+                continue
+            pairs.append(tokenized.pair)
+            counts["ties"] += tokenized.tie
+            counts["truncated_prompts"] += tokenized.prompt_truncated
+            counts["truncated_responses"] += tokenized.responses_truncated
+        self._advance(len(skipped), 0)
+
+        rows_of_one: set[int] = set()
+
+        def on_row(row: PackedRow) -> None:
+            real_tokens = int((row.pair_L >= 0).sum())
+            counts["scored_tokens"] += real_tokens
+            if len(row.pairs) == 1:
+                rows_of_one.update(row.pairs)
+            self._advance(len(row.pairs), real_tokens)
+
+        measure = functools.partial(
+            measure_pairs,
+            self._reference.model,
+            saes=self._reference.saes,
+            recipe=self._reference.recipe,
+            keep_features=self.writer.meaning.keep_features,
+        )
+        measured = measure(pairs, token_budget=self.writer.numerics.token_budget, on_row=on_row)
+        # The sample is the shard's first pairs, so that the noise does not depend on where an earlier run was stopped.
+        sample = min(len(pairs), max(2, math.ceil(len(pairs) / PAIRS_PER_SAMPLE)))
+        another_packing = TOGETHER if rows_of_one.issuperset(range(sample)) else ALONE
+        again = measure(pairs[:sample], token_budget=another_packing)
+        report = ShardReport(
+            index=index,
+            start=rows.start,
+            stop=rows.stop,
+            skipped=tuple(skipped),
+            counts=dict(counts),
+            noise=difference(measured[:sample], again) if sample else None,
+        )
+        self.writer.write_shard(measured, report)
+        return report
+
+
 def precompute(
     reference: Reference,
     preferences: Preferences,
     limits: Limits,
     out: Path | str,
     *,
-    keep_features: int | None = 512,
-    token_budget: int = 2048,
-    shard_size: int = 1024,
-    limit: int | None = None,
-    options: str | None = None,
-    on_pairs: Callable[[int, int], None] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    **settings: Any,
 ) -> Manifest | None:
     """Writes the shards that are missing, then the manifest.
+
+    Several workers share them out: each takes every `world_size`-th, then what the others have not begun.
 
     Args:
         reference: the frozen model and its SAEs.
         preferences: the raw rows.
         limits: lengths and what to drop.
         out: the cache's folder or URL; may hold shards of an earlier, interrupted run.
-        keep_features: features kept a response; None for all that are not 0.
-        token_budget: tokens of a packed row.
-        shard_size: raw rows of a shard.
-        limit: how many raw rows were asked for, for the fingerprint; None for all.
-        options: the text of `run.yaml`; None for no such file.
-        on_pairs: called with (raw rows, scored tokens) after each piece of work, (rows, 0) for a finished shard.
+        rank: this worker's number, from 0.
+        world_size: how many workers there are.
+        settings: as `ShardWorker`'s.
 
     Returns:
         The manifest; None if other workers still hold shards (whoever finishes last writes it).
@@ -129,90 +249,27 @@ def precompute(
         OSError: if a store does not answer.
         FloatingPointError: if a log-probability or a feature is not finite; names the pair and the site.
     """
-    check_model(reference.model)
-    meaning = describe_meaning(reference, preferences, limits, keep_features=keep_features, limit=limit)
-    numerics = describe_numerics(reference.model, token_budget, shard_size)
-    writer = open_writer(out, meaning, numerics, len(preferences))
-    if options is not None:
-        writer.write_options(options)
-    advance = on_pairs or (lambda rows, tokens: None)
-    started, tokens, written = time.monotonic(), 0, 0
+    worker = ShardWorker(reference, preferences, limits, out, **settings)
     try:
-        for index in range(writer.num_shards):
-            if writer.is_done(index):
-                advance(len(writer.shard_range(index)), 0)
-                continue
-            with writer.lock(index) as mine:
-                if not mine:  # another worker is at it, or has just finished it
-                    continue
-                report = _write_shard(writer, index, reference, preferences, limits, advance)
-            tokens += report.counts["scored_tokens"]
-            written += 1
+        for index in sorted(range(worker.writer.num_shards), key=lambda index: index % world_size != rank):
+            worker.work(index)
     finally:
-        if written:
-            writer.append_provenance(_provenance(reference, preferences, written, tokens, time.monotonic() - started))
+        worker.leave()
+    return finish(worker.writer, preferences)
+
+
+def finish(writer: CacheWriter, preferences: Preferences) -> Manifest | None:
+    """Writes the manifest, unless shards are missing.
+
+    Raises:
+        ValueError: if no pair is left to score; there is no manifest then.
+    """
     manifest = writer.finish()
     if manifest is not None and manifest.num_pairs == 0:
         writer.withdraw()  # there is nothing to train on
         reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(manifest.skipped.items()))
         raise ValueError(f"data set {preferences.source}: expected pairs to score, all were skipped: {reasons}")
     return manifest
-
-
-def _write_shard(
-    writer: CacheWriter,
-    index: int,
-    reference: Reference,
-    preferences: Preferences,
-    limits: Limits,
-    advance: Callable[[int, int], None],
-) -> ShardReport:
-    rows = writer.shard_range(index)
-    pairs, skipped = [], []
-    counts: Counter[str] = Counter(ties=0, truncated_prompts=0, truncated_responses=0, scored_tokens=0)
-    for raw_row in rows:
-        tokenized = tokenize_pair(preferences.example(raw_row), raw_row, reference.chat, limits)
-        if tokenized.pair is None:
-            assert tokenized.skipped is not None
-            skipped.append((raw_row, tokenized.skipped))
-            continue
-        pairs.append(tokenized.pair)
-        counts["ties"] += tokenized.tie
-        counts["truncated_prompts"] += tokenized.prompt_truncated
-        counts["truncated_responses"] += tokenized.responses_truncated
-    advance(len(skipped), 0)
-
-    rows_of_one: set[int] = set()
-
-    def on_row(row: PackedRow) -> None:
-        real_tokens = int((row.pair_L >= 0).sum())
-        counts["scored_tokens"] += real_tokens
-        if len(row.pairs) == 1:
-            rows_of_one.update(row.pairs)
-        advance(len(row.pairs), real_tokens)
-
-    measure = functools.partial(
-        measure_pairs,
-        reference.model,
-        saes=reference.saes,
-        recipe=reference.recipe,
-        keep_features=writer.meaning.keep_features,
-    )
-    measured = measure(pairs, token_budget=writer.numerics.token_budget, on_row=on_row)
-    # The sample is the shard's first pairs, so that the noise does not depend on where an earlier run was stopped.
-    sample = min(len(pairs), max(2, math.ceil(len(pairs) / PAIRS_PER_SAMPLE)))
-    another_packing = TOGETHER if rows_of_one.issuperset(range(sample)) else ALONE
-    again = measure(pairs[:sample], token_budget=another_packing)
-    report = ShardReport(
-        index=index,
-        start=rows.start,
-        stop=rows.stop,
-        skipped=tuple(skipped),
-        counts=dict(counts),
-        noise=difference(measured[:sample], again) if sample else None,
-    )
-    writer.write_shard(measured, report)
-    return report
 
 
 def _provenance(

@@ -9,17 +9,21 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans, forget_lines_after
 from .models import Recipe
-from .scoring import attach_scoring, check_model
+from .scoring import RowScores, attach_scoring, check_model
+from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
 
 
 @dataclass
@@ -81,7 +85,8 @@ class RowTrainer(Trainer):
         callbacks: as the Trainer's.
 
     Raises:
-        ValueError: if weights are not fp32; if the architecture is not supported (`check_model`); under FSDP.
+        ValueError: if weights are not fp32; if the architecture is not supported (`check_model`); if FSDP is asked for
+            in a way that would change what is computed or saved (`check_fsdp`).
     """
 
     args: RowConfig
@@ -114,8 +119,51 @@ class RowTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[MetricsFile(), self._memory, *(callbacks or [])],
         )
-        if self.is_fsdp_enabled:
-            raise ValueError("FSDP: ranks may pack different numbers of rows and would wait for each other; use DDP")
+        several = self.args.world_size > 1
+        self._ranks = torch.distributed.new_group(backend="gloo") if several else None  # for counts alone
+
+    @cached_property
+    def _spare(self) -> Any:
+        """The row that a rank runs, with weight 0, while others have more rows than it."""
+        return self.data_collator([self.train_dataset[0]])["rows"][0].to(self.args.device)  # type: ignore[index]
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes the accelerator; under FSDP weights are gathered, and gradients summed, in fp32 as elsewhere."""
+        super().create_accelerator_and_postprocess()
+        plugin = check_fsdp(self.accelerator)
+        if plugin is not None:
+            plugin.mixed_precision_policy = None  # accelerate's would be pure bf16; `score_row` does its own autocast
+            # Gradients that wait for the last accumulated batch would wait whole on every device.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *others: Any, **settings: Any
+    ) -> Any:
+        args = self.args
+        sampler = (sampler_fn and sampler_fn(dataset)) or SequentialSampler(dataset)
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=ShareOfBatches(
+                sampler, batch_size, args.dataloader_drop_last, args.process_index, args.world_size
+            ),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(
+            loader,
+            args.device,
+            num_processes=1,  # it is a share already
+            put_on_device=True,
+            use_seedable_sampler=self.accelerator.use_seedable_sampler,
+            non_blocking=self.accelerator.non_blocking,
+        )
+
+    def score(self, model: nn.Module, row: Any) -> RowScores:
+        """Scores one row, inside the forward of what wraps the model."""
+        raise NotImplementedError
 
     def row_loss(self, model: nn.Module, row: Any) -> Tensor:
         """The loss of one row, float64, summed over its items; adds its metrics to the running sums."""
@@ -147,19 +195,21 @@ class RowTrainer(Trainer):
         rows: Any = self._prepare_inputs(inputs)["rows"]
         scale = self.accelerator.num_processes / num_items_in_batch
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        for number, row in enumerate(rows):
-            last = number == len(rows) - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self.row_loss(model, row) * scale
+        passes = len(rows) + inputs["spares"]
+        for number in range(passes):
+            # Under FSDP gradients are summed over ranks at once: those that wait would be whole on every device.
+            with nullcontext() if number == passes - 1 or self.is_fsdp_enabled else self.accelerator.no_sync(model):
+                if number < len(rows):
+                    loss = self.row_loss(model, rows[number]) * scale
+                    self._tokens += rows[number].tokens
+                else:
+                    loss = 0.0 * self.score(model, self._spare).logps_R.sum()
                 self.accelerator.backward(loss)
             total += loss.detach()
-            self._tokens += row.tokens
         return total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics gathered since the last line of the same kind: means over pairs, over all ranks.
-
-        (accelerate repeats pairs to fill the last batch of several ranks; repeats count.)
 
         Raises:
             FloatingPointError: if the loss is not finite; the line is still written.
@@ -184,13 +234,26 @@ class RowTrainer(Trainer):
         return {"train_tokens_per_second": round(tokens / seconds, 1), **self._memory.read(self.args.device)}
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
-        items = sum(self.row_items(row) for batch in batch_samples for row in batch["rows"])
-        if self.accelerator.num_processes == 1:
-            return items
-        counted = self.accelerator.reduce(torch.tensor(items, device=device), "sum")
-        return int(counted)
+        return self._even_out(batch_samples)
+
+    def _even_out(self, batches: list[Any]) -> int:
+        """Notes in each batch how many `spares` this rank runs after its rows, so that all ranks run as many passes.
+
+        With sharded weights each pass is one of all ranks together; without, the others would be waiting anyway.
+
+        Returns:
+            The number of items over all batches and ranks.
+        """
+        items = sum(self.row_items(row) for batch in batches for row in batch["rows"])
+        rows = [len(batch["rows"]) for batch in batches]
+        counts = counts_of_ranks([items, *rows], self._ranks)
+        for batch, most, own in zip(batches, counts.amax(0).tolist()[1:], rows, strict=True):
+            batch["spares"] = most - own
+        return int(counts[:, 0].sum())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:
+            forget_ties(self.model, state_dict)
         super()._save(output_dir, state_dict)
         # A pickle of the settings: nothing here reads it, and run.yaml holds them.
         folder = output_dir or self.args.output_dir

@@ -101,7 +101,7 @@ def check_model(model: nn.Module) -> None:
     with torch.no_grad():
         expected_TV = torch.log_softmax(model(input_ids=tokens, use_cache=False).logits[0].float(), dim=-1)
         hidden_TD = causal_lm(model).get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
-        found_T, _ = token_scores(hidden_TD, head_weight(model), tokens[0], softcap=softcap(model))
+        found_T, _ = run_head(model, hidden_TD, tokens[0])
     difference = float((found_T - expected_TV.gather(1, tokens[0, :, None]).squeeze(1)).abs().max())
     if difference > 1e-3:  # numbers that are not finite are named with their pair, when it is scored
         raise ValueError(
@@ -144,6 +144,33 @@ def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[T
     return hidden_LD[row.sources_T], {site: captured[site][0][row.sources_T] for site in sites}
 
 
+def run_head(
+    model: nn.Module, hidden_TD: Tensor, targets_T: Tensor, reference: LiveReference | None = None
+) -> tuple[Tensor, Tensor]:
+    """`token_scores` of the model's head, inside the head's own forward: where weights are sharded, it is whole there.
+
+    Args:
+        model: the causal LM.
+        hidden_TD: hidden states after the final norm, at the positions that predict the targets.
+        targets_T: int64, the tokens predicted.
+        reference: a live reference's state at the same positions.
+
+    Returns:
+        `logps_T` and `kl_T`, fp32, nats.
+    """
+
+    def forward(self: nn.Linear, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        theirs = None if reference is None else (reference.hidden_TD, reference.head_VD)
+        return token_scores(hidden_TD, self.weight, targets_T, softcap=softcap(model), reference=theirs)
+
+    head = causal_lm(model).get_output_embeddings()
+    head.forward = types.MethodType(forward, head)
+    try:
+        return head(hidden_TD)  # type: ignore[no-any-return]
+    finally:
+        del head.forward
+
+
 def score_row(
     model: nn.Module,
     row: PackedRow,
@@ -168,13 +195,7 @@ def score_row(
     device = row.input_ids_L.device
     with autocast(recipe, device):
         hidden_TD, acts = run_body(model, row, [sae.site for sae in saes])
-        token_logps_T, kl_T = token_scores(
-            hidden_TD,
-            head_weight(model),
-            row.targets_T,
-            softcap=softcap(model),
-            reference=None if reference is None else (reference.hidden_TD, reference.head_VD),
-        )
+        token_logps_T, kl_T = run_head(model, hidden_TD, row.targets_T, reference)
     lengths = list(row.lengths)
     pooled: tuple[Tensor, ...] = ()
     drifts: tuple[FeatureDrift, ...] = ()

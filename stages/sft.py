@@ -14,7 +14,7 @@ from .batches import ConversationCollator
 from .conversations import Conversations
 from .packing import Conversation, PackedRow
 from .row_trainer import RowConfig, RowTrainer
-from .scoring import row_multiple
+from .scoring import RowScores, row_multiple
 
 __all__ = ["RowConfig", "SFTTrainer"]
 
@@ -50,10 +50,13 @@ class SFTTrainer(RowTrainer):
             callbacks=callbacks,
         )
 
+    def score(self, model: nn.Module, row: PackedRow) -> RowScores:
+        """Scores one row, inside the forward of what wraps the model."""
+        return model(packed=row, saes=(), recipe=self.args.recipe)  # type: ignore[no-any-return]
+
     def row_loss(self, model: nn.Module, row: PackedRow) -> Tensor:
         """Negative log-likelihood of a row's learnt tokens, summed."""
-        scores = model(packed=row, saes=(), recipe=self.args.recipe)
-        return -scores.logps_R.sum()  # type: ignore[no-any-return]
+        return -self.score(model, row).logps_R.sum()
 
     def row_items(self, row: PackedRow) -> int:
         """Learnt tokens."""

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from .shares import gather_weights
+
 
 class Snapshots(TrainerCallback):
     """Saves the model every `every` steps, but not at the last one: the result itself is at the top of the folder."""
@@ -26,17 +28,16 @@ class Snapshots(TrainerCallback):
         self._save_if_due(args, state, **kwargs)
 
     def _save_if_due(self, args: Any, state: Any, *, model: Any, processing_class: Any = None, **kwargs: Any) -> None:
-        if (
-            not state.is_world_process_zero
-            or state.global_step % self._every
-            or not 0 < state.global_step < state.max_steps
-        ):
+        if state.global_step % self._every or not 0 < state.global_step < state.max_steps:
+            return
+        weights = gather_weights(model)  # every rank gives its part
+        if not state.is_world_process_zero:
             return
         folder = snapshot_folder(Path(args.output_dir), state.global_step)
         new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        model.save_pretrained(new)
+        model.save_pretrained(new, state_dict=weights)
         if processing_class is not None:
             processing_class.save_pretrained(new)
         if folder.exists():  # a folder that is not empty cannot be replaced in one move

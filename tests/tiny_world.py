@@ -55,6 +55,10 @@ class World:
 
     def precompute(self, out: Path, *changes: str, **options: Any) -> Result:
         """`fpo precompute` of the training data."""
+        return fpo(*self.to_precompute(out, **options), *changes)
+
+    def to_precompute(self, out: Path, **options: Any) -> list[str]:
+        """Its arguments, for a process of its own."""
         defaults = {
             "model": self.gemma,
             "dataset": self.data,
@@ -66,17 +70,21 @@ class World:
             "token_budget": 160,
             "shard_size": 4,
         }
-        return fpo("precompute", *to_arguments(defaults | options), "--out", out, *changes)
+        return ["precompute", *to_arguments(defaults | options | {"out": out})]
 
     def align(self, out: Path, *changes: str, method: str = "fpo", **options: Any) -> Result:
         """`fpo align` on the cache: six pairs a step, two steps an epoch."""
+        return fpo(*self.to_align(out, method, **options), *changes)
+
+    def to_align(self, out: Path, method: str = "fpo", **options: Any) -> list[str]:
+        """Its arguments, for a process of its own."""
         defaults: dict[str, Any] = {"model": self.gemma, "cache": self.cache, "method": method}
         defaults |= {"batch_size": 6, "lr": 1e-3, "warmup_steps": 0, "logging_steps": 1, "token_budget": 160}
         if method == "fpo":
             defaults |= {"sae": self.saes, "site": SITES[0].name}
         elif method in ("tdpo1", "tdpo2", "simpo-kl"):
             defaults |= {"reference": self.gemma}
-        return fpo("align", *to_arguments(defaults | options), "--out", out, *changes)
+        return ["align", *to_arguments(defaults | options | {"out": out})]
 
     def reference(self, sites: Sequence[int] = (0, 1)) -> Reference:
         """The reference as stage one takes it."""

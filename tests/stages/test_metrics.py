@@ -16,6 +16,8 @@ numbers = st.floats(-1e6, 1e6)
 class Ranks:
     """What accelerate does on several ranks that all counted the same."""
 
+    device = torch.device("cpu")
+
     def __init__(self, number: int) -> None:
         self.number = number
 

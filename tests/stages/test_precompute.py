@@ -20,7 +20,7 @@ from fpo.stages.preferences import Limits
 from fpo.stages.sites import Site
 from pairs import score_alone
 from tiny import save_tiny_sae, tiny_sae
-from tiny_world import LIMITS, SITES, SKIPPED, TIES, files, ran, rows, to_arguments, write_rows
+from tiny_world import LIMITS, SITES, SKIPPED, TIES, files, ran, rows, write_rows
 
 RAW_ROWS = 14
 # What hashes of the cache's content cover; provenance and locks are outside.
@@ -293,6 +293,20 @@ def test_workers_of_one_cache_share_it_and_the_last_writes_the_manifest(world, w
     assert content(tmp_path / "out") == content(world.cache)
 
 
+def test_a_worker_takes_its_own_shards_and_then_what_others_have_not_begun(world, write, tmp_path):
+    begun: list[int] = []
+
+    def run_the_other(rows: int, tokens: int) -> None:
+        begun.append(rows)
+        if len(begun) == 1:  # the first worker is in the middle of its first shard
+            assert write(rank=1, world_size=2) is None
+            done = [path.name for path in sorted((tmp_path / "out" / "data").glob("*.parquet"))]
+            assert done == [f"train-0000{shard}-of-00004.parquet" for shard in (1, 2, 3)]
+
+    assert write(rank=0, world_size=2, on_pairs=run_the_other) is not None
+    assert content(tmp_path / "out") == content(world.cache)
+
+
 def test_the_meaning_names_everything_that_the_numbers_depend_on(world, reference):
     meaning = Manifest.load(world.cache).meaning
     assert meaning.model == reference.source.sha256
@@ -319,9 +333,7 @@ def test_an_sae_of_any_architecture_fills_a_cache(world, reference, tmp_path):
 @pytest.mark.slow
 def test_a_process_killed_at_any_moment_leaves_what_another_finishes(world, tmp_path):
     out = tmp_path / "out"
-    options = {"model": world.gemma, "dataset": world.data, "sae": world.saes, "split": "train", "keep_features": "all"}
-    options |= {"max_length": 64, "max_prompt_length": 32, "token_budget": 160, "shard_size": 4, "out": out}
-    command = [sys.executable, "-m", "fpo.pipeline.cli", "precompute", *to_arguments(options)]
+    command = [sys.executable, "-m", "fpo.pipeline.cli", *world.to_precompute(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(out.glob("data/*.parquet")):
