@@ -42,6 +42,11 @@ class RowBatch:
         ref_logps_R = self.ref_logps_R.to(device, non_blocking=non_blocking)
         return RowBatch(self.packed.to(device, non_blocking), cached, ref_logps_R)
 
+    def pin_memory(self) -> "RowBatch":
+        """The same in memory that a GPU copies from while it computes; the loader calls it where there is one."""
+        cached = tuple(features.pin_memory() for features in self.cached)
+        return RowBatch(self.packed.pin_memory(), cached, self.ref_logps_R.pin_memory())
+
 
 @dataclass(frozen=True)
 class RowCollator:

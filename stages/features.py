@@ -56,6 +56,10 @@ class CachedFeatures:
         """The same with its tensors on `device`."""
         return CachedFeatures(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
+    def pin_memory(self) -> "CachedFeatures":
+        """The same in memory that a GPU copies from while it computes."""
+        return CachedFeatures(*(tensor.pin_memory() for tensor in vars(self).values()))
+
 
 @dataclass(frozen=True, eq=False)
 class FeatureDrift:

@@ -9,7 +9,7 @@ Shapes: L positions of a row, T response tokens of a row, R responses of a row (
 conversation: its assistant turns together).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,9 +66,17 @@ class PackedRow:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedRow":
         """The row with its tensors on `device`; accelerate's loader calls it."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved: dict[str, Any] = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
-        return replace(self, **moved)
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedRow":
+        """The row in memory that a GPU copies from while it computes; the loader calls it where there is one."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "PackedRow":
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
 
 
 def plan_rows(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

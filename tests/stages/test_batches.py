@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 import torch
-from fpo.stages.batches import RowCollator
+from fpo.stages.batches import RowBatch, RowCollator
 from fpo.stages.scoring import measure_pairs
 from fpo.stages.sites import Site
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import calm_gemma2, many_examples, random_pairs
 from tiny import tiny_sae
+from torch.utils.data._utils.pin_memory import pin_memory
 
 SAES = [tiny_sae(site=Site(2, "resid_post")), tiny_sae(site=Site(1, "mlp_out"), seed=1)]
 CACHED = measure_pairs(calm_gemma2(), random_pairs(4, 6), SAES, "fp32", token_budget=200, keep_features=5)
@@ -48,13 +49,28 @@ def test_a_method_without_features_carries_none():
     assert all(row.cached == () for row in rows)
 
 
+def tensors_of(row: RowBatch) -> list[torch.Tensor]:
+    tensors = [row.ref_logps_R, *(value for value in vars(row.packed).values() if isinstance(value, torch.Tensor))]
+    return tensors + [tensor for features in row.cached for tensor in vars(features).values()]
+
+
 def test_a_row_moves_to_a_device_whole():
     row = RowCollator(200, 1, WIDTHS)(CACHED)["rows"][0]
     moved = row.to("meta")
-    tensors = [moved.ref_logps_R, *(value for value in vars(moved.packed).values() if isinstance(value, torch.Tensor))]
-    tensors += [tensor for features in moved.cached for tensor in vars(features).values()]
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {tensor.device.type for tensor in tensors_of(moved)} == {"meta"}
     assert (moved.tokens, moved.packed.pairs) == (row.tokens, row.packed.pairs)
+
+
+def test_the_loader_pins_a_row_whole_where_there_is_a_gpu(monkeypatch):
+    """A GPU copies while it computes only from pinned memory; here pinning is a copy that is counted."""
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
+    batch = RowCollator(200, 1, WIDTHS)(CACHED)
+    found = pin_memory(batch)
+    for row, before in zip(found["rows"], batch["rows"], strict=True):
+        for tensor, old in zip(tensors_of(row), tensors_of(before), strict=True):
+            assert any(tensor is one for one in pinned) and torch.equal(tensor, old)
+        assert (row.tokens, row.packed.lengths) == (before.tokens, before.packed.lengths)
 
 
 @pytest.mark.parametrize("budget", [0, -5])
