@@ -1,0 +1,294 @@
+"""What every benchmark stands on: fresh processes, peaks of memory, repetitions in turn, and a report.
+
+In: functions that measure something, with arguments and results that JSON can say. Out: medians of their results, a
+table on the terminal, and `results/benchmarks/NAME.json` with the command, the hardware and the versions.
+
+    python -m benchmarks.measuring MODULE FUNCTION ARGUMENTS     # how `in_fresh_process` calls a function
+"""
+
+import argparse
+import gc
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+Result = dict[str, Any]
+
+PACKAGES = ("torch", "transformers", "trl", "sae-lens", "accelerate", "pyarrow")
+
+
+class TensorBytes(TorchDispatchMode):
+    """Counts the bytes of all tensor storages that are alive, and their peak, while it is on.
+
+    A storage counts once, whatever views there are of it, from the operation that returns it until nothing refers to
+    it. What an operation takes and frees inside itself is not seen.
+
+    Attributes:
+        live: bytes now.
+        peak: the most since the mode was entered or `reset`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._counted: set[int] = set()
+
+    def __enter__(self) -> "TensorBytes":
+        # `isinstance` would wake up lazy objects of other libraries.
+        for thing in gc.get_objects():
+            if issubclass(type(thing), torch.Tensor):
+                self._count(thing)
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation and counts what it returns."""
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, result)
+        return result
+
+    def reset(self) -> None:
+        """Lets the peak begin anew."""
+        self.peak = self.live
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._counted:
+            self._counted.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._counted.discard(key)
+        self.live -= size
+
+
+class Meter:
+    """Time and peak memory of parts of a process, on the CPU or a GPU.
+
+    On a CPU tensors are counted by `TensorBytes`, which takes some microseconds an operation; resident memory is the
+    whole process's. On a GPU the peak is the allocator's.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self._bytes = TensorBytes()
+
+    def __enter__(self) -> "Meter":
+        if self.device.type == "cpu":
+            self._bytes.__enter__()
+        self.reset()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.device.type == "cpu":
+            self._bytes.__exit__(*exception)
+
+    def reset(self) -> None:
+        """Lets the peak and the clock begin anew; what is alive now stays counted."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._bytes.reset()
+        self.start = self.live
+        self._started = self.now()
+
+    def now(self) -> float:
+        """Seconds, after all that was started on the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @property
+    def live(self) -> int:
+        """Bytes of tensors that are alive."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else self._bytes.live
+
+    def read(self) -> Result:
+        """Seconds since `reset`, the peak of tensors, how much of it was not there at `reset`, and of the process."""
+        seconds = self.now() - self._started
+        cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else self._bytes.peak
+        unit = 1 if sys.platform == "darwin" else 1024
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {
+            "seconds": seconds,
+            "tensor_bytes": peak,
+            "extra_bytes": peak - self.start,
+            "resident_bytes": resident,
+        }
+
+
+def measured(device: str, work: Callable[[], Any], repeats: int = 3) -> Result:
+    """Runs some work once to warm up, then several times: median seconds, and the last time's memory."""
+    work()
+    with Meter(device) as meter:
+        runs = []
+        for _ in range(repeats):
+            gc.collect()
+            meter.reset()
+            work()
+            runs.append(meter.read())
+    return runs[-1] | {"seconds": statistics.median(run["seconds"] for run in runs)}
+
+
+def in_fresh_process(function: Callable[..., Result], **arguments: Any) -> Result:
+    """Calls a function of a module in a process of its own and returns what it returned.
+
+    Where memory did not suffice the result is `{"failed": reason}`: that is a finding too.
+
+    Raises:
+        RuntimeError: if it failed for another reason.
+    """
+    spec = sys.modules[function.__module__].__spec__
+    assert spec is not None, "a benchmark runs as `python -m benchmarks.NAME`"
+    command = [sys.executable, "-m", "benchmarks.measuring", spec.name, function.__name__, json.dumps(arguments)]
+    environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode == -9:
+        return {"failed": "killed, which is what happens when memory runs out"}
+    if done.returncode:
+        raise RuntimeError(f"{spec.name}.{function.__name__} failed:\n{done.stderr[-4000:]}")
+    result: Result = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def in_turn(names: Iterable[str], repeats: int, measure: Callable[[str], Result]) -> dict[str, Result]:
+    """Measures each name, then each again, so that a slow minute of the machine hits all alike.
+
+    Returns:
+        By name: the medians of what was measured, and `runs`.
+    """
+    runs: dict[str, list[Result]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        for name, results in runs.items():
+            results.append(measure(name))
+            print(f"{repeat + 1} of {repeats}, {name}: {json.dumps(results[-1])[:200]}", file=sys.stderr, flush=True)
+    return {name: medians(results) | {"runs": results} for name, results in runs.items()}
+
+
+def medians(results: Sequence[Result]) -> Result:
+    """The median of every number; a failure is a failure of all."""
+    if failed := next((result for result in results if "failed" in result), None):
+        return dict(failed)
+    numbers = {key for key, value in results[0].items() if isinstance(value, int | float)}
+    return {key: statistics.median(result[key] for result in results) for key in sorted(numbers)}
+
+
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """A folder that is removed at the end, in which also the caches are decoded."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get("FPO_HOME")
+        os.environ["FPO_HOME"] = str(Path(folder) / "home")
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop("FPO_HOME")
+            if before is not None:
+                os.environ["FPO_HOME"] = before
+
+
+def parser_of(document: str | None, name: str) -> argparse.ArgumentParser:
+    """A command line with what every benchmark has: where the report goes and the device."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path(f"results/benchmarks/{name}.json"), help="the report")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    return parser
+
+
+def report(options: argparse.Namespace, tables: Mapping[str, Sequence[Result]], **about: Any) -> None:
+    """Prints tables as Markdown and writes them as JSON, with what is needed to run them again.
+
+    Args:
+        options: the command line, with `json`.
+        tables: by title, rows of equal keys; keys that begin with `_` are written and not printed.
+        about: what else belongs into the file.
+    """
+    for title, rows in tables.items():
+        print(f"\n{title}\n\n{markdown(rows)}")
+    spec = sys.modules["__main__"].__spec__
+    data = str(getattr(options, "dataset", None))
+    words = ["PAIRS" if word == data else word for word in sys.argv[1:]]
+    content = {
+        "command": " ".join(["python", "-m", spec.name if spec else "benchmarks", *words]),
+        "hardware": hardware(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        **about,
+        "tables": tables,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+def markdown(rows: Sequence[Result]) -> str:
+    """Rows as a Markdown table: numbers with three significant digits."""
+    names = [name for name in rows[0] if not name.startswith("_")]
+    lines = [names, ["---"] * len(names)]
+    lines += [[_text(row.get(name)) for name in names] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def hardware() -> Result:
+    """What the figures were measured on."""
+    found = {
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+    }
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
+
+
+def _cpu_name() -> str:
+    """The processor's name where Linux tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    """Calls a function as `in_fresh_process` asks and prints its result as the last line."""
+    _, module, function, arguments = sys.argv
+    try:
+        result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    except torch.OutOfMemoryError as error:
+        result = {"failed": f"out of memory: {str(error).splitlines()[0][:200]}"}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

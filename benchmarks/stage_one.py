@@ -1,0 +1,166 @@
+"""Stage one against what one would do without it: the same token ids, model, precision and batch.
+
+In: preference pairs and a model. Out: pairs a second and peak memory of scoring the pairs and keeping the result:
+`fpo precompute` (log-probabilities and features, written as a shard), TRL's pass that precomputes log-probabilities
+(no features), and the plain way: `model(...)` on padded batches, all logits, `SAE.encode` of every token. Loading and
+tokenising are not counted, nor the second packing of a shard's sample (4 of 1,024 pairs).
+
+    python -m benchmarks.stage_one --dataset PAIRS
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fpo.cache.reader import open_cache
+from fpo.cache.schema import Pair
+from fpo.stages.models import autocast
+from fpo.stages.scoring import measure_pairs
+from fpo.stages.sites import capture_sites, load_sae
+from torch import Tensor
+
+from .contestants import CONTESTANTS, common, dpo_trainer, token_ids
+from .measuring import Meter, Result, in_fresh_process, in_turn, parser_of, report, workplace
+from .setting import Setting, add_options, attention_of, load, setting_of, write_cache
+from .training_step import prepared
+
+TITLES = {
+    "fpo": "`fpo precompute`: log-probs, features, shard",
+    "trl": "TRL DPOTrainer's precomputed pass: log-probs",
+    "plain": "`model(...)`, padded, and `SAE.encode`: log-probs, features",
+}
+
+
+def main() -> None:
+    """Runs the three ways in turn and reports."""
+    parser = parser_of(__doc__, "stage_one")
+    add_options(parser)
+    parser.set_defaults(steps=4)
+    parser.add_argument("--repeats", type=int, default=1)
+    options = parser.parse_args()
+    setting = setting_of(options)
+    arguments = dataclasses.asdict(setting)
+    with workplace() as folder:
+        pairs = prepared(arguments, str(folder))
+        results = in_turn(
+            TITLES,
+            options.repeats,
+            lambda name: in_fresh_process(score, setting=arguments, folder=str(folder), name=name),
+        )
+    tables = {"Stage one": rows(results), "The pairs": [{"": name, **row} for name, row in pairs.items()]}
+    report(options, tables, setting={**arguments, "dataset": None}, runs=results)
+
+
+def score(setting: dict[str, Any], folder: str, name: str) -> Result:
+    """Scores the measured pairs in one way, after the warm-up pairs."""
+    chosen, where = Setting(**setting), Path(folder)
+    pairs = [row.pair for row in open_cache(where / "cache", sites=[])]
+    first = chosen.warmup * chosen.batch
+    run = WAYS[name](chosen, where)
+    with Meter(chosen.device) as meter:
+        run(pairs[:first])
+        meter.reset()
+        run(pairs[first:])
+        result = meter.read()
+    return result | {"seconds_a_pair": result["seconds"] / len(pairs[first:])}
+
+
+def ours(setting: Setting, folder: Path) -> Callable[[Sequence[Pair]], None]:
+    """Measures pairs and writes them as a shard, as `fpo precompute` does."""
+    model = load(setting, folder, attention_of(setting, folder))
+    saes = [load_sae(str(folder / "sae"), device=setting.device)]
+
+    def run(pairs: Sequence[Pair]) -> None:
+        measured = measure_pairs(
+            model, pairs, saes, setting.recipe, token_budget=setting.token_budget, keep_features=512
+        )
+        with tempfile.TemporaryDirectory() as out:
+            write_cache(Path(out), measured, saes, setting, model)
+
+    return run
+
+
+def trl(setting: Setting, folder: Path) -> Callable[[Sequence[Pair]], None]:
+    """TRL's precomputed pass, as its trainer runs it when it is made."""
+    model = load(setting, folder, None)
+    settings = common(setting, folder, CONTESTANTS["trl-dpo-precomputed"]) | {"max_length": setting.max_length}
+    trainer: Any = None
+
+    def run(pairs: Sequence[Pair]) -> None:
+        nonlocal trainer
+        if trainer is None:  # made on the warm-up pairs, which it scores
+            trainer = dpo_trainer(model, None, settings, pairs)
+            return
+        trainer._precompute_ref_logps(token_ids(pairs), "measured", setting.batch)
+
+    return run
+
+
+def plain(setting: Setting, folder: Path) -> Callable[[Sequence[Pair]], None]:
+    """Whole logits of padded batches, and every feature of every token."""
+    model = load(setting, folder, None)
+    sae = load_sae(str(folder / "sae"), device=setting.device)
+
+    def run(pairs: Sequence[Pair]) -> None:
+        for start in range(0, len(pairs), setting.batch):
+            ids_BL, mask_BL, answered_BL = padded_batch(pairs[start : start + setting.batch], setting.device)
+            with torch.no_grad(), capture_sites(model, [sae.site]) as captured, autocast(setting.recipe, ids_BL.device):
+                logits_BLV = model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
+                logps_BLV = torch.log_softmax(logits_BLV[:, :-1].float(), dim=-1)
+                logps_BL = logps_BLV.gather(2, ids_BL[:, 1:, None]).squeeze(2)
+            with torch.no_grad():
+                features_BLM = sae.sae.encode(captured[sae.site].float())[:, :-1]
+                weights_BL = answered_BL[:, 1:].float()
+                (logps_BL * weights_BL).sum(1).tolist()
+                pooled_BM = torch.einsum("blm,bl->bm", features_BLM, weights_BL) / weights_BL.sum(1, keepdim=True)
+                torch.topk(pooled_BM, 512 if setting.width > 512 else setting.width).values.cpu()
+
+    return run
+
+
+def padded_batch(pairs: Sequence[Pair], device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and which tokens are answers, [2B, L]: chosen sequences, then rejected ones."""
+    sides = [(pair.prompt_ids, getattr(pair, side)) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
+    longest = max(prompt.size + answer.size for prompt, answer in sides)
+    ids_BL = torch.zeros(len(sides), longest, dtype=torch.int64)
+    mask_BL, answered_BL = torch.zeros_like(ids_BL), torch.zeros_like(ids_BL)
+    for number, (prompt, answer) in enumerate(sides):
+        end = prompt.size + answer.size
+        ids_BL[number, : prompt.size] = torch.from_numpy(prompt.astype("int64"))
+        ids_BL[number, prompt.size : end] = torch.from_numpy(answer.astype("int64"))
+        mask_BL[number, :end] = 1
+        answered_BL[number, prompt.size : end] = 1
+    return ids_BL.to(device), mask_BL.to(device), answered_BL.to(device)
+
+
+WAYS: Mapping[str, Callable[[Setting, Path], Callable[[Sequence[Pair]], None]]] = {
+    "fpo": ours,
+    "trl": trl,
+    "plain": plain,
+}
+
+
+def rows(results: Mapping[str, Result]) -> list[Result]:
+    """The table; ratios are to stage one."""
+    first = results["fpo"]
+    return [
+        {
+            "": TITLES[name],
+            "_name": name,
+            "pairs a second": 1 / result["seconds_a_pair"],
+            "time, ratio": result["seconds_a_pair"] / first["seconds_a_pair"],
+            "tensors, GB": result["tensor_bytes"] / 1e9,
+            "ratio": result["tensor_bytes"] / first["tensor_bytes"],
+            "resident, GB": result["resident_bytes"] / 1e9,
+            "resident, ratio": result["resident_bytes"] / first["resident_bytes"],
+        }
+        for name, result in results.items()
+        if "failed" not in result
+    ]
+
+
+if __name__ == "__main__":
+    main()
