@@ -17,7 +17,7 @@ from fpo.stages.sites import load_sae
 from transformers import TrainerCallback
 
 from .measuring import Meter, Result
-from .setting import Setting, attention_of, load
+from .setting import Setting, attention_of, cached_pairs, load
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def trl_trainer(setting: Setting, folder: Path, contestant: Contestant) -> Any:
     """TRL's trainer on the cache's token ids, with the attention that transformers chooses."""
     shared = common(setting, folder, contestant) | {"max_length": setting.max_length}
     policy = load(setting, folder, None)
-    pairs = [row.pair for row in open_cache(folder / "cache", sites=[])]
+    pairs = cached_pairs(folder)
     if contestant.method == "simpo":
         return cpo_trainer(policy, shared, pairs)
     reference = None if contestant.precomputed else load(setting, folder, None)

@@ -47,7 +47,7 @@ class TensorBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._counted: set[int] = set()
 
@@ -56,7 +56,8 @@ class TensorBytes(TorchDispatchMode):
         for thing in gc.get_objects():
             if issubclass(type(thing), torch.Tensor):
                 self._count(thing)
-        return super().__enter__()  # type: ignore[no-any-return]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation and counts what it returns."""
@@ -103,7 +104,7 @@ class Meter:
 
     def __exit__(self, *exception: Any) -> None:
         if self.device.type == "cpu":
-            self._bytes.__exit__(*exception)
+            self._bytes.__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Lets the peak and the clock begin anew; what is alive now stays counted."""

@@ -34,7 +34,12 @@ def main() -> None:
     add("--hidden", type=int, default=576, help="size of the activations")
     add("--vocabularies", type=int, nargs="+", default=[49_152, 256_000])
     add("--widths", type=int, nargs="+", default=[2**14, 2**16, 2**18, 2**20])
-    add("--full-width", type=int, default=2**20, help="the widest SAE that is encoded whole: it takes 20 bytes x width x tokens")
+    add(
+        "--full-width",
+        type=int,
+        default=2**20,
+        help="the widest SAE that is encoded whole: it takes 20 bytes x width x tokens",
+    )
     add("--shares", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], help="of the prompt in a sequence")
     options = parser.parse_args()
     sizes = {"tokens": options.tokens, "hidden": options.hidden, "device": options.device}
@@ -57,7 +62,9 @@ def compare(function: Any, ours: str, plain: str, cases: Sequence[Result], share
     for case in cases:
         one, other = (in_fresh_process(function, way=way, **case, **shared) for way in (ours, plain))
         row = case | {f"{ours}, s": one.get("seconds"), f"{plain}, s": other.get("seconds", other.get("failed"))}
-        row |= {f"{way}, MB": result.get("extra_bytes", 0) / 1e6 or None for way, result in ((ours, one), (plain, other))}
+        row |= {
+            f"{way}, MB": result.get("extra_bytes", 0) / 1e6 or None for way, result in ((ours, one), (plain, other))
+        }
         if "failed" not in other:
             row |= {"time, ratio": other["seconds"] / one["seconds"]}
             row |= {"memory, ratio": other["extra_bytes"] / one["extra_bytes"]}
@@ -127,7 +134,11 @@ def packing(way: str, model: str, layers: int, tokens: int, prompt_share: float,
         for number in range(pairs)
     ]
     budget = 1 if device == "cpu" else 2**13  # dense attention wastes what other pairs of a row take
-    work = (lambda: packed_logps(lm, made, budget, device)) if way == "packed" else (lambda: padded_logps(lm, made, device))
+    work = (
+        (lambda: packed_logps(lm, made, budget, device))
+        if way == "packed"
+        else (lambda: padded_logps(lm, made, device))
+    )
     return measured(device, work)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from fpo.cache.manifest import Meaning, Noise, ShardReport, SiteMeaning
+from fpo.cache.reader import open_cache
 from fpo.cache.schema import FORMAT_VERSION, CachedPair, Pair, pair_id
 from fpo.cache.writer import CacheWriter
 from fpo.pipeline.shapes import configuration, is_hub_id
@@ -29,6 +30,9 @@ from fpo.stages.sites import Site, SiteSAE, load_sae
 
 # Spread of the logarithm of generated lengths: as UltraFeedback's, most are short and some are very long.
 LENGTH_SPREAD = 0.6
+
+# Features that a cache keeps a response: the default of `fpo precompute`.
+KEPT = 512
 
 # A random SAE fires where an activation is this far out, in its standard deviations.
 THRESHOLD = 1.0
@@ -115,9 +119,7 @@ def prepare(setting: Setting, folder: Path) -> dict[str, Any]:
     sae = load_sae(str(folder / "sae"), device=setting.device)
     candidates = real_pairs(setting, tokenizer) if setting.dataset else random_pairs(setting, model.config.vocab_size)
     pairs = choose(candidates, setting)
-    measured = measure_pairs(
-        model, pairs, [sae], setting.recipe, token_budget=setting.token_budget, keep_features=512
-    )
+    measured = measure_pairs(model, pairs, [sae], setting.recipe, token_budget=setting.token_budget, keep_features=KEPT)
     write_cache(folder / "cache", measured, [sae], setting, model)
     batches = (pairs[setting.warmup * setting.batch :], candidates)
     return dict(zip(("measured", "all"), (amounts(batch, setting.batch) for batch in batches), strict=True))
@@ -129,7 +131,8 @@ def save_model(setting: Setting, folder: Path) -> Any:
         configuration(setting.model).save_pretrained(folder)
         return None
     source = find_model(setting.model)
-    load_model(source, attention="eager", device="cpu").save_pretrained(folder)
+    model: Any = load_model(source, attention="eager", device="cpu")
+    model.save_pretrained(folder)
     tokenizer = load_tokenizer(source)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -146,7 +149,7 @@ def load(setting: Setting, folder: Path, attention: str | None) -> Any:
 
     chosen = {} if attention is None else {"attn_implementation": attention}
     if list((folder / "model").glob("*.safetensors")):
-        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, **chosen)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, **chosen)
         return model.to(setting.device).eval()
     torch.manual_seed(0)
     with torch.device(setting.device):
@@ -192,8 +195,8 @@ def random_pairs(setting: Setting, vocabulary: int, count: int = 512) -> list[Pa
     made = []
     for row in range(count):
         prompt = tokens(setting.prompt, setting.max_length // 2)
-        sides = [tokens(setting.response, setting.max_length - prompt.size) for _ in range(2)]
-        made.append(Pair(pair_id(prompt, *sides, row), prompt, *sides))
+        chosen, rejected = (tokens(setting.response, setting.max_length - prompt.size) for _ in range(2))
+        made.append(Pair(pair_id(prompt, chosen, rejected, row), prompt, chosen, rejected))
     return made
 
 
@@ -220,16 +223,29 @@ def choose(candidates: Sequence[Pair], setting: Setting) -> list[Pair]:
     return [*first, *(pair for batch in whole[start : start + setting.steps] for pair in batch)]
 
 
+def attended(pair: Pair) -> float:
+    """Positions that the tokens of a pair attend to, its prompt computed once."""
+    prompt, chosen, rejected = (ids.size for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+    return prompt**2 / 2 + sum(length * (prompt + length / 2) for length in (chosen, rejected))
+
+
 def amounts(pairs: Sequence[Pair], batch: int) -> dict[str, float]:
-    """Means over pairs: tokens of prompt and response, tokens of a packed pair, and of one padded in such batches."""
+    """Means over pairs: tokens of prompts, responses, packed and padded pairs, and positions attended to, packed."""
     parts = [pairs[i : i + batch] for i in range(0, len(pairs) - batch + 1, batch)]
     return {
         "pairs": len(pairs),
         "prompt": float(np.mean([pair.prompt_ids.size for pair in pairs])),
         "response": float(np.mean([(pair.chosen_ids.size + pair.rejected_ids.size) / 2 for pair in pairs])),
         "packed": float(np.mean([size(pair) for pair in pairs])),
+        "attended": float(np.mean([attended(pair) for pair in pairs])),
         "padded": float(np.mean([padded(part) / batch for part in parts])),
     }
+
+
+def cached_pairs(folder: Path) -> list[Pair]:
+    """The pairs of the folder's cache: those of the warm-up, then the measured ones."""
+    cache = open_cache(folder / "cache", sites=[])
+    return [cache[number].pair for number in range(len(cache))]
 
 
 def write_cache(
@@ -261,7 +277,7 @@ def meaning_of(setting: Setting, sites: Sequence[SiteMeaning]) -> Meaning:
         sites=tuple(sites),
         recipe=setting.recipe,
         pooling="mean over prediction positions",
-        keep_features=512,
+        keep_features=KEPT,
         max_length=setting.max_length,
         max_prompt_length=setting.max_length // 2,
         truncation="prompt keeps BOS and its end, response keeps its start",

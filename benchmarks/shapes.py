@@ -16,10 +16,10 @@ from fpo.stages.packing import PackedRow, pack
 from fpo.stages.scoring import row_multiple, score_row
 from fpo.stages.sites import Site, SiteSAE
 
-from .setting import random_sae
+from .setting import KEPT, random_sae
 
-# k of D_F, and features that the cache keeps a response: the defaults of the two stages.
-TOP_K, KEPT = 50, 512
+# k of D_F: the default of `fpo align`.
+TOP_K = 50
 
 
 def random_model(name: str, device: str, *, layers: int | None = None, vocabulary: int | None = None) -> Any:

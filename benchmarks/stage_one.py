@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fpo.cache.reader import open_cache
 from fpo.cache.schema import Pair
 from fpo.stages.models import autocast
 from fpo.stages.scoring import measure_pairs
@@ -24,8 +23,11 @@ from torch import Tensor
 
 from .contestants import CONTESTANTS, common, dpo_trainer, token_ids
 from .measuring import Meter, Result, in_fresh_process, in_turn, parser_of, report, workplace
-from .setting import Setting, add_options, attention_of, load, setting_of, write_cache
+from .setting import KEPT, Setting, add_options, attention_of, cached_pairs, load, setting_of, write_cache
 from .training_step import prepared
+
+# Scores pairs and returns the chosen responses' log-probabilities.
+Way = Callable[[Sequence[Pair]], list[float]]
 
 TITLES = {
     "fpo": "`fpo precompute`: log-probs, features, shard",
@@ -57,7 +59,7 @@ def main() -> None:
 def score(setting: dict[str, Any], folder: str, name: str) -> Result:
     """Scores the measured pairs in one way, after the warm-up pairs."""
     chosen, where = Setting(**setting), Path(folder)
-    pairs = [row.pair for row in open_cache(where / "cache", sites=[])]
+    pairs = cached_pairs(where)
     first = chosen.warmup * chosen.batch
     run = WAYS[name](chosen, where)
     with Meter(chosen.device) as meter:
@@ -68,55 +70,60 @@ def score(setting: dict[str, Any], folder: str, name: str) -> Result:
     return result | {"seconds_a_pair": result["seconds"] / len(pairs[first:])}
 
 
-def ours(setting: Setting, folder: Path) -> Callable[[Sequence[Pair]], None]:
+def ours(setting: Setting, folder: Path) -> Way:
     """Measures pairs and writes them as a shard, as `fpo precompute` does."""
     model = load(setting, folder, attention_of(setting, folder))
     saes = [load_sae(str(folder / "sae"), device=setting.device)]
 
-    def run(pairs: Sequence[Pair]) -> None:
+    def run(pairs: Sequence[Pair]) -> list[float]:
         measured = measure_pairs(
-            model, pairs, saes, setting.recipe, token_budget=setting.token_budget, keep_features=512
+            model, pairs, saes, setting.recipe, token_budget=setting.token_budget, keep_features=KEPT
         )
         with tempfile.TemporaryDirectory() as out:
             write_cache(Path(out), measured, saes, setting, model)
+        return [row.chosen.logp for row in measured]
 
     return run
 
 
-def trl(setting: Setting, folder: Path) -> Callable[[Sequence[Pair]], None]:
+def trl(setting: Setting, folder: Path) -> Way:
     """TRL's precomputed pass, as its trainer runs it when it is made."""
     model = load(setting, folder, None)
     settings = common(setting, folder, CONTESTANTS["trl-dpo-precomputed"]) | {"max_length": setting.max_length}
     trainer: Any = None
 
-    def run(pairs: Sequence[Pair]) -> None:
+    def run(pairs: Sequence[Pair]) -> list[float]:
         nonlocal trainer
         if trainer is None:  # made on the warm-up pairs, which it scores
             trainer = dpo_trainer(model, None, settings, pairs)
-            return
-        trainer._precompute_ref_logps(token_ids(pairs), "measured", setting.batch)
+            return list(trainer.train_dataset["ref_chosen_logps"])
+        scored = trainer._precompute_ref_logps(token_ids(pairs), "measured", setting.batch)
+        return list(scored["ref_chosen_logps"])
 
     return run
 
 
-def plain(setting: Setting, folder: Path) -> Callable[[Sequence[Pair]], None]:
+def plain(setting: Setting, folder: Path) -> Way:
     """Whole logits of padded batches, and every feature of every token."""
     model = load(setting, folder, None)
     sae = load_sae(str(folder / "sae"), device=setting.device)
 
-    def run(pairs: Sequence[Pair]) -> None:
-        for start in range(0, len(pairs), setting.batch):
-            ids_BL, mask_BL, answered_BL = padded_batch(pairs[start : start + setting.batch], setting.device)
-            with torch.no_grad(), capture_sites(model, [sae.site]) as captured, autocast(setting.recipe, ids_BL.device):
-                logits_BLV = model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
-                logps_BLV = torch.log_softmax(logits_BLV[:, :-1].float(), dim=-1)
-                logps_BL = logps_BLV.gather(2, ids_BL[:, 1:, None]).squeeze(2)
-            with torch.no_grad():
-                features_BLM = sae.sae.encode(captured[sae.site].float())[:, :-1]
-                weights_BL = answered_BL[:, 1:].float()
-                (logps_BL * weights_BL).sum(1).tolist()
-                pooled_BM = torch.einsum("blm,bl->bm", features_BLM, weights_BL) / weights_BL.sum(1, keepdim=True)
-                torch.topk(pooled_BM, 512 if setting.width > 512 else setting.width).values.cpu()
+    @torch.no_grad()
+    def score_batch(pairs: Sequence[Pair]) -> list[float]:
+        ids_BL, mask_BL, answered_BL = padded_batch(pairs, setting.device)
+        weights_BL = answered_BL[:, 1:].float()
+        with capture_sites(model, [sae.site]) as captured, autocast(setting.recipe, setting.device):
+            logits_BLV = model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits[:, :-1]
+        logps_BL = torch.log_softmax(logits_BLV.float(), dim=-1).gather(2, ids_BL[:, 1:, None]).squeeze(2)
+        features_BLM = sae.sae.encode(captured[sae.site].float())[:, :-1]
+        pooled_BM = torch.einsum("blm,bl->bm", features_BLM, weights_BL) / weights_BL.sum(1, keepdim=True)
+        torch.topk(pooled_BM, min(KEPT, sae.width)).values.cpu()
+        chosen: list[float] = (logps_BL * weights_BL).sum(1)[: len(pairs)].tolist()
+        return chosen
+
+    def run(pairs: Sequence[Pair]) -> list[float]:
+        parts = [score_batch(pairs[start : start + setting.batch]) for start in range(0, len(pairs), setting.batch)]
+        return [logp for part in parts for logp in part]
 
     return run
 
@@ -136,7 +143,7 @@ def padded_batch(pairs: Sequence[Pair], device: str) -> tuple[Tensor, Tensor, Te
     return ids_BL.to(device), mask_BL.to(device), answered_BL.to(device)
 
 
-WAYS: Mapping[str, Callable[[Setting, Path], Callable[[Sequence[Pair]], None]]] = {
+WAYS: Mapping[str, Callable[[Setting, Path], Way]] = {
     "fpo": ours,
     "trl": trl,
     "plain": plain,

@@ -1,0 +1,90 @@
+import argparse
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks.limit import rate_of
+from benchmarks.measuring import Meter, TensorBytes, in_fresh_process, in_turn, markdown, measured, medians, report
+
+
+def test_bytes_of_storages_are_counted_once_whatever_views_there_are_and_until_they_are_gone():
+    with TensorBytes() as memory:
+        start = memory.live
+        first = torch.zeros(1000)  # 4000 bytes
+        second = first.double()  # 8000 bytes
+        part = second[10:20]
+        assert memory.live - start == 12_000
+        del second
+        assert memory.live - start == 12_000  # the view holds all of it
+        del part, first
+        assert (memory.live - start, memory.peak - start) == (0, 12_000)
+        memory.reset()
+        assert memory.peak == memory.live
+
+
+def test_tensors_that_were_there_before_are_counted():
+    there = torch.zeros(5_000_000)
+    with TensorBytes() as memory:
+        assert memory.live >= 20_000_000
+        before = memory.live
+        del there
+        assert before - memory.live == 20_000_000
+
+
+def test_what_a_backward_pass_keeps_is_counted():
+    weight = torch.randn(100, 100, requires_grad=True)
+    with TensorBytes() as memory:
+        start = memory.live
+        loss = (weight @ weight).exp().sum()  # keeps exp's result; the product is gone
+        assert memory.live - start == 40_000 + 4
+        loss.backward()
+        del loss
+        assert memory.live - start == 40_000  # the gradient alone
+
+
+def test_a_meter_tells_what_some_work_took_beyond_what_was_there():
+    held = []
+    result = measured("cpu", lambda: held.append(torch.zeros(1000)), repeats=2)
+    assert result["extra_bytes"] == 4000
+    assert 0 < result["seconds"] < 1 and result["resident_bytes"] > result["tensor_bytes"]
+    with Meter("cpu") as meter:
+        kept = torch.zeros(250)
+        assert meter.read()["extra_bytes"] == kept.nbytes
+        meter.reset()
+        assert meter.read()["extra_bytes"] == 0
+
+
+def test_a_function_runs_in_a_process_of_its_own_and_its_fault_is_shown():
+    assert in_fresh_process(rate_of, device="cpu", recipe="fp32")["rate"] > 1e8
+    with pytest.raises(RuntimeError, match=r"limit\.rate_of failed(.|\n)*nowhere"):
+        in_fresh_process(rate_of, device="nowhere", recipe="fp32")
+
+
+def test_contestants_run_in_turn_and_medians_are_taken():
+    asked: list[str] = []
+    results = in_turn(["a", "b"], 3, lambda name: {"seconds": float(len(asked)), "_": asked.append(name)})
+    assert asked == ["a", "b", "a", "b", "a", "b"]
+    assert [results[name]["seconds"] for name in "ab"] == [2.0, 3.0]
+    assert len(results["a"]["runs"]) == 3
+
+
+def test_one_failure_is_a_failure_of_all():
+    assert medians([{"seconds": 1}, {"failed": "out of memory"}]) == {"failed": "out of memory"}
+
+
+def test_the_table_has_the_report_s_numbers_and_the_report_no_name_of_the_data(tmp_path, monkeypatch, capsys):
+    options = argparse.Namespace(json=tmp_path / "report" / "a.json", dataset="/home/me/pairs.parquet")
+    monkeypatch.setattr(sys, "argv", ["x", "--dataset", options.dataset, "--batch", "2"])
+    rows = [{"": "one", "s": 0.123456, "n": 1234, "_hidden": 1}, {"": "two", "s": 2345.6, "n": None, "_hidden": 2}]
+    report(options, {"Table": rows}, note="here")
+    assert capsys.readouterr().out.strip().endswith("| one | 0.123 | 1,234 |\n| two | 2,346 |  |")
+    content = json.loads(options.json.read_text())
+    assert content["command"].endswith("--dataset PAIRS --batch 2")
+    assert content["note"] == "here" and content["tables"]["Table"] == rows
+    assert content["hardware"]["cores"] >= 1 and content["versions"]["torch"] == torch.__version__
+
+
+def test_markdown_hides_keys_that_begin_with_an_underscore():
+    assert markdown([{"a": 1, "_b": 2}]) == "| a |\n| --- |\n| 1 |"
