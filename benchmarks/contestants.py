@@ -17,7 +17,8 @@ from fpo.stages.sites import load_sae
 from transformers import TrainerCallback
 
 from .measuring import Meter, Result
-from .setting import Setting, attention_of, cached_pairs, load
+from .prepare import cached_pairs
+from .setting import Setting, attention_of, load
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from . import generated_cache
-from .measuring import Result, in_fresh_process, measured, parser_of, report, workplace
+from .measuring import Result, in_fresh_process, measured
+from .reporting import parser_of, report, workplace
 from .shapes import fpo_step, random_model, random_pair, saes_at
 
 # Of the prompt in the one pair that is measured.

@@ -18,10 +18,12 @@ from fpo.pipeline.rates import measured_rate
 from fpo.pipeline.shapes import Shape, shape_of
 
 from .contestants import CONTESTANTS
-from .measuring import Result, in_fresh_process, in_turn, parser_of, report, workplace
+from .measuring import Result, in_fresh_process, in_turn
+from .prepare import prepared
+from .reporting import parser_of, report, workplace
 from .setting import Setting, add_options, setting_of
 from .stage_one import TITLES, score
-from .training_step import prepared, run
+from .training_step import run
 
 ULTRAFEEDBACK = ROWS["HuggingFaceH4/ultrafeedback_binarized", "train_prefs"]
 
@@ -40,7 +42,7 @@ def main() -> None:
     setting, shape = setting_of(options), shape_of(options.model)
     arguments = dataclasses.asdict(setting)
     with workplace() as folder:
-        pairs = prepared(arguments, str(folder))
+        pairs = prepared(setting, folder)
 
         def measure(name: str) -> Result:
             if name == "stage one":
@@ -103,6 +105,7 @@ def utilisation(results: dict[str, Result], flops: dict[str, float], rate: float
                 "TFLOP/s": useful / seconds / 1e12,
                 "of the device's, %": 100 * useful / seconds / rate,
                 f"hours for {ULTRAFEEDBACK:,} pairs": seconds * ULTRAFEEDBACK / 3600,
+                "cores busy": result["cores_busy"],
                 "tensors, GB": result["tensor_bytes"] / 1e9,
             }
         )

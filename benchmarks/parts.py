@@ -19,7 +19,8 @@ from fpo.stages.packing import pack
 from fpo.stages.scoring import head_weight, row_multiple, run_body, softcap
 from torch import Tensor
 
-from .measuring import Result, in_fresh_process, measured, parser_of, report, workplace
+from .measuring import Result, in_fresh_process, measured
+from .reporting import parser_of, report, workplace
 from .shapes import TOP_K, cached_features, random_model, random_pair, saes_at
 from .stage_one import padded_batch
 

@@ -22,9 +22,11 @@ from fpo.stages.sites import capture_sites, load_sae
 from torch import Tensor
 
 from .contestants import CONTESTANTS, common, dpo_trainer, token_ids
-from .measuring import Meter, Result, in_fresh_process, in_turn, parser_of, report, workplace
-from .setting import KEPT, Setting, add_options, attention_of, cached_pairs, load, setting_of, write_cache
-from .training_step import prepared
+from .measuring import Meter, Result, in_fresh_process, in_turn
+from .prepare import cached_pairs, prepared, write_cache
+from .reporting import parser_of, report, workplace
+from .setting import KEPT, Setting, add_options, attention_of, load, setting_of
+from .training_step import beside
 
 # Scores pairs and returns the chosen responses' log-probabilities.
 Way = Callable[[Sequence[Pair]], list[float]]
@@ -46,7 +48,7 @@ def main() -> None:
     setting = setting_of(options)
     arguments = dataclasses.asdict(setting)
     with workplace() as folder:
-        pairs = prepared(arguments, str(folder))
+        pairs = prepared(setting, folder)
         results = in_turn(
             TITLES,
             options.repeats,
@@ -153,20 +155,14 @@ WAYS: Mapping[str, Callable[[Setting, Path], Way]] = {
 def rows(results: Mapping[str, Result]) -> list[Result]:
     """The table; ratios are to stage one."""
     first = results["fpo"]
-    return [
-        {
-            "": TITLES[name],
-            "_name": name,
-            "pairs a second": 1 / result["seconds_a_pair"],
-            "time, ratio": result["seconds_a_pair"] / first["seconds_a_pair"],
-            "tensors, GB": result["tensor_bytes"] / 1e9,
-            "ratio": result["tensor_bytes"] / first["tensor_bytes"],
-            "resident, GB": result["resident_bytes"] / 1e9,
-            "resident, ratio": result["resident_bytes"] / first["resident_bytes"],
-        }
-        for name, result in results.items()
-        if "failed" not in result
-    ]
+    made = []
+    for name, result in results.items():
+        row: Result = {"": TITLES[name], "_name": name}
+        if "failed" in result:
+            made.append(row | {"seconds a pair": result["failed"]})
+        else:
+            made.append(row | beside(result, first))
+    return made
 
 
 if __name__ == "__main__":

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from .contestants import CONTESTANTS, our_trainer
-from .measuring import Result, in_fresh_process, parser_of, report, workplace
+from .measuring import Result, in_fresh_process
+from .prepare import prepared
+from .reporting import parser_of, report, workplace
 from .setting import Setting, add_options, setting_of
-from .training_step import prepared
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::matmul")
 OPTIMISER = ("adam", "rmsprop", "optimizer", "foreach")
@@ -49,9 +51,10 @@ def main() -> None:
     ours = [name for name, contestant in CONTESTANTS.items() if not contestant.trl]
     parser.add_argument("--contestant", default="fpo", choices=ours)
     options = parser.parse_args()
-    arguments = dataclasses.asdict(setting_of(options))
+    setting = setting_of(options)
+    arguments = dataclasses.asdict(setting)
     with workplace() as folder:
-        prepared(arguments, str(folder))
+        prepared(setting, folder)
         result = in_fresh_process(record, setting=arguments, folder=str(folder), name=options.contestant)
     tables = {"Kinds": result["kinds"], "Operations": result["operations"]}
     report(options, tables, setting={**arguments, "dataset": None})
@@ -68,6 +71,8 @@ def record(setting: dict[str, Any], folder: str, name: str, most: int = 15) -> R
     kinds: Counter[str] = Counter()
     operations: Counter[str] = Counter()
     for event in callback.recorded.key_averages(group_by_input_shape=True):
+        if event.device_type != DeviceType.CPU:  # a kernel, whose time is also that of the operation that started it
+            continue
         seconds = (event.self_device_time_total if chosen.device == "cuda" else event.self_cpu_time_total) / 1e6
         kind = kind_of(event.key, sizes_of(event.input_shapes), vocabulary, chosen.width)
         kinds[kind] += seconds

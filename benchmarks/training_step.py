@@ -12,8 +12,10 @@ from pathlib import Path
 
 from . import contestants
 from .contestants import CONTESTANTS
-from .measuring import Result, in_fresh_process, in_turn, parser_of, report, workplace
-from .setting import Setting, add_options, prepare, setting_of
+from .measuring import Result, in_fresh_process, in_turn
+from .prepare import prepared
+from .reporting import parser_of, report, workplace
+from .setting import Setting, add_options, setting_of
 
 DEFAULT = (
     *("fpo", "simpo", "dpo", "tdpo2", "fpo-ckpt"),
@@ -30,21 +32,11 @@ def main() -> None:
     options = parser.parse_args()
     setting = setting_of(options)
     with workplace() as folder:
-        pairs = prepared(dataclasses.asdict(setting), str(folder))
+        pairs = prepared(setting, folder)
         results = in_turn(options.contestants, options.repeats, lambda name: run(setting, folder, name))
     pairs_of = {key: value for key, value in dataclasses.asdict(setting).items() if key != "dataset"}
     tables = {"A training step": rows(results), "The pairs": [{"": name, **row} for name, row in pairs.items()]}
     report(options, tables, setting=pairs_of, runs=results)
-
-
-def prepared(setting: dict[str, object], folder: str) -> Result:
-    """Prepares the folder in a process of its own, so that its memory is not the parent's."""
-    return in_fresh_process(prepare_folder, setting=setting, folder=folder)
-
-
-def prepare_folder(setting: dict[str, object], folder: str) -> Result:
-    """`prepare`, from JSON."""
-    return prepare(Setting(**setting), Path(folder))  # type: ignore[arg-type]
 
 
 def run(setting: Setting, folder: Path, name: str) -> Result:
@@ -53,27 +45,30 @@ def run(setting: Setting, folder: Path, name: str) -> Result:
 
 
 def rows(results: dict[str, Result]) -> list[Result]:
-    """The table: ratios are to the first contestant, of speed theirs to it, of memory likewise."""
+    """The table; ratios are to the first contestant."""
     first = next(iter(results.values()))
     made = []
     for name, result in results.items():
         row: Result = {"": CONTESTANTS[name].title, "_name": name}
         if "failed" in result:
             made.append(row | {"seconds a pair": result["failed"]})
-            continue
-        made.append(
-            row
-            | {
-                "seconds a pair": result["seconds_a_pair"],
-                "pairs a second": 1 / result["seconds_a_pair"],
-                "time, ratio": result["seconds_a_pair"] / first["seconds_a_pair"],
-                "tensors, GB": result["tensor_bytes"] / 1e9,
-                "ratio": result["tensor_bytes"] / first["tensor_bytes"],
-                "resident, GB": result["resident_bytes"] / 1e9,
-                "resident, ratio": result["resident_bytes"] / first["resident_bytes"],
-            }
-        )
+        else:
+            made.append(row | beside(result, first))
     return made
+
+
+def beside(result: Result, first: Result) -> Result:
+    """The columns of what was measured, beside the first one's."""
+    return {
+        "seconds a pair": result["seconds_a_pair"],
+        "pairs a second": 1 / result["seconds_a_pair"],
+        "time, ratio": result["seconds_a_pair"] / first["seconds_a_pair"],
+        "cores busy": result["cores_busy"],
+        "tensors, GB": result["tensor_bytes"] / 1e9,
+        "ratio": result["tensor_bytes"] / first["tensor_bytes"],
+        "resident, GB": result["resident_bytes"] / 1e9,
+        "resident, ratio": result["resident_bytes"] / first["resident_bytes"],
+    }
 
 
 if __name__ == "__main__":

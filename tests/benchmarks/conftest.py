@@ -1,7 +1,7 @@
 import pytest
 from tiny_setting import tiny_setting
 
-from benchmarks.setting import prepare
+from benchmarks.prepare import prepare
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from benchmarks.contestants import CONTESTANTS, train, trl_trainer
-from benchmarks.setting import cached_pairs
+from benchmarks.prepare import cached_pairs
 from benchmarks.training_step import rows
 
 
@@ -32,8 +32,8 @@ def test_trl_trains_on_the_same_token_ids(prepared, name):
 
 
 def test_the_table_relates_every_contestant_to_the_first_and_says_what_did_not_fit():
-    one = {"seconds_a_pair": 2.0, "tensor_bytes": 10, "resident_bytes": 100}
-    other = {"seconds_a_pair": 6.0, "tensor_bytes": 5, "resident_bytes": 400}
+    one = {"seconds_a_pair": 2.0, "tensor_bytes": 10, "resident_bytes": 100, "cores_busy": 2.0}
+    other = {"seconds_a_pair": 6.0, "tensor_bytes": 5, "resident_bytes": 400, "cores_busy": 1.5}
     made = rows({"fpo": one, "trl-dpo": other, "trl-simpo": {"failed": "out of memory"}})
     assert [made[1][key] for key in ("time, ratio", "ratio", "resident, ratio")] == [3, 0.5, 4]
     assert made[2]["seconds a pair"] == "out of memory"

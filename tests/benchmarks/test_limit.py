@@ -21,9 +21,9 @@ def test_a_run_at_the_device_s_rate_has_a_utilisation_of_100(world):
     rate = 1e15
     training, stage_one = (3 * flops["model"] + flops["sae"]) / rate, (flops["model"] + flops["sae"]) / rate
     results = {
-        "fpo": {"seconds_a_pair": training, "tensor_bytes": 1},
-        "fpo-ckpt": {"seconds_a_pair": 2 * training, "tensor_bytes": 1},
-        "stage one": {"seconds_a_pair": stage_one, "tensor_bytes": 1},
+        "fpo": {"seconds_a_pair": training, "tensor_bytes": 1, "cores_busy": 2.0},
+        "fpo-ckpt": {"seconds_a_pair": 2 * training, "tensor_bytes": 1, "cores_busy": 2.0},
+        "stage one": {"seconds_a_pair": stage_one, "tensor_bytes": 1, "cores_busy": 2.0},
         "dpo": {"failed": "out of memory"},
     }
     rows = utilisation(results, flops, rate)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks.limit import rate_of
-from benchmarks.measuring import Meter, TensorBytes, in_fresh_process, in_turn, markdown, measured, medians, report
+from benchmarks.measuring import Meter, TensorBytes, in_fresh_process, in_turn, measured, medians
+from benchmarks.reporting import markdown, report
 
 
 def test_bytes_of_storages_are_counted_once_whatever_views_there_are_and_until_they_are_gone():

@@ -5,18 +5,9 @@ from fpo.cache.schema import Pair
 from fpo.stages.models import find_model, load_tokenizer
 from tiny_setting import tiny_setting
 
-from benchmarks.setting import (
-    amounts,
-    attended,
-    cached_pairs,
-    choose,
-    load,
-    padded,
-    prepare,
-    random_pairs,
-    real_pairs,
-    size,
-)
+from benchmarks.pairs import amounts, attended, choose, padded, random_pairs, real_pairs, size
+from benchmarks.prepare import cached_pairs, prepare
+from benchmarks.setting import load
 
 
 def pair(prompt: int, chosen: int, rejected: int) -> Pair:
@@ -69,7 +60,7 @@ def test_of_a_hub_id_the_shape_is_taken_with_the_same_random_weights_each_time(w
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(world.llama)
-    monkeypatch.setattr("benchmarks.setting.configuration", lambda name: config)
+    monkeypatch.setattr("benchmarks.prepare.configuration", lambda name: config)
     setting = tiny_setting(world, model="owner/model", dataset=None)
     found = prepare(setting, tmp_path)
     assert found["all"]["pairs"] == 512

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks.setting import cached_pairs
+from benchmarks.prepare import cached_pairs
 from benchmarks.stage_one import WAYS, rows, score
 
 
