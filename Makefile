@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.install-stamp
 
-.PHONY: install install-models run run-smollm2 reproduce-table reproduce-ablations tune benchmark typing lint types test test-slow wheel clean
+.PHONY: install install-models run run-smollm2 reproduce-table reproduce-ablations tune benchmark benchmark-gpu typing lint types test test-slow wheel clean
 
 install: $(STAMP)
 
@@ -51,14 +51,43 @@ run-smollm2: install-models saes/smollm2-135m/cfg.json
 saes/smollm2-135m/cfg.json: | install-models
 	$(BIN)/fpo train-sae $(SMOLLM2) --limit 2500 --out saes/smollm2-135m
 
-# One epoch of training against TRL's, on the same pairs.
+# Time and memory against other ways to do the same, one script a question, on the CPU: under 20 minutes on two cores.
+BENCHMARK := $(BIN)/python -m benchmarks
+
 benchmark: install-models
-	$(BIN)/python benchmarks/training_step.py --dataset $(DATA)
+	$(BENCHMARK).training_step --dataset $(DATA)
+	$(BENCHMARK).stage_one --dataset $(DATA)
+	$(BENCHMARK).limit --dataset $(DATA) --contestants fpo
+	$(BENCHMARK).step_profile --dataset $(DATA)
+	$(BENCHMARK).parts
+	$(BENCHMARK).growth
+
+# The same on a GPU with the shapes of Gemma-2-2B and 9B (random weights) and lengths as UltraFeedback's. The 9B trains
+# with the paper's RMSprop, and only where 12 bytes a weight fit.
+GEMMA := --device cuda --recipe bf16 --max-length 2048 --token-budget 4096 --steps 4 --batch 8
+GEMMA_2B := $(GEMMA) --model google/gemma-2-2b --layer 25
+GEMMA_9B := $(GEMMA) --model google/gemma-2-9b --layer 41 --optimizer rmsprop
+FIGURE_4 := dpo simpo tdpo1 tdpo2 fpo
+REPORTS := results/benchmarks
+
+benchmark-gpu: install
+	$(BENCHMARK).training_step $(GEMMA_2B) --repeats 3 --json $(REPORTS)/training_step_gemma-2-2b.json
+	$(BENCHMARK).training_step $(GEMMA_2B) --repeats 3 --json $(REPORTS)/figure_4_gemma-2-2b.json \
+		--contestants $(FIGURE_4) $(FIGURE_4:%=%-ckpt) trl-simpo-ckpt trl-dpo-precomputed-ckpt trl-dpo-ckpt
+	$(BENCHMARK).stage_one $(GEMMA_2B) --repeats 3 --json $(REPORTS)/stage_one_gemma-2-2b.json
+	$(BENCHMARK).limit $(GEMMA_2B) --repeats 3 --json $(REPORTS)/limit_gemma-2-2b.json
+	$(BENCHMARK).limit $(GEMMA_9B) --json $(REPORTS)/limit_gemma-2-9b.json
+	$(BENCHMARK).step_profile $(GEMMA_2B) --json $(REPORTS)/step_profile_gemma-2-2b.json
+	$(BENCHMARK).parts --device cuda --model google/gemma-2-2b --layers 26 --tokens 2048 --hidden 2304 \
+		--vocabularies 256000 --json $(REPORTS)/parts_gemma-2-2b.json
+	$(BENCHMARK).growth --device cuda --recipe bf16 --model google/gemma-2-2b --layers 26 --tokens 2048 \
+		--lengths 1024 2048 4096 8192 --sites 1 2 4 8 --step-pairs 8 --json $(REPORTS)/growth_gemma-2-2b.json
 
 # Type checkers do not follow setuptools' folder mapping; these links show them the installed names.
 typing:
 	mkdir -p .typing/fpo
 	for room in pipeline stages cache; do ln -sfn ../../$$room .typing/fpo/$$room; done
+	ln -sfn ../benchmarks .typing/benchmarks
 
 lint: install
 	$(BIN)/ruff check .

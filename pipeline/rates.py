@@ -69,7 +69,7 @@ def rates_of(device: str, jobs: int) -> Rates:
     if torch.device(device).type == "cpu":
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, threads // jobs))
-        rate = _measure(device, torch.float32)
+        rate = measured_rate(device, torch.float32)
         torch.set_num_threads(threads)
         name = f"CPU, {max(1, threads // jobs)} of {threads} threads: {rate / 1e9:.0f} GFLOP/s measured in fp32"
         return Rates(name, False, rate, rate, ASSUMED_CPU_BANDWIDTH / jobs, CPU_SHARE, CPU_SHARE, CPU_LAYER_SECONDS)
@@ -77,17 +77,17 @@ def rates_of(device: str, jobs: int) -> Rates:
     known = next((rates for key, rates in GPUS.items() if key in name), None)
     found = "from its data sheet"
     if known is None:
-        known = _measure(device, torch.bfloat16), _measure(device, torch.float32), ASSUMED_GPU_BANDWIDTH
+        known = measured_rate(device, torch.bfloat16), measured_rate(device, torch.float32), ASSUMED_GPU_BANDWIDTH
         found = "measured, for it is in no table here"
     bf16, fp32, bandwidth = known
     text = f"{name}: {bf16 / 1e12:.0f} TFLOP/s in bf16 and {fp32 / 1e12:.0f} in fp32, {found}"
     return Rates(text, True, bf16, fp32, bandwidth, GPU_TRAINING, GPU_INFERENCE, GPU_LAYER_SECONDS)
 
 
-def _measure(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a matrix product, over a fifth of a second."""
+def measured_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product of a device, over a fifth of a second."""
     size = 1024 if torch.device(device).type == "cpu" else 8192
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    matrix = torch.randn(size, size, device=device).to(dtype)  # a GPU is faster on constants
     float((matrix @ matrix)[0, 0])  # starts what starts once, and waits for it
     products, started = 0, time.perf_counter()
     while time.perf_counter() - started < MEASURED_SECONDS:

@@ -142,7 +142,7 @@ def shape_of(name: str) -> Shape:
         FileNotFoundError: if it is a path and there is nothing.
         ValueError: if its configuration cannot be had, or is not that of a causal LM.
     """
-    return shape_of_config(_configuration(name), name)
+    return shape_of_config(configuration(name), name)
 
 
 def shape_of_config(config: Any, name: str) -> Shape:
@@ -182,7 +182,7 @@ def shape_of_config(config: Any, name: str) -> Shape:
     )
 
 
-def _configuration(name: str) -> Any:
+def configuration(name: str) -> Any:
     """A model's configuration: a local one, else one that is known here, else the hub's."""
     from transformers import AutoConfig
 

@@ -45,41 +45,55 @@ class _TokenScores(torch.autograd.Function):
         reference: tuple[Tensor, Tensor] | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(hidden_TD, head_VD, targets_T, *(reference or ()))
+        weight_VD, references = head_VD, reference or ()
         ctx.softcap, ctx.dtype = softcap, dtype
         head_VD = head_VD.to(dtype)  # once, not once a chunk
         reference = reference and (reference[0], reference[1].to(dtype))
         logps_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TD.device)
         kl_T = torch.zeros_like(logps_T)
+        logp_CV = None
         for part in _chunks(len(targets_T), head_VD.shape[0]):
+            logp_CV = None  # before the next chunk's logits: one exists at a time
             logp_CV = torch.log_softmax(_logits(hidden_TD[part], head_VD, softcap), dim=-1)
             logps_T[part] = logp_CV.gather(1, targets_T[part, None]).squeeze(1)
             if reference is not None:
                 ref_logp_CV = torch.log_softmax(_logits(reference[0][part], reference[1], softcap), dim=-1)
                 kl_T[part] = (ref_logp_CV.exp() * (ref_logp_CV - logp_CV)).sum(-1)
+        # Backward begins with the last chunk and takes its probabilities from here, where it needs no more of it.
+        kept_CV = logp_CV if softcap is None and reference is None else None
+        ctx.save_for_backward(hidden_TD, weight_VD, targets_T, kept_CV, *references)
         return logps_T, kl_T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_logps_T, grad_kl_T = grads
-        hidden_TD, weight_VD, targets_T, *reference = ctx.saved_tensors
+        hidden_TD, weight_VD, targets_T, kept_CV, *reference = ctx.saved_tensors
         head_VD, *reference_head = (weight.to(ctx.dtype) for weight in (weight_VD, *reference[1:]))
         grad_hidden_TD = torch.empty_like(hidden_TD)
         grad_head_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
-        for part in _chunks(len(targets_T), head_VD.shape[0]):
-            logits_CV = _logits(hidden_TD[part], head_VD, ctx.softcap)
+        for part in reversed(list(_chunks(len(targets_T), head_VD.shape[0]))):
+            if kept_CV is not None:
+                logits_CV, kept_CV = kept_CV, None  # log-probabilities, of which softmax makes the same
+            else:
+                logits_CV = _logits(hidden_TD[part], head_VD, ctx.softcap)
             probs_CV = torch.softmax(logits_CV, dim=-1)
             # d logp[target] / d logits = 1[target] - p;   d KL(ref ‖ p) / d logits = p - p_ref
-            grad_CV = probs_CV * -grad_logps_T[part, None]
-            grad_CV.scatter_add_(1, targets_T[part, None], grad_logps_T[part, None])
             if reference:
                 ref_logits_CV = _logits(reference[0][part], reference_head[0], ctx.softcap)
+                grad_CV = probs_CV * -grad_logps_T[part, None]
                 grad_CV.addcmul_(probs_CV.sub_(torch.softmax(ref_logits_CV, dim=-1)), grad_kl_T[part, None])
+            else:
+                grad_CV = probs_CV.mul_(-grad_logps_T[part, None])
+            grad_CV.scatter_add_(1, targets_T[part, None], grad_logps_T[part, None])
             if ctx.softcap is not None:
                 grad_CV.mul_(1 - (logits_CV / ctx.softcap).square())
             grad_CV = grad_CV.to(ctx.dtype)
             grad_hidden_TD[part] = grad_CV @ head_VD
-            if grad_head_VD is not None:
+            if grad_head_VD is None:
+                continue
+            if ctx.dtype == weight_VD.dtype:
+                grad_head_VD.addmm_(grad_CV.T, hidden_TD[part].to(ctx.dtype))  # without a product of the head's size
+            else:
                 grad_head_VD += grad_CV.T @ hidden_TD[part].to(ctx.dtype)
         return grad_hidden_TD, grad_head_VD, None, None, None, None
 

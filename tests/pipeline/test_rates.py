@@ -24,7 +24,7 @@ def test_known_gpus_have_the_rates_of_their_data_sheets(monkeypatch, name, bf16,
 
 def test_an_unknown_gpu_is_measured_and_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Brand New")
-    monkeypatch.setattr(rates, "_measure", lambda device, dtype: 7e12 if dtype is torch.bfloat16 else 3e12)
+    monkeypatch.setattr(rates, "measured_rate", lambda device, dtype: 7e12 if dtype is torch.bfloat16 else 3e12)
     found = rates_of("cuda:0", jobs=1)
     assert (found.bf16, found.fp32) == (7e12, 3e12)
     assert "Brand New" in found.name and "measured" in found.name
@@ -32,7 +32,7 @@ def test_an_unknown_gpu_is_measured_and_says_so(monkeypatch):
 
 def test_a_cpu_is_measured_with_the_share_of_threads_that_a_job_has(monkeypatch):
     seen = []
-    monkeypatch.setattr(rates, "_measure", lambda *_: seen.append(torch.get_num_threads()) or 1e9)
+    monkeypatch.setattr(rates, "measured_rate", lambda *_: seen.append(torch.get_num_threads()) or 1e9)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda number: threads.__setitem__(0, number))
     threads = [8]

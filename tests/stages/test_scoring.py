@@ -230,14 +230,14 @@ def test_bf16_is_close_to_fp32_and_scores_in_fp32():
 def test_the_sae_runs_in_its_own_dtype_outside_the_recipe(monkeypatch):
     (row,) = pack([random_pair(6, 5, 4)], 100)
     seen = []
-    encode = SAES[0].sae.encode
+    encode = features._encode
 
-    def watched(x: Tensor) -> Tensor:
-        result = encode(x)
+    def watched(sae: Any, acts_CD: Tensor) -> Tensor:
+        result = encode(sae, acts_CD)
         seen.append((torch.is_autocast_enabled("cpu"), result.dtype))
         return result
 
-    monkeypatch.setattr(SAES[0].sae, "encode", watched)
+    monkeypatch.setattr(features, "_encode", watched)
     with torch.no_grad():
         score_row(calm_gemma2(), row, SAES[:1], "bf16")
     assert set(seen) == {(False, torch.float32)}

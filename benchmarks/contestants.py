@@ -1,0 +1,188 @@
+"""Who trains against whom: `fpo align` and TRL's trainers, on the same token ids, model, precision and batch.
+
+In: a contestant's name, and a folder that `setting.prepare` filled. Out: seconds a pair and peak memory of the measured
+steps; loading, tokenising, the parity check, TRL's precomputed pass and the warm-up steps are not counted.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fpo.cache.reader import open_cache
+from fpo.cache.schema import Pair
+from fpo.stages.align import FPOConfig, FPOTrainer
+from fpo.stages.methods import METHODS
+from fpo.stages.sites import load_sae
+from transformers import TrainerCallback
+
+from .measuring import Meter, Result
+from .prepare import cached_pairs
+from .setting import Setting, attention_of, load
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to train.
+
+    Attributes:
+        title: as tables show it.
+        method: one of `fpo align`'s, or what TRL trains.
+        trl: whether TRL trains it.
+        checkpointing: of activations.
+        precomputed: whether TRL computes the reference's log-probabilities beforehand.
+    """
+
+    title: str
+    method: str
+    trl: bool = False
+    checkpointing: bool = False
+    precomputed: bool = False
+
+
+CONTESTANTS: Mapping[str, Contestant] = {
+    "fpo": Contestant("`fpo align`, FPO", "fpo"),
+    "simpo": Contestant("`fpo align`, SimPO", "simpo"),
+    "dpo": Contestant("`fpo align`, DPO", "dpo"),
+    "tdpo1": Contestant("`fpo align`, TDPO-1", "tdpo1"),
+    "tdpo2": Contestant("`fpo align`, TDPO-2", "tdpo2"),
+    "fpo-ckpt": Contestant("`fpo align`, FPO, checkpointing", "fpo", checkpointing=True),
+    "simpo-ckpt": Contestant("`fpo align`, SimPO, checkpointing", "simpo", checkpointing=True),
+    "dpo-ckpt": Contestant("`fpo align`, DPO, checkpointing", "dpo", checkpointing=True),
+    "tdpo1-ckpt": Contestant("`fpo align`, TDPO-1, checkpointing", "tdpo1", checkpointing=True),
+    "tdpo2-ckpt": Contestant("`fpo align`, TDPO-2, checkpointing", "tdpo2", checkpointing=True),
+    "trl-simpo-ckpt": Contestant("TRL CPOTrainer, SimPO, checkpointing", "simpo", True, True),
+    "trl-simpo": Contestant("TRL CPOTrainer, SimPO", "simpo", True),
+    "trl-dpo-precomputed-ckpt": Contestant("TRL DPOTrainer, precomputed, checkpointing", "dpo", True, True, True),
+    "trl-dpo-precomputed": Contestant("TRL DPOTrainer, precomputed", "dpo", True, False, True),
+    "trl-dpo-ckpt": Contestant("TRL DPOTrainer, checkpointing", "dpo", True, True),
+    "trl-dpo": Contestant("TRL DPOTrainer", "dpo", True),
+}
+
+
+class Steps(TrainerCallback):
+    """Starts a meter after the warm-up steps and reads it after the last one."""
+
+    def __init__(self, meter: Meter, setting: Setting) -> None:
+        self._meter, self._setting = meter, setting
+        self.result: Result = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Resets, or reads."""
+        if state.global_step == self._setting.warmup:
+            self._meter.reset()
+        elif state.global_step == self._setting.warmup + self._setting.steps:
+            self.result = self._meter.read()
+
+
+def train(setting: dict[str, Any], folder: str, name: str) -> Result:
+    """Trains one contestant on the cache's pairs, once."""
+    chosen, contestant = Setting(**setting), CONTESTANTS[name]
+    make = trl_trainer if contestant.trl else our_trainer
+    trainer = make(chosen, Path(folder), contestant)
+    with Meter(chosen.device) as meter:
+        steps = Steps(meter, chosen)
+        trainer.add_callback(steps)
+        trainer.train()
+    pairs = chosen.steps * chosen.batch
+    return steps.result | {"seconds_a_pair": steps.result["seconds"] / pairs}
+
+
+def common(setting: Setting, folder: Path, contestant: Contestant) -> dict[str, Any]:
+    """The Trainer's settings that all contestants share."""
+    return {
+        "output_dir": str(folder / "run"),
+        "per_device_train_batch_size": setting.batch,
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": 5e-7,
+        "warmup_steps": 0,
+        "optim": setting.optimizer,
+        "bf16": setting.recipe == "bf16",
+        "use_cpu": setting.device == "cpu",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": setting.device == "cuda",
+        # TRL's default is in the old name, and the new one, unless it is None, wins.
+        ("gradient_checkpointing" if contestant.trl else "activation_checkpointing"): contestant.checkpointing,
+        "seed": 0,
+    }
+
+
+def our_trainer(setting: Setting, folder: Path, contestant: Contestant) -> Any:
+    """`FPOTrainer` as `fpo align` builds it."""
+    divergence = METHODS[contestant.method].divergence
+    saes = [load_sae(str(folder / "sae"), device=setting.device)] if divergence == "features" else []
+    attention = attention_of(setting, folder)
+    args = FPOConfig(
+        **common(setting, folder, contestant),
+        method=contestant.method,
+        token_budget=setting.token_budget,
+        parity_pairs=1,
+    )
+    return FPOTrainer(
+        load(setting, folder, attention),
+        args,
+        open_cache(folder / "cache", sites=[sae.site.name for sae in saes]),
+        saes=saes,
+        reference=load(setting, folder, attention) if divergence == "kl" else None,
+    )
+
+
+def trl_trainer(setting: Setting, folder: Path, contestant: Contestant) -> Any:
+    """TRL's trainer on the cache's token ids, with the attention that transformers chooses."""
+    shared = common(setting, folder, contestant) | {"max_length": setting.max_length}
+    policy = load(setting, folder, None)
+    pairs = cached_pairs(folder)
+    if contestant.method == "simpo":
+        return cpo_trainer(policy, shared, pairs)
+    reference = None if contestant.precomputed else load(setting, folder, None)
+    return dpo_trainer(policy, reference, shared, pairs)
+
+
+def dpo_trainer(policy: Any, reference: Any, settings: dict[str, Any], pairs: Sequence[Pair]) -> Any:
+    """A `DPOTrainer` on token ids; without a reference it precomputes the log-probabilities."""
+    from trl import DPOConfig, DPOTrainer
+
+    class OnTokens(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+            return dataset
+
+    args = DPOConfig(**settings, beta=0.1, precompute_ref_log_probs=reference is None)
+    return OnTokens(policy, ref_model=reference, args=args, train_dataset=token_ids(pairs), processing_class=filler())
+
+
+def cpo_trainer(policy: Any, settings: dict[str, Any], pairs: Sequence[Pair]) -> Any:
+    """A `CPOTrainer` with SimPO's loss on token ids."""
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    class OnTokens(CPOTrainer):  # type: ignore[misc]
+        def tokenize_row(self, feature: Any, model: Any = None) -> dict[str, Any]:
+            prompt, made = feature["prompt_ids"], {}
+            for side in ("chosen", "rejected"):
+                ids = prompt + feature[f"{side}_ids"]
+                made[f"{side}_input_ids"], made[f"{side}_attention_mask"] = ids, [1] * len(ids)
+                made[f"{side}_labels"] = [-100] * len(prompt) + ids[len(prompt) :]
+            return made
+
+    args = CPOConfig(**settings, loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=0.5)
+    return OnTokens(policy, args=args, train_dataset=token_ids(pairs), processing_class=filler())
+
+
+def token_ids(pairs: Sequence[Pair]) -> Any:
+    """Pairs as a data set under the names that TRL has for token ids."""
+    import datasets
+
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return datasets.Dataset.from_list([{name: getattr(pair, name).tolist() for name in names} for pair in pairs])
+
+
+def filler() -> Any:
+    """A tokenizer that only says what padding is: the pairs are token ids already."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<pad>", bos_token="<pad>")

@@ -1,0 +1,116 @@
+"""How near training and stage one are to what the device can compute: model FLOPs utilisation.
+
+In: a model, or its shape, and pairs. Out: the arithmetic of a pair's FLOPs; the device's measured rate of matrix
+products; seconds a pair of `fpo align` and `fpo precompute`; their ratio; and the time that all of UltraFeedback would
+take at that pace.
+
+Counted are the tokens of packed pairs without padding, a forward pass and the two products of its backward: what
+checkpointing and the head compute again is not useful work and lowers the utilisation.
+
+    python -m benchmarks.limit --dataset PAIRS
+"""
+
+import dataclasses
+
+import torch
+from fpo.pipeline.amounts import ROWS
+from fpo.pipeline.rates import measured_rate
+from fpo.pipeline.shapes import Shape, shape_of
+
+from .contestants import CONTESTANTS
+from .measuring import Result, in_fresh_process, in_turn
+from .prepare import prepared
+from .reporting import parser_of, report, workplace
+from .setting import Setting, add_options, setting_of
+from .stage_one import TITLES, score
+from .training_step import run
+
+ULTRAFEEDBACK = ROWS["HuggingFaceH4/ultrafeedback_binarized", "train_prefs"]
+
+# A training step is its forward pass and two products as large in the backward of each of its products.
+TRAINING_PASSES = 3
+
+
+def main() -> None:
+    """Measures the device, training and stage one, and reports."""
+    parser = parser_of(__doc__, "limit")
+    add_options(parser)
+    parser.add_argument("--repeats", type=int, default=1)
+    ours = [name for name, contestant in CONTESTANTS.items() if not contestant.trl]
+    parser.add_argument("--contestants", nargs="*", default=["fpo", "fpo-ckpt"], choices=ours)
+    options = parser.parse_args()
+    setting, shape = setting_of(options), shape_of(options.model)
+    arguments = dataclasses.asdict(setting)
+    with workplace() as folder:
+        pairs = prepared(setting, folder)
+
+        def measure(name: str) -> Result:
+            if name == "stage one":
+                return in_fresh_process(score, setting=arguments, folder=str(folder), name="fpo")
+            return run(setting, folder, name)
+
+        rate = in_fresh_process(rate_of, device=setting.device, recipe=setting.recipe)["rate"]
+        results = in_turn([*options.contestants, "stage one"], options.repeats, measure)
+    tables = {
+        "Arithmetic": arithmetic(shape, setting.width),
+        "Utilisation": utilisation(results, pair_flops(shape, pairs["measured"], setting), rate),
+        "The pairs": [{"": name, **row} for name, row in pairs.items()],
+    }
+    report(options, tables, setting={**arguments, "dataset": None}, rate=rate, runs=results)
+
+
+def rate_of(device: str, recipe: str) -> Result:
+    """FLOP/s of a matrix product in the recipe's precision, in a process of its own."""
+    return {"rate": measured_rate(device, torch.bfloat16 if recipe == "bf16" else torch.float32)}
+
+
+def pair_flops(shape: Shape, pairs: Result, setting: Setting) -> dict[str, float]:
+    """FLOPs of one pair: of a forward pass through the model, and of encoding its responses once."""
+    answered = 2 * pairs["response"]
+    forward = shape.layer_flops(pairs["packed"], pairs["attended"]) + shape.head_flops(answered)
+    return {"model": forward, "sae": 2 * shape.hidden * setting.width * answered}
+
+
+def arithmetic(shape: Shape, width: int) -> list[Result]:
+    """What the counted FLOPs of a token are made of."""
+    context = 1024
+    body, head = shape.layer_flops(1, 0), shape.head_flops(1)
+    attention = shape.layer_flops(0, context / 2)
+    sae = 2.0 * shape.hidden * width
+    return [
+        {"of a token, forward": "body", "parameters": shape.body, "GFLOP": body / 1e9},
+        {"of a token, forward": "head", "parameters": shape.head, "GFLOP": head / 1e9},
+        {"of a token, forward": f"attention, mean of {context} positions", "parameters": 0, "GFLOP": attention / 1e9},
+        {"of a token, forward": f"SAE of {width:,}", "parameters": shape.hidden * width, "GFLOP": sae / 1e9},
+    ]
+
+
+def utilisation(results: dict[str, Result], flops: dict[str, float], rate: float) -> list[Result]:
+    """One row a measurement."""
+    made = []
+    for name, result in results.items():
+        title = TITLES["fpo"] if name == "stage one" else CONTESTANTS[name].title
+        if "failed" in result:
+            made.append({"": title, "pairs a second": result["failed"]})
+            continue
+        seconds = result["seconds_a_pair"]
+        reads_features = name == "stage one" or CONTESTANTS[name].method == "fpo"
+        passes = 1 if name == "stage one" else TRAINING_PASSES
+        useful = passes * flops["model"] + (flops["sae"] if reads_features else 0)
+        made.append(
+            {
+                "": title,
+                "pairs a second": 1 / seconds,
+                "TFLOP a pair": useful / 1e12,
+                "TFLOP/s": useful / seconds / 1e12,
+                "of the device's, %": 100 * useful / seconds / rate,
+                f"hours for {ULTRAFEEDBACK:,} pairs": seconds * ULTRAFEEDBACK / 3600,
+                "cores busy": result["cores_busy"],
+                "tensors, GB": result["tensor_bytes"] / 1e9,
+            }
+        )
+    return made
+
+
+if __name__ == "__main__":
+    main()

