@@ -32,6 +32,13 @@ def _logits(hidden_CD: Tensor, head_VD: Tensor, softcap: float | None) -> Tensor
     return logits_CV if softcap is None else torch.tanh_(logits_CV.div_(softcap)).mul_(softcap)
 
 
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """`total + left @ right` in `dtype`, without a second product of that size where the dtypes are the same."""
+    if total is None:
+        return (left @ right).to(dtype)
+    return total.addmm_(left, right) if left.dtype == dtype else total.add_(left @ right)
+
+
 class _TokenScores(torch.autograd.Function):
     """log π(target) and KL(π_ref ‖ π) per token, chunk by chunk, with the logits computed again in backward."""
 
@@ -70,7 +77,7 @@ class _TokenScores(torch.autograd.Function):
         hidden_TD, weight_VD, targets_T, kept_CV, *reference = ctx.saved_tensors
         head_VD, *reference_head = (weight.to(ctx.dtype) for weight in (weight_VD, *reference[1:]))
         grad_hidden_TD = torch.empty_like(hidden_TD)
-        grad_head_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        grad_head_VD = None
         for part in reversed(list(_chunks(len(targets_T), head_VD.shape[0]))):
             if kept_CV is not None:
                 logits_CV, kept_CV = kept_CV, None  # log-probabilities, of which softmax makes the same
@@ -78,23 +85,17 @@ class _TokenScores(torch.autograd.Function):
                 logits_CV = _logits(hidden_TD[part], head_VD, ctx.softcap)
             probs_CV = torch.softmax(logits_CV, dim=-1)
             # d logp[target] / d logits = 1[target] - p;   d KL(ref ‖ p) / d logits = p - p_ref
+            grad_CV = probs_CV * -grad_logps_T[part, None] if reference else probs_CV.mul_(-grad_logps_T[part, None])
+            grad_CV.scatter_add_(1, targets_T[part, None], grad_logps_T[part, None])
             if reference:
                 ref_logits_CV = _logits(reference[0][part], reference_head[0], ctx.softcap)
-                grad_CV = probs_CV * -grad_logps_T[part, None]
                 grad_CV.addcmul_(probs_CV.sub_(torch.softmax(ref_logits_CV, dim=-1)), grad_kl_T[part, None])
-            else:
-                grad_CV = probs_CV.mul_(-grad_logps_T[part, None])
-            grad_CV.scatter_add_(1, targets_T[part, None], grad_logps_T[part, None])
             if ctx.softcap is not None:
                 grad_CV.mul_(1 - (logits_CV / ctx.softcap).square())
             grad_CV = grad_CV.to(ctx.dtype)
             grad_hidden_TD[part] = grad_CV @ head_VD
-            if grad_head_VD is None:
-                continue
-            if ctx.dtype == weight_VD.dtype:
-                grad_head_VD.addmm_(grad_CV.T, hidden_TD[part].to(ctx.dtype))  # without a product of the head's size
-            else:
-                grad_head_VD += grad_CV.T @ hidden_TD[part].to(ctx.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_head_VD = _add_product(grad_head_VD, grad_CV.T, hidden_TD[part].to(ctx.dtype), weight_VD.dtype)
         return grad_hidden_TD, grad_head_VD, None, None, None, None
 
 
