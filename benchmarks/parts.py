@@ -35,12 +35,6 @@ def main() -> None:
     add("--hidden", type=int, default=576, help="size of the activations")
     add("--vocabularies", type=int, nargs="+", default=[49_152, 256_000])
     add("--widths", type=int, nargs="+", default=[2**14, 2**16, 2**18, 2**20])
-    add(
-        "--full-width",
-        type=int,
-        default=2**20,
-        help="the widest SAE that is encoded whole: it takes 20 bytes x width x tokens",
-    )
     add("--shares", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], help="of the prompt in a sequence")
     options = parser.parse_args()
     sizes = {"tokens": options.tokens, "hidden": options.hidden, "device": options.device}

@@ -88,7 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=4, help="pairs a step")
     add("--steps", type=int, default=1, help="steps that are measured")
     add("--warmup", type=int, default=1, help="steps before them")
-    add("--token-budget", type=int, default=1024, help="tokens of a packed row")
+    add("--token-budget", type=int, default=512, help="of a packed row; on a CPU best one pair")
     add("--recipe", default="fp32", choices=("fp32", "bf16"))
     add("--layer", type=int, default=24, help="after which the SAE reads")
     add("--width", type=int, default=16_384, help="of the SAE")

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
@@ -71,7 +70,7 @@ def record(setting: dict[str, Any], folder: str, name: str, most: int = 15) -> R
     kinds: Counter[str] = Counter()
     operations: Counter[str] = Counter()
     for event in callback.recorded.key_averages(group_by_input_shape=True):
-        if event.device_type != DeviceType.CPU:  # a kernel, whose time is also that of the operation that started it
+        if event.device_type.name != "CPU":  # a kernel, whose time is also that of the operation that started it
             continue
         seconds = (event.self_device_time_total if chosen.device == "cuda" else event.self_cpu_time_total) / 1e6
         kind = kind_of(event.key, sizes_of(event.input_shapes), vocabulary, chosen.width)
