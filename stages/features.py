@@ -85,7 +85,7 @@ def _encode(sae: Any, acts_CD: Tensor) -> Tensor:
     """`sae.encode`, without gradient; where features do not compete, in one array instead of the five that it takes."""
     if sae.cfg.architecture() not in COLUMNWISE:
         return sae.encode(acts_CD)  # type: ignore[no-any-return]
-    acts_CM = (_sae_in(sae, acts_CD) @ sae.W_enc).add_(sae.b_enc)
+    acts_CM: Tensor = (_sae_in(sae, acts_CD) @ sae.W_enc).add_(sae.b_enc)
     cutoff = sae.threshold.clamp(min=0) if sae.cfg.architecture() == "jumprelu" else 0.0
     return acts_CM.masked_fill_(acts_CM <= cutoff, 0)
 
