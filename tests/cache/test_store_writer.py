@@ -13,7 +13,7 @@ import pytest
 from cache_rows import MEANING, NUMERICS, shard, with_damaged_pages, write_cache
 from fpo.cache.manifest import IdentityError, Manifest
 from fpo.cache.reader import open_cache, verify
-from fpo.cache.store_writer import StoreWriter, open_writer
+from fpo.cache.store_writer import StoreWriter, open_writer, read_any_footer
 from fpo.cache.stores import Store
 from fpo.cache.writer import CacheWriter
 
@@ -193,11 +193,18 @@ def test_options_are_written_first_and_a_manifest_can_be_taken_back(url: str):
 
 def test_a_store_out_of_reach_is_not_taken_for_an_empty_one(url: str, monkeypatch: pytest.MonkeyPatch):
     finish(url)
-    writer = writer_of(url)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("down")
 
-    monkeypatch.setattr(writer._store._files, "open", refuse)
+    monkeypatch.setattr(type(writer_of(url)._store._files), "open", refuse)
     with pytest.raises(OSError, match=r"data/train-00000.*found RuntimeError: down"):
-        writer._stored_footer(NAMES[0])
+        read_any_footer(url)
+
+
+def test_any_shard_says_what_an_unfinished_cache_is(url: str):
+    with pytest.raises(FileNotFoundError, match="expected a shard, found none"):
+        read_any_footer(url)
+    writer = writer_of(url)
+    finish(url)
+    assert (read_any_footer(url).meaning, read_any_footer(url).numerics) == (writer.meaning, writer.numerics)

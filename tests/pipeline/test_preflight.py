@@ -111,6 +111,7 @@ def test_the_hub_is_asked_for_what_is_needed_of_it_once(make, monkeypatch, world
     first = make(model="google/gemma-2-2b", dataset=hub_data, sae=("res:layer_2@blocks.2.hook_resid_post",))
     second = make("align", model="google/gemma-2-2b", sae=("res:layer_2",), seed=1)
     monkeypatch.setattr(preflight, "free_memory", lambda device: 10**15)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**15))
     only(missing([first, second], jobs=1), "not given")
     wanted = [Repo("model", "google/gemma-2-2b"), Repo("dataset", hub_data), Repo("model", "owner/saes", "folder/2")]
     assert sorted(asked, key=str) == sorted(wanted, key=str)
