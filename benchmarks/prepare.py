@@ -15,7 +15,7 @@ from fpo.cache.schema import FORMAT_VERSION, CachedPair, Pair, pair_id
 from fpo.cache.writer import CacheWriter
 from fpo.pipeline.shapes import configuration, is_hub_id
 from fpo.stages.models import find_model, load_model, load_tokenizer
-from fpo.stages.precompute import describe_numerics
+from fpo.stages.reference import describe_numerics
 from fpo.stages.scoring import measure_pairs
 from fpo.stages.sites import SiteSAE, load_sae
 

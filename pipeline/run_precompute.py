@@ -10,8 +10,9 @@ from typing import Any
 from ..cache.files import Place
 from ..cache.manifest import Manifest
 from ..stages.models import choose_attention, load_model
-from ..stages.precompute import Reference, precompute
+from ..stages.precompute import precompute
 from ..stages.preferences import Limits, Preferences
+from ..stages.reference import Reference
 from ..stages.sites import check_fits
 from .config import RunConfig, to_yaml
 from .inputs import device_of, load_data, load_saes, required

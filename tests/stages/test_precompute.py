@@ -15,8 +15,9 @@ from fpo.cache.manifest import IdentityError, Manifest
 from fpo.cache.reader import open_cache, verify
 from fpo.cache.writer import CacheWriter
 from fpo.stages.parity import difference, tolerance
-from fpo.stages.precompute import Reference, precompute
+from fpo.stages.precompute import precompute
 from fpo.stages.preferences import Limits
+from fpo.stages.reference import Reference
 from fpo.stages.sites import Site
 from pairs import score_alone
 from tiny import save_tiny_sae, tiny_sae
