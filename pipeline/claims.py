@@ -111,7 +111,8 @@ class _Gain:
     def text(self, scale: float, digits: int, unit: str) -> str:
         """The difference with its spread."""
         spread = _spread(scale * self.deviation, self.seeds, digits)
-        return f"{scale * self.mean:+.{digits}f} {unit} ({spread}, paired by seed)"
+        paired = ", paired by seed" if self.seeds > 1 else ""
+        return f"{scale * self.mean:+.{digits}f} {unit} ({spread}{paired})"
 
 
 def _gain(better: Sequence[Record], worse: Sequence[Record], key: str) -> _Gain:
