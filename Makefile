@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.install-stamp
 
-.PHONY: install install-models run run-smollm2 reproduce-table reproduce-ablations tune benchmark benchmark-gpu typing lint types test test-slow wheel clean
+.PHONY: install install-models run run-smollm2 reproduce-table reproduce-ablations tune benchmark benchmark-gpu typing lint types test test-slow reliability wheel clean
 
 install: $(STAMP)
 
@@ -102,6 +102,10 @@ test: install lint types
 # What takes longer than some seconds: compiled attention, a killed process, a hub that is out of reach.
 test-slow: install
 	$(BIN)/pytest -q -n auto -m slow
+
+# Kills, damage, hostile and malformed files, fuzzing, long runs: as often as docs/reliability.md says; prints its figures.
+reliability: install
+	$(BIN)/pytest -q -n auto --long tests/reliability
 
 clean:
 	rm -rf build dist .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,10 +1,40 @@
 import gc
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="tries of tests/reliability as `make reliability` makes them")
+
+
+@pytest.fixture(scope="session")
+def tries(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
+    """How often to try something: `tries(a few, many)`, many under `--long`."""
+    return lambda few, many: many if pytestconfig.getoption("long") else few
+
+
+@pytest.fixture
+def tally(record_property: Callable[[str, Any], None]) -> Callable[..., None]:
+    """Adds to a figure of `make reliability`: `tally("kills of stage one survived", 12)`, added up over all tests."""
+    return lambda what, number=1: record_property("tally", [what, number])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the figures that were tallied, after the tests that gave them passed."""
+    figures: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "tally":
+                figures[value[0]] += value[1]
+    if figures:
+        terminalreporter.section("figures")
+    for what in sorted(figures):
+        terminalreporter.line(f"{figures[what]:>12,}  {what}")
 
 
 @pytest.fixture(scope="session", autouse=True)
