@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from ..stages.features import CHUNK_ENTRIES
+from ..stages import features, logprobs
 from .amounts import Data
 from .config import RunConfig
 from .rates import Rates
@@ -19,7 +19,6 @@ PROCESS_BYTES = 0.75e9
 
 # Chunks of logits or of features (fp32) that exist at once: themselves, their softmax or mask, and gradients.
 CHUNKS = 4
-CHUNK_BYTES = 4 * CHUNK_ENTRIES
 
 # A cache on disk, as measured: what is left of 4 bytes a token, and of 2 + 4 bytes a feature, when compressed.
 TOKEN_SHARE, FEATURE_SHARE = 0.4, 0.8
@@ -100,6 +99,12 @@ class Task:
         return self.shape.layer_bytes(self.row, self.itemsize, self.attention == "eager")
 
     @property
+    def chunks(self) -> float:
+        """Bytes of the chunks of logits or of features."""
+        logits = logprobs.CHUNK_ENTRIES["cuda" if self.rates.cuda else "cpu"]
+        return CHUNKS * 4 * max(logits, features.CHUNK_ENTRIES)
+
+    @property
     def saes(self) -> float:
         """Bytes of the SAEs, encoder and decoder in fp32."""
         return sum(4 * 2 * self.shape.hidden * width for width in self.widths)
@@ -151,7 +156,7 @@ def precompute_cost(task: Task) -> Cost:
     most = math.inf if config.keep_features == "all" else config.keep_features
     kept = sum(min(most, NONZERO_SHARE * width) for width in task.widths)
     a_pair = TOKEN_SHARE * 4 * data.tokens + FEATURE_SHARE * 6 * 2 * kept
-    memory = PROCESS_BYTES + task.weights + task.saes + task.layer + CHUNKS * CHUNK_BYTES
+    memory = PROCESS_BYTES + task.weights + task.saes + task.layer + task.chunks
     return Cost(memory, data.count * a_pair, forward(task, data).seconds(task, task.rates.inference))
 
 
@@ -189,7 +194,7 @@ def training_cost(task: Task) -> Cost:
     inputs = shape.layers * task.row * shape.hidden * 4
     kept = inputs + max(task.layer, head) if again else shape.layers * task.layer + head
     memory = PROCESS_BYTES + task.weights + trained * (4 + optimiser) + 4 * shape.parameters * live
-    memory += kept + task.saes + CHUNKS * CHUNK_BYTES
+    memory += kept + task.saes + task.chunks
     saved = trained if adapter else shape.parameters
     result = shape.parameters if config.merge else saved
     checkpoints = min(CHECKPOINTS, math.ceil(steps / config.save_steps)) * (4 * saved + optimiser * trained)
@@ -209,7 +214,7 @@ def evaluation_cost(task: Task) -> Cost:
     pairs = Work(own.layers * (1 + live), own.head * (1 + live), own.saes, own.passes * (1 + live))
     seconds = pairs.seconds(task, rates.inference)
     other = 4 * shape.parameters if live and config.reference != config.model else 0
-    memory = task.layer + CHUNKS * CHUNK_BYTES + other
+    memory = task.layer + task.chunks + other
     if not config.prompts:
         return Cost(PROCESS_BYTES + task.weights + task.saes + memory, 0.0, seconds)
     answers, batch = config.prompts * config.samples, config.generation_batch
@@ -234,7 +239,7 @@ def sae_training_cost(task: Task) -> Cost:
     read = shape.layer_flops(config.tokens, config.tokens * task.data.tokens / 2)
     passes = shape.layers * config.tokens / task.row
     seconds = Work(read, 0, 3 * 2 * weights * config.tokens, passes).seconds(task, task.rates.training)
-    memory = PROCESS_BYTES + task.weights + task.layer + 16 * weights + CHUNKS * CHUNK_BYTES
+    memory = PROCESS_BYTES + task.weights + task.layer + 16 * weights + task.chunks
     return Cost(memory, 4 * weights, seconds)
 
 

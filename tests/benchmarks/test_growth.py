@@ -1,5 +1,6 @@
 import pytest
 from fpo.cache.reader import open_cache, verify
+from fpo.stages import logprobs
 
 from benchmarks import generated_cache
 from benchmarks.growth import fpo_pair
@@ -22,7 +23,7 @@ def test_activations_grow_by_one_vector_of_the_sae_s_width_a_response_and_by_chu
 
 
 def test_activations_do_not_grow_with_the_vocabulary_beyond_chunks(pair_of, monkeypatch):
-    monkeypatch.setattr("fpo.stages.logprobs.CHUNK_ENTRIES", 2**12)
+    monkeypatch.setitem(logprobs.CHUNK_ENTRIES, "cpu", 2**12)
     small, large = (pair_of(vocabulary=vocabulary)["extra_bytes"] for vocabulary in (2**9, 2**12))
     assert large - small < 8 * 4 * 2**12
 

@@ -9,8 +9,8 @@ TOKENS, HIDDEN, VOCABULARY = 11, 6, 17
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_ENTRIES", 3 * VOCABULARY + 1)
-    assert chunk_tokens(VOCABULARY) == 3
+    monkeypatch.setitem(logprobs.CHUNK_ENTRIES, "cpu", 3 * VOCABULARY + 1)
+    assert chunk_tokens(VOCABULARY, torch.device("cpu")) == 3
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -88,7 +88,7 @@ def test_the_divergence_from_itself_is_0_to_the_bit():
 def test_the_result_does_not_depend_on_the_chunks(monkeypatch):
     hidden, head = random(TOKENS, HIDDEN), random(VOCABULARY, HIDDEN, seed=1)
     first, _ = token_scores(hidden, head, targets())
-    monkeypatch.setattr(logprobs, "CHUNK_ENTRIES", 1)  # a vocabulary larger than the chunk: one token at a time
+    monkeypatch.setitem(logprobs.CHUNK_ENTRIES, "cpu", 1)  # a vocabulary larger than the chunk: one token at a time
     assert_close(token_scores(hidden, head, targets())[0], first.double())
 
 

@@ -46,7 +46,7 @@ TOP_K = 8
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(logprobs, "CHUNK_ENTRIES", 128 * 7)
+    monkeypatch.setitem(logprobs.CHUNK_ENTRIES, "cpu", 128 * 7)
     monkeypatch.setattr(features, "CHUNK_ENTRIES", 64 * 7)
 
 
