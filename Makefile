@@ -55,12 +55,12 @@ saes/smollm2-135m/cfg.json: | install-models
 BENCHMARK := $(BIN)/python -m benchmarks
 
 benchmark: install-models
-	$(BENCHMARK).training_step --dataset $(DATA)
+	$(BENCHMARK).training_step --dataset $(DATA) --contestants fpo simpo trl-dpo-precomputed-ckpt trl-simpo-ckpt
 	$(BENCHMARK).stage_one --dataset $(DATA)
-	$(BENCHMARK).limit --dataset $(DATA) --contestants fpo
-	$(BENCHMARK).step_profile --dataset $(DATA)
-	$(BENCHMARK).parts
-	$(BENCHMARK).growth
+	$(BENCHMARK).limit --dataset $(DATA) --batch 4 --contestants fpo
+	$(BENCHMARK).step_profile --dataset $(DATA) --batch 2
+	$(BENCHMARK).parts --repeats 1
+	$(BENCHMARK).growth --repeats 1
 
 # The same on a GPU with the shapes of Gemma-2-2B and 9B (random weights) and lengths as UltraFeedback's. The 9B trains
 # with the paper's RMSprop, and only where 12 bytes a weight fit.

@@ -30,14 +30,15 @@ def main() -> None:
     add("--recipe", default="fp32", choices=("fp32", "bf16"))
     add("--tokens", type=int, default=512, help="of the pair, where its length is not varied")
     add("--width", type=int, default=2**14, help="of the SAE, where it is not varied")
-    add("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
-    add("--vocabularies", type=int, nargs="+", default=[2**14, 2**16, 2**18])
-    add("--widths", type=int, nargs="+", default=[2**14, 2**16, 2**18, 2**20])
-    add("--sites", type=int, nargs="+", default=[1, 2, 4])
-    add("--cache-pairs", type=int, nargs="*", default=[10_000, 50_000], help="pairs of generated caches")
+    add("--lengths", type=int, nargs="*", default=[512, 1024, 2048])
+    add("--vocabularies", type=int, nargs="*", default=[2**14, 2**16, 2**18])
+    add("--widths", type=int, nargs="*", default=[2**14, 2**16, 2**18, 2**20])
+    add("--sites", type=int, nargs="*", default=[1, 2, 4])
+    add("--cache-pairs", type=int, nargs="*", default=[10_000], help="pairs of generated caches")
     add("--cache-tokens", type=int, default=704, help="of a generated pair")
     add("--cache-features", type=int, default=512, help="of a generated response")
     add("--step-pairs", type=int, default=1, help="of the whole model's step that reading is compared with")
+    add("--repeats", type=int, default=3, help="after one to warm up")
     options = parser.parse_args()
     base = {
         "model": options.model,
@@ -48,6 +49,7 @@ def main() -> None:
         "sites": 1,
         "recipe": options.recipe,
         "device": options.device,
+        "repeats": options.repeats,
     }
     with workplace() as folder:
         tables = {
@@ -90,6 +92,7 @@ def fpo_pair(
     sites: int,
     recipe: Any,
     device: str,
+    repeats: int,
     pairs: int = 1,
 ) -> Result:
     """Forward and backward of FPO on one row of pairs of `tokens`; the SAEs read the last layers but one."""
@@ -100,7 +103,7 @@ def fpo_pair(
     made = [random_pair(prompt, (tokens - prompt) // 2, lm.config.vocab_size, seed) for seed in range(pairs)]
     last = lm.config.num_hidden_layers - 1
     saes = saes_at([last - number for number in range(sites)], lm.config.hidden_size, width, device)
-    return measured(device, fpo_step(lm, made, saes, recipe))
+    return measured(device, fpo_step(lm, made, saes, recipe), repeats)
 
 
 def cache_row(folder: Path, pairs: int, tokens: int, features: int, pair_seconds: float) -> Result:

@@ -35,13 +35,15 @@ def main() -> None:
     add("--hidden", type=int, default=576, help="size of the activations")
     add("--vocabularies", type=int, nargs="+", default=[49_152, 256_000])
     add("--widths", type=int, nargs="+", default=[2**14, 2**16, 2**18, 2**20])
-    add("--shares", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9], help="of the prompt in a sequence")
+    add("--shares", type=float, nargs="+", default=[0.1, 0.5, 0.9], help="of the prompt in a sequence")
+    add("--repeats", type=int, default=3, help="after one to warm up")
     options = parser.parse_args()
-    sizes = {"tokens": options.tokens, "hidden": options.hidden, "device": options.device}
+    measure = {"tokens": options.tokens, "device": options.device, "repeats": options.repeats}
+    sizes = measure | {"hidden": options.hidden}
     heads = [{"vocabulary": vocabulary} for vocabulary in options.vocabularies]
     widths = [{"width": width} for width in options.widths]
     shares = [{"prompt_share": share} for share in options.shares]
-    rows = {"model": options.model, "layers": options.layers, "tokens": options.tokens, "device": options.device}
+    rows = measure | {"model": options.model, "layers": options.layers}
     with workplace():
         tables = {
             "Head, forward and backward": compare(head, "chunked", "all logits", heads, sizes),
@@ -67,7 +69,7 @@ def compare(function: Any, ours: str, plain: str, cases: Sequence[Result], share
     return made
 
 
-def head(way: str, tokens: int, vocabulary: int, hidden: int, device: str) -> Result:
+def head(way: str, tokens: int, vocabulary: int, hidden: int, device: str, repeats: int = 3) -> Result:
     """Log-probabilities of `tokens` targets and their gradients to hidden states and head."""
     generator = torch.Generator().manual_seed(0)
     hidden_TD = torch.randn(tokens, hidden, generator=generator).to(device).requires_grad_()
@@ -81,10 +83,10 @@ def head(way: str, tokens: int, vocabulary: int, hidden: int, device: str) -> Re
             logps_T = torch.log_softmax((hidden_TD @ head_VD.T).float(), dim=-1).gather(1, targets_T[:, None])
         logps_T.sum().backward()
 
-    return measured(device, work)
+    return measured(device, work, repeats)
 
 
-def features(way: str, tokens: int, width: int, hidden: int, device: str) -> Result:
+def features(way: str, tokens: int, width: int, hidden: int, device: str, repeats: int = 3) -> Result:
     """D_F of two responses and its gradient to the activations."""
     (site,) = saes_at([0], hidden, width, device)
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +101,7 @@ def features(way: str, tokens: int, width: int, hidden: int, device: str) -> Res
             mse_R = drift_of_all(site.sae, acts_TD, lengths, cached)
         mse_R.sum().backward()
 
-    return measured(device, work)
+    return measured(device, work, repeats)
 
 
 def drift_of_all(sae: Any, acts_TD: Tensor, lengths: Sequence[int], cached: CachedFeatures) -> Tensor:
@@ -116,7 +118,9 @@ def drift_of_all(sae: Any, acts_TD: Tensor, lengths: Sequence[int], cached: Cach
 
 
 @torch.no_grad()
-def packing(way: str, model: str, layers: int, tokens: int, prompt_share: float, device: str, pairs: int = 4) -> Result:
+def packing(
+    way: str, model: str, layers: int, tokens: int, prompt_share: float, device: str, repeats: int = 3, pairs: int = 4
+) -> Result:
     """Log-probabilities of pairs whose sequences have `tokens` at most, a share of which is the prompt.
 
     Responses differ in length, as real ones do: the shortest has a third of the longest's tokens.
@@ -134,7 +138,7 @@ def packing(way: str, model: str, layers: int, tokens: int, prompt_share: float,
         if way == "packed"
         else (lambda: padded_logps(lm, made, device))
     )
-    return measured(device, work)
+    return measured(device, work, repeats)
 
 
 def packed_logps(model: Any, pairs: Sequence[Pair], budget: int, device: str) -> None:

@@ -85,7 +85,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--prompt", type=float, default=185, help="mean tokens of a random prompt")
     add("--response", type=float, default=330, help="mean tokens of a random response")
     add("--max-length", type=int, default=1024, help="tokens of a prompt and one response")
-    add("--batch", type=int, default=4, help="pairs a step")
+    add("--batch", type=int, default=8, help="pairs a step")
     add("--steps", type=int, default=1, help="steps that are measured")
     add("--warmup", type=int, default=1, help="steps before them")
     add("--token-budget", type=int, default=512, help="of a packed row; on a CPU best one pair")

@@ -42,7 +42,6 @@ def main() -> None:
     """Runs the three ways in turn and reports."""
     parser = parser_of(__doc__, "stage_one")
     add_options(parser)
-    parser.set_defaults(steps=4)
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
     setting = setting_of(options)

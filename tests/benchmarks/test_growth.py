@@ -10,7 +10,7 @@ from benchmarks.growth import fpo_pair
 def pair_of(world):
     def run(**changes):
         sizes = {"layers": 2, "vocabulary": None, "tokens": 64, "width": 64, "sites": 1, "recipe": "fp32"}
-        return fpo_pair(str(world.llama), **(sizes | changes), device="cpu")
+        return fpo_pair(str(world.llama), **(sizes | changes), device="cpu", repeats=1)
 
     return run
 
