@@ -18,6 +18,7 @@ from .records import decode, parse_json
 from .schema import FORMAT_VERSION
 
 __all__ = [
+    "REPAIR",
     "IdentityError",
     "Manifest",
     "Meaning",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
+# What to do about a damaged cache.
+REPAIR = "run `fpo precompute --repair` with the options that it was made with"
 MAX_SHARDS = 99_999
 
 _SPLIT = re.compile(r"\w+(\.\w+)*", re.ASCII)
@@ -194,7 +197,7 @@ class Manifest:
         try:
             return cls._parse(data)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: {error}; download it again, or delete it and run `fpo precompute`") from error
+            raise ValueError(f"{where}: {error}; download it again, or {REPAIR}") from error
 
     @classmethod
     def _parse(cls, data: bytes) -> "Manifest":

@@ -14,11 +14,12 @@ import pyarrow as pa
 from filelock import FileLock
 
 from .columns import Columns, table_to_batch
-from .files import as_place, atomic_file, remove_leftovers, sha256_file, sha256_text, user_folder
-from .manifest import MANIFEST_NAME, Manifest, ShardRecord, differences
+from .damage import file_fault, shard_fault
+from .files import as_place, atomic_file, remove_leftovers, sha256_file, sha256_text, user_folder, write_atomically
+from .manifest import MANIFEST_NAME, REPAIR, Manifest
 from .records import parse_json
 from .schema import CachedPair, arrow_schema
-from .shard import DAMAGE, check_range, read_footer, read_table
+from .shard import DAMAGE, check_range, read_table
 from .stores import Store, fetch, load_manifest
 from .writer import PROVENANCE_NAME
 
@@ -82,7 +83,7 @@ def open_cache(place: Path | str, *, sites: Sequence[str] | None = None, trust_h
     Args:
         place: folder or URL of the cache; one in a store is copied to this machine first, once.
         sites: names of the sites whose features are wanted, in that order; all by default, none if empty.
-        trust_hashes: whether to skip the SHA-256 of shards that were decoded before.
+        trust_hashes: whether to skip the SHA-256 of shards that were decoded before, and of what was decoded.
 
     Raises:
         FileNotFoundError: there is no manifest.
@@ -94,14 +95,17 @@ def open_cache(place: Path | str, *, sites: Sequence[str] | None = None, trust_h
     names = [site.site for site in manifest.meaning.sites] if sites is None else list(sites)
     numbers = _site_numbers(manifest, names)
     for fault in _folder_faults(folder, manifest, hashes=not trust_hashes):
-        raise ValueError(f"{folder}: {fault}; download it again, or delete it and run `fpo precompute`")
+        if isinstance(as_place(place), Path):
+            raise ValueError(f"{folder}: {fault}; download it again, or {REPAIR}")
+        raise ValueError(f"{folder}: {fault}; it is this machine's copy of {place}: remove it")
     key = sha256_text("\n".join([manifest.sha256, *names]))
     decoded = user_folder() / "decoded" / f"{key}.arrow"
     decoded.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(decoded.with_suffix(".lock")):
-        if not decoded.exists():
-            remove_leftovers(decoded.parent)
-            _decode(folder, manifest, numbers, decoded)
+    if not _is_whole(decoded, trust_hashes):
+        with FileLock(decoded.with_suffix(".lock")):
+            if not _is_whole(decoded, trust_hashes):  # another process may have just decoded it
+                remove_leftovers(decoded.parent)
+                _decode(folder, manifest, numbers, decoded)
     return Cache(folder, manifest, names, decoded)
 
 
@@ -115,24 +119,38 @@ def _site_numbers(manifest: Manifest, names: Sequence[str]) -> list[int]:
     return [known.index(name) for name in names]
 
 
+def _is_whole(decoded: Path, trust_hash: bool) -> bool:
+    """Whether the file is there and is still what `_decode` wrote; it lies where disks fail and folders are cleaned."""
+    try:
+        size, sha256 = decoded.with_suffix(".sha256").read_text().split()
+        return decoded.stat().st_size == int(size) and (trust_hash or sha256_file(decoded) == sha256)
+    except (OSError, ValueError):
+        return False
+
+
 def _decode(folder: Path, manifest: Manifest, sites: Sequence[int], decoded: Path) -> None:
-    """Writes tokens and the chosen sites' features as Arrow IPC, one record batch a shard, one shard at a time."""
+    """Writes tokens and the chosen sites' features as Arrow IPC, one record batch a shard, one shard at a time.
+
+    A file beside it, written last, says what size and SHA-256 it has.
+    """
     meaning = manifest.meaning
-    with (
-        atomic_file(decoded) as file,
-        pa.ipc.new_file(file, arrow_schema(meaning.widths, sites)) as writer,
-    ):
-        for record in manifest.shards:
-            path = folder / record.name
-            # Hashed even if hashes are trusted: what is decoded once is read by every later run.
-            if sha256_file(path) != record.sha256:
-                raise ValueError(f"{path}: its SHA-256 is not the manifest's; download it again")
-            try:
-                table = read_table(path, meaning, sites)
-                check_range(table, record.report)
-            except DAMAGE as error:
-                raise ValueError(f"{path}: {error}; download it again") from error
-            writer.write_batch(table_to_batch(table))
+    with atomic_file(decoded) as file:
+        with pa.ipc.new_file(file, arrow_schema(meaning.widths, sites)) as writer:
+            for record in manifest.shards:
+                path = folder / record.name
+                # Hashed even if hashes are trusted: what is decoded once is read by every later run.
+                if sha256_file(path) != record.sha256:
+                    raise ValueError(f"{path}: its SHA-256 is not the manifest's; download it again, or {REPAIR}")
+                try:
+                    table = read_table(path, meaning, sites)
+                    check_range(table, record.report)
+                except DAMAGE as error:
+                    raise ValueError(f"{path}: {error}; download it again, or {REPAIR}") from error
+                writer.write_batch(table_to_batch(table))
+        file.flush()
+        written = Path(file.name)
+        state = f"{written.stat().st_size} {sha256_file(written)}\n"
+    write_atomically(decoded.with_suffix(".sha256"), state.encode())
 
 
 def verify(place: Path | str) -> list[str]:
@@ -156,7 +174,8 @@ def _damages(folder: Path) -> Iterator[str]:
         return
     yield from _foreign(manifest, _shards_in(folder))
     for record in manifest.shards:
-        yield from _shard_damages(folder / record.name, manifest, record)
+        if fault := shard_fault(folder / record.name, manifest, record):
+            yield f"{record.name}: {fault}"
 
 
 def _stored_damages(store: Store) -> Iterator[str]:
@@ -177,26 +196,15 @@ def _stored_damages(store: Store) -> Iterator[str]:
             except ValueError as error:
                 yield f"{record.name}: {error}"
             else:
-                yield from _shard_damages(path, manifest, record)
-
-
-def _shard_damages(path: Path, manifest: Manifest, record: ShardRecord) -> Iterator[str]:
-    fault = next(_shard_faults(path, manifest, record, hashes=True), None)
-    if fault is None:  # a file with the wrong bytes is not parsed any further
-        try:
-            check_range(read_table(path, manifest.meaning), record.report)
-        except DAMAGE as error:
-            fault = str(error)
-    if fault is not None:
-        yield f"{record.name}: {fault}"
+                if fault := shard_fault(path, manifest, record):
+                    yield f"{record.name}: {fault}"
 
 
 def _folder_faults(folder: Path, manifest: Manifest, hashes: bool) -> Iterator[str]:
     yield from _foreign(manifest, _shards_in(folder))
     for record in manifest.shards:
-        for fault in _shard_faults(folder / record.name, manifest, record, hashes):
+        if fault := file_fault(folder / record.name, manifest, record, hashes):
             yield f"{record.name}: {fault}"
-            break
 
 
 def _shards_in(folder: Path) -> list[str]:
@@ -208,26 +216,3 @@ def _foreign(manifest: Manifest, shards: Sequence[str]) -> Iterator[str]:
     for name in shards:
         if name not in known:
             yield f"{name}: not in the manifest"
-
-
-def _shard_faults(path: Path, manifest: Manifest, record: ShardRecord, hashes: bool) -> Iterator[str]:
-    try:
-        size = path.stat().st_size
-        if size != record.bytes:
-            yield f"expected {record.bytes} bytes, found {size}"
-        if hashes and (sha256 := sha256_file(path)) != record.sha256:
-            yield f"expected SHA-256 {record.sha256}, found {sha256}"
-        footer = read_footer(path)
-    except FileNotFoundError:
-        yield "missing"
-        return
-    except DAMAGE as error:
-        yield f"unreadable ({error})"
-        return
-    found = differences(manifest.meaning, footer.meaning) + differences(manifest.numerics, footer.numerics)
-    if found:
-        yield f"of another spec ({'; '.join(found)})"
-    if footer.rows != record.rows:
-        yield f"expected {record.rows} rows, found {footer.rows}"
-    if footer.report != record.report:
-        yield "its report is not the one in the manifest"

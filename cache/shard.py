@@ -104,8 +104,10 @@ def read_table(source: Path | pa.BufferReader, meaning: Meaning, sites: Sequence
     Raises:
         One of `DAMAGE`: the file is damaged, or a row breaks a rule of `check_table`.
     """
-    names = arrow_schema(meaning.widths, sites).names
+    names, whole = (arrow_schema(meaning.widths, chosen).names for chosen in (sites, None))
     with pq.ParquetFile(source, page_checksum_verification=True) as file:
+        if file.schema_arrow.names != whole:
+            raise ValueError(f"columns: expected {whole}, found {file.schema_arrow.names}")
         table = file.read(columns=names).select(names).replace_schema_metadata(None)
     check_table(table, meaning.widths, sites)
     return table

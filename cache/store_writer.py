@@ -7,7 +7,9 @@ on any machine goes on from the shards that it finds.
 import dataclasses
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -16,19 +18,21 @@ from .files import as_place, canonical_json, sha256_text, user_folder
 from .manifest import MANIFEST_NAME, Manifest, Meaning, Numerics, ShardRecord, ShardReport
 from .schema import CachedPair
 from .shard import Footer, footer_of
-from .stores import Store
+from .stores import Store, load_manifest
 from .writer import CARD_NAME, OPTIONS_NAME, PROVENANCE_NAME, CacheWriter
 
 # At the end of a Parquet file: the footer's length, four bytes, and a magic number.
 TAIL = 8
 
 
-def open_writer(place: Path | str, meaning: Meaning, numerics: Numerics, num_rows: int) -> CacheWriter:
+def open_writer(
+    place: Path | str, meaning: Meaning, numerics: Numerics, num_rows: int, *, repair: bool = False
+) -> CacheWriter:
     """The writer of a cache in a folder, or at a URL; raises as they do."""
     place = as_place(place)
     if isinstance(place, Path):
-        return CacheWriter(place, meaning, numerics, num_rows)
-    return StoreWriter(place, meaning, numerics, num_rows)
+        return CacheWriter(place, meaning, numerics, num_rows, repair=repair)
+    return StoreWriter(place, meaning, numerics, num_rows, repair=repair)
 
 
 def read_any_footer(place: Path | str) -> Footer:
@@ -72,22 +76,25 @@ class StoreWriter(CacheWriter):
     they do the same work twice.
     """
 
-    def __init__(self, url: str, meaning: Meaning, numerics: Numerics, num_rows: int):
+    def __init__(self, url: str, meaning: Meaning, numerics: Numerics, num_rows: int, *, repair: bool = False) -> None:
         """Looks at what the store has.
 
         Raises:
             IdentityError: the store holds a cache of another spec.
             OSError: the store does not answer.
-            ValueError: the spec cannot be written, the store holds shards that do not belong, or has no driver.
+            ValueError: the spec cannot be written, the store holds shards that do not belong, or has no driver; the
+                manifest is damaged, or there is nothing to repair.
         """
         self._store = Store(url)
         spec = [self._store.url, meaning.fingerprint(), dataclasses.asdict(numerics), num_rows]
         name = f"{re.sub('[^A-Za-z0-9]+', '-', self._store.url)[:80]}-{sha256_text(canonical_json(spec))[:12]}"
-        super().__init__(user_folder() / "staging" / name, meaning, numerics, num_rows)
+        staging = user_folder() / "staging" / name
+        (staging / MANIFEST_NAME).unlink(missing_ok=True)  # a copy: it is the store's that counts
+        super().__init__(staging, meaning, numerics, num_rows)
+        self._repair, self._sizes = repair, dict[str, int]()
         footers = {name: _stored_footer(self._store, name) for name in self._store.shards()}
-        manifest = self._store.read_if_there(MANIFEST_NAME)
-        self._published = None if manifest is None else Manifest.parse(manifest, self._store.address(MANIFEST_NAME))
-        self._check_contents(self._store.url, self._published, footers)
+        self.published = self._open_manifest(lambda: load_manifest(self._store))
+        self._check_contents(self._store.url, footers)
         self._stored = {i for i, name in enumerate(self._names) if self._is_shard(i, footers.get(name))}
 
     def is_done(self, index: int) -> bool:
@@ -115,24 +122,23 @@ class StoreWriter(CacheWriter):
             OSError: the store does not answer.
             ValueError: a shard does not read back.
         """
-        sizes = self._store.sizes()
-        if self._published is not None and all(
-            sizes.get(record.name) == record.bytes for record in self._published.shards
-        ):
-            return self._published
+        self._sizes = self._store.sizes()
         for index, name in enumerate(self._names):
-            if super().is_done(index) and sizes.get(name) != self.shard_path(index).stat().st_size:
+            if super().is_done(index) and self._sizes.get(name) != self.shard_path(index).stat().st_size:
                 self._store.put(name, self.shard_path(index))
         manifest = super().finish()
-        if manifest is not None:
+        if manifest is not None and manifest != self.published:
             self._store.put(CARD_NAME, self.folder / CARD_NAME)
             self._store.put(MANIFEST_NAME, self.folder / MANIFEST_NAME)
         return manifest
 
     def _record(self, index: int) -> ShardRecord:
+        name, path = self._names[index], self.shard_path(index)
+        vouched = self._vouched(index)
+        if vouched is not None and index not in self._written and self._sizes.get(name) == vouched.bytes:
+            return vouched  # it is read by those who fetch it, and by `discard_damage`
         if super().is_done(index):
             return super()._record(index)
-        name, path = self._names[index], self.shard_path(index)
         self._store.fetch(name, path)
         try:
             return super()._record(index)
@@ -140,10 +146,23 @@ class StoreWriter(CacheWriter):
             path.unlink()
             raise ValueError(f"{self._store.address(name)}, copied to {error}") from error
 
-    def withdraw(self) -> None:
-        """Takes the manifest back."""
-        super().withdraw()
-        self._store.remove(MANIFEST_NAME)
+    def _fault(self, index: int) -> str | None:
+        with TemporaryDirectory() as scratch:
+            path = Path(scratch) / "shard.parquet"
+            try:
+                self._store.fetch(self._names[index], path, self._vouched(index))
+            except FileNotFoundError:
+                return "missing"
+            except ValueError as error:
+                return str(error)
+            return self._fault_of(index, path)
+
+    def _remove(self, name: str) -> None:
+        """Removes a file from the store, and this machine's copy of it, which may be what was uploaded damaged."""
+        super()._remove(name)
+        self._stored = {index for index in self._stored if self._names[index] != name}
+        with suppress(FileNotFoundError):
+            self._store.remove(name)
 
     def write_options(self, text: str) -> None:
         """Writes `run.yaml`, before anything is computed: a store that takes no file is found out here."""

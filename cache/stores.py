@@ -15,7 +15,7 @@ import fsspec
 from filelock import FileLock
 
 from .files import as_place, atomic_file, remove_leftovers, sha256_file, user_folder, write_atomically
-from .manifest import MANIFEST_NAME, Manifest, ShardRecord
+from .manifest import MANIFEST_NAME, REPAIR, Manifest, ShardRecord
 from .writer import BESIDE
 
 # More than a manifest of a hundred thousand shards has.
@@ -189,6 +189,4 @@ def _fetch_shard(store: Store, record: ShardRecord, path: Path) -> None:
     try:
         store.fetch(record.name, path, record)
     except ValueError as error:
-        raise ValueError(
-            f"{store.address(record.name)}: {error}; delete it there and run `fpo precompute` with the same options"
-        ) from error
+        raise ValueError(f"{store.address(record.name)}: {error}; {REPAIR}") from error

@@ -13,7 +13,7 @@ Any number of workers may write into one folder, each in its own process:
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from filelock import FileLock, Timeout
 from .card import data_card
 from .checks import check_table
 from .columns import rows_to_table
+from .damage import read_back, shard_fault
 from .files import canonical_json, remove_leftovers, sha256_file, write_atomically
 from .manifest import (
     MANIFEST_NAME,
+    REPAIR,
     IdentityError,
     Manifest,
     Meaning,
@@ -36,7 +38,7 @@ from .manifest import (
     shard_name,
 )
 from .schema import FORMAT_VERSION, CachedPair
-from .shard import DAMAGE, Footer, check_range, encode_shard, footer_of, read_footer, read_table
+from .shard import DAMAGE, Footer, check_range, encode_shard, footer_of
 
 CARD_NAME = "README.md"
 OPTIONS_NAME = "run.yaml"
@@ -54,14 +56,26 @@ class CacheWriter:
         numerics: of the cache.
         num_rows: raw rows of the data set, after `limit`.
         num_shards: at least 1, so that a data set without rows has a shard that says so.
+        published: the manifest that was found; None if there was none, or a damaged one in a cache to be repaired.
     """
 
-    def __init__(self, folder: Path, meaning: Meaning, numerics: Numerics, num_rows: int):
+    def __init__(
+        self, folder: Path, meaning: Meaning, numerics: Numerics, num_rows: int, *, repair: bool = False
+    ) -> None:
         """Opens `folder`, makes it if need be, and removes what dead writers left half-written.
+
+        Args:
+            folder: of the cache.
+            meaning: of the cache.
+            numerics: of the cache.
+            num_rows: raw rows of the data set, after `limit`.
+            repair: lets in what `discard_damage` is to find: a damaged manifest, and shards of another spec under names
+                that a manifest of this spec vouches for.
 
         Raises:
             IdentityError: the folder holds a cache of another spec.
-            ValueError: the spec cannot be written, or the folder holds shards that do not belong.
+            ValueError: the spec cannot be written, the manifest is damaged, the folder holds shards that do not
+                belong, or there is nothing to repair.
         """
         if meaning.format_version != FORMAT_VERSION:
             raise ValueError(f"expected format version {FORMAT_VERSION}, found {meaning.format_version}")
@@ -73,29 +87,58 @@ class CacheWriter:
         self.folder, self.meaning, self.numerics, self.num_rows = folder, meaning, numerics, num_rows
         self.num_shards = max(1, -(-num_rows // numerics.shard_size))
         self._names = [shard_name(meaning.split, i, self.num_shards) for i in range(self.num_shards)]
+        self._repair = repair
+        self._written: set[int] = set()
+        self.published = self._open_manifest(lambda: Manifest.load(folder))
+        shards = {f"data/{path.name}": path for path in sorted((folder / "data").glob("*.parquet"))}
+        for path in shards.values():
+            if not path.is_file():
+                raise ValueError(f"{path}: expected a file, found a folder or a link to nothing; move it away")
+        self._check_contents(str(folder), {name: footer_of(path) for name, path in shards.items()})
         for name in ("data", ".locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        manifest = Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
-        shards = {f"data/{path.name}": path for path in sorted((folder / "data").glob("*.parquet"))}
-        self._check_contents(str(folder), manifest, {name: footer_of(path) for name, path in shards.items()})
         for folder in (self.folder, self.folder / "data"):
             remove_leftovers(folder)
 
-    def _check_contents(self, where: str, manifest: Manifest | None, footers: Mapping[str, Footer | None]) -> None:
+    def _open_manifest(self, read: Callable[[], Manifest]) -> Manifest | None:
+        self._manifest_fault = ""
+        try:
+            return read()
+        except FileNotFoundError:
+            self._manifest_fault = "missing"
+        except ValueError as error:
+            if not self._repair:
+                raise
+            # The fault without its advice, which is what is being done.
+            self._manifest_fault = str(error.__cause__ or error)
+        return None
+
+    def _check_contents(self, where: str, footers: Mapping[str, Footer | None]) -> None:
         """Refuses what is of another spec; a damaged shard, whose footer is None, is not done, and is written again."""
-        if manifest is not None:
-            self._check_identity(where, MANIFEST_NAME, manifest.meaning, manifest.numerics)
+        if self.published is not None:
+            self._check_identity(where, MANIFEST_NAME, self.published.meaning, self.published.numerics)
+            if (found := len(self.published.shards)) != self.num_shards:
+                raise ValueError(
+                    f"{where}/{MANIFEST_NAME}: expected {self.num_shards} shards, found {found}; move it away"
+                )
+        if self._repair and not footers and self._manifest_fault == "missing":
+            raise ValueError(f"{where}: expected a cache to repair, found none; leave --repair out")
+        # Of a shard in a cache without a manifest nobody can tell whether it is the stranger or the options are.
+        judged = self._repair and self.published is not None
         for name, footer in footers.items():
-            if footer is not None:
-                self._check_identity(where, name, footer.meaning, footer.numerics)
             if name not in self._names:
                 expected = f"expected one of {self.num_shards} shards, {self._names[0]} …"
                 raise ValueError(f"{where}/{name}: {expected}; move it away")
+            if footer is not None and not judged:
+                self._check_identity(where, name, footer.meaning, footer.numerics)
 
     def _check_identity(self, where: str, name: str, meaning: Meaning, numerics: Numerics) -> None:
         if found := differences(self.meaning, meaning) + differences(self.numerics, numerics):
             what = "; ".join(found)
-            raise IdentityError(f"{where}: {name} is of another spec ({what}); take another folder or the same spec")
+            raise IdentityError(
+                f"{where}: {name} is of another spec ({what}); take another folder or the same spec, or move the file "
+                "away if it is a stranger's"
+            )
 
     def shard_range(self, index: int) -> range:
         """The raw rows of a shard."""
@@ -160,6 +203,7 @@ class CacheWriter:
             raise ValueError(f"{name}: {error}") from error
         data = encode_shard(table, self.meaning, self.numerics, report)
         write_atomically(self.shard_path(report.index), data)
+        self._written.add(report.index)
 
     def finish(self) -> Manifest | None:
         """Reads every shard back, then writes `README.md` and `manifest.json`; again if called again.
@@ -180,15 +224,56 @@ class CacheWriter:
     def _record(self, index: int) -> ShardRecord:
         path = self.shard_path(index)
         try:
-            footer, table = read_footer(path), read_table(path, self.meaning)
-            check_range(table, footer.report)
+            footer = read_back(path)
         except DAMAGE as error:
-            raise ValueError(f"{path}: {error}; delete it and run `fpo precompute` again") from error
-        return ShardRecord(self._names[index], footer.rows, path.stat().st_size, sha256_file(path), footer.report)
+            raise ValueError(f"{path}: {error}; {REPAIR}") from error
+        record = ShardRecord(self._names[index], footer.rows, path.stat().st_size, sha256_file(path), footer.report)
+        if index not in self._written and self._vouched(index) not in (None, record):
+            raise ValueError(f"{path}: expected the shard that {MANIFEST_NAME} vouches for, found another; {REPAIR}")
+        return record
+
+    def _vouched(self, index: int) -> ShardRecord | None:
+        """What the manifest that was found says of a shard."""
+        return None if self.published is None else self.published.shards[index]
+
+    def discard_damage(self) -> list[str]:
+        """Reads every byte of the cache and removes what is damaged, so that it counts as missing.
+
+        A shard is damaged if it is not the one that the manifest vouches for; without a sound manifest, if it does not
+        read back as this shard of this spec.
+
+        Returns:
+            A line for everything that was damaged or missing, which begins with the file's name.
+        """
+        damages = {MANIFEST_NAME: self._manifest_fault} if self._manifest_fault else {}
+        damages |= {name: fault for index, name in enumerate(self._names) if (fault := self._fault(index))}
+        for name in damages:
+            self._remove(name)
+        return [f"{name}: {fault}" for name, fault in damages.items()]
+
+    def _fault(self, index: int) -> str | None:
+        return self._fault_of(index, self.shard_path(index))
+
+    def _fault_of(self, index: int, path: Path) -> str | None:
+        """What is wrong with a file that should be a shard."""
+        record = self._vouched(index)
+        if record is not None:
+            assert self.published is not None
+            return shard_fault(path, self.published, record)
+        try:
+            footer = read_back(path)
+        except FileNotFoundError:
+            return "missing"
+        except DAMAGE as error:
+            return str(error)
+        return None if self._is_shard(index, footer) else f"it is shard {footer.report.index} under another's name"
+
+    def _remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
 
     def withdraw(self) -> None:
         """Takes the manifest back."""
-        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
+        self._remove(MANIFEST_NAME)
 
     def write_options(self, text: str) -> None:
         """Writes `run.yaml`, the options that the cache is made with."""

@@ -130,7 +130,7 @@ def user_errors(resume: str = "nothing was written") -> Iterator[None]:
     *MODEL,
     *DATA,
     *("sae", "out", "keep_features", "token_budget", "shard_size"),
-    *("rank", "world_size", "engine", "workers"),
+    *("rank", "world_size", "engine", "workers", "repair"),
     resume="finished shards are kept: run the same command again to go on",
 )
 def precompute(config: RunConfig, given: frozenset[str]) -> None:

@@ -78,13 +78,18 @@ class RunConfig(BaseModel):
     engine: Literal["local", "ray"] = Field(
         "local", description="Who hands out shards: local (each worker takes its own) or ray (a pool of workers)."
     )
+    repair: bool = Field(
+        False, description="Read every byte of the cache in --out and compute the damaged shards again, no other."
+    )
     workers: PositiveInt | None = Field(None, description="Ray: workers of the pool; default one a GPU, or one.")
 
     cache: Place | None = Field(
         None, description="Cache that stage one wrote: its folder, or its URL, as hf://datasets/OWNER/NAME."
     )
     eval_cache: Place | None = Field(None, description="Cache of a held-out split, same in all else.")
-    trust_hashes: bool = Field(False, description="Skip the SHA-256 of shards that were decoded before.")
+    trust_hashes: bool = Field(
+        False, description="Skip the SHA-256 of shards that were decoded before, and of their decoded copy."
+    )
     method: MethodName = Field("fpo", description=f"Objective: {', '.join(METHODS)}.")
     reference: str | None = Field(
         None, description="Live reference of tdpo1, tdpo2, simpo-kl and of evaluate's KL (as --model)."

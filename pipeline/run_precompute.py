@@ -10,7 +10,7 @@ from typing import Any
 from ..cache.files import Place
 from ..cache.manifest import Manifest
 from ..stages.models import choose_attention, load_model
-from ..stages.precompute import precompute
+from ..stages.precompute import precompute, repair
 from ..stages.preferences import Limits, Preferences
 from ..stages.reference import Reference
 from ..stages.sites import check_fits
@@ -24,6 +24,9 @@ def run_precompute(config: RunConfig) -> None:
     """`fpo precompute`."""
     _, _, _, out = required(config, "model", "dataset", "sae", "out")
     rank, world_size = place_of(config)
+    if config.repair and (config.engine != "local" or world_size > 1):
+        found = f"{world_size} workers" if config.engine == "local" else f"--engine {config.engine}"
+        raise ValueError(f"--repair: expected one worker, which reads every shard, found {found}; start one process")
     if config.engine == "local":
         manifest, tokens_per_second = _run_worker(config, out, rank, world_size)
     elif world_size > 1:
@@ -42,6 +45,8 @@ def _run_worker(config: RunConfig, out: Place, rank: int, world_size: int) -> tu
             "--workers: only --engine ray reads it; leave it out, or start several processes with torchrun"
         )
     reference, preferences, limits, settings = load_stage_one(config)
+    if config.repair:
+        return _repair(reference, preferences, limits, out, settings), 0.0
     with PairProgress(len(preferences)) as progress:
         manifest = precompute(
             reference,
@@ -54,6 +59,30 @@ def _run_worker(config: RunConfig, out: Place, rank: int, world_size: int) -> tu
             **settings,
         )
     return manifest, progress.tokens_per_second
+
+
+def _repair(
+    reference: Reference, preferences: Preferences, limits: Limits, out: Place, settings: dict[str, Any]
+) -> Manifest | None:
+    def tell(damages: list[str]) -> None:
+        console.print(f"{out}: damaged or missing files: {len(damages)}" if damages else f"{out}: nothing to repair")
+        for damage in damages:
+            console.print(f"  {damage}")
+
+    with PairProgress(len(preferences)) as progress:
+        # Without `options`: `run.yaml` says how the cache was made, which was not by repairing it.
+        manifest, changed = repair(
+            *(reference, preferences, limits, out),
+            on_damage=tell,
+            on_pairs=progress.advance,
+            **{**settings, "options": None},
+        )
+    for name in changed:
+        console.print(
+            f"{name}: computed again, with other bytes than the manifest vouched for: this machine rounds otherwise "
+            "than the one before, or the shard was altered before its manifest; the cache is sound, its manifest new"
+        )
+    return manifest
 
 
 def _run_pool(config: RunConfig, out: Place) -> Manifest:

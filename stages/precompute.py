@@ -9,7 +9,7 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class ShardWorker:
         shard_size: int = 1024,
         limit: int | None = None,
         options: str | None = None,
+        repair: bool = False,
         on_pairs: Callable[[int, int], None] | None = None,
     ) -> None:
         """Opens the cache's place, which may hold shards of an earlier, interrupted run.
@@ -60,6 +61,7 @@ class ShardWorker:
             shard_size: raw rows of a shard.
             limit: how many raw rows were asked for, for the fingerprint; None for all.
             options: the text of `run.yaml`; None for no such file.
+            repair: as `open_writer`'s.
             on_pairs: called with (raw rows, scored tokens) after each piece of work, (rows, 0) for a finished shard.
 
         Raises:
@@ -68,7 +70,7 @@ class ShardWorker:
         check_model(reference.model)
         meaning = describe_meaning(reference, preferences, limits, keep_features=keep_features, limit=limit)
         numerics = describe_numerics(reference.model, token_budget, shard_size)
-        self.writer = open_writer(out, meaning, numerics, len(preferences))
+        self.writer = open_writer(out, meaning, numerics, len(preferences), repair=repair)
         if options is not None:
             self.writer.write_options(options)
         self._reference, self._preferences, self._limits = reference, preferences, limits
@@ -183,8 +185,50 @@ def precompute(
         FloatingPointError: if a log-probability or a feature is not finite; names the pair and the site.
     """
     worker = ShardWorker(reference, preferences, limits, out, **settings)
+    indices = sorted(range(worker.writer.num_shards), key=lambda index: index % world_size != rank)
+    return _write_missing(worker, indices, preferences)
+
+
+def repair(
+    reference: Reference,
+    preferences: Preferences,
+    limits: Limits,
+    out: Path | str,
+    *,
+    on_damage: Callable[[list[str]], None],
+    **settings: Any,
+) -> tuple[Manifest | None, list[str]]:
+    """Reads every byte of a cache and computes the damaged shards again, and no other.
+
+    Killed at any moment, it leaves a cache that says which shards it lacks, and can be run again.
+
+    Args:
+        reference: the frozen model and its SAEs.
+        preferences: the raw rows.
+        limits: lengths and what to drop.
+        out: the cache's folder or URL.
+        on_damage: called with what was found, a line each, before anything is computed; with none, nothing is written.
+        settings: as `ShardWorker`'s.
+
+    Returns:
+        The manifest, as `precompute`; the shards that now have other bytes than the manifest vouched for.
+
+    Raises:
+        As `precompute`.
+    """
+    worker = ShardWorker(reference, preferences, limits, out, repair=True, **settings)
+    before, damages = worker.writer.published, worker.writer.discard_damage()
+    on_damage(damages)
+    if not damages:
+        return before, []
+    manifest = _write_missing(worker, range(worker.writer.num_shards), preferences)
+    records = zip(before.shards, manifest.shards, strict=True) if before and manifest else ()
+    return manifest, [new.name for old, new in records if new != old]
+
+
+def _write_missing(worker: ShardWorker, indices: Iterable[int], preferences: Preferences) -> Manifest | None:
     try:
-        for index in sorted(range(worker.writer.num_shards), key=lambda index: index % world_size != rank):
+        for index in indices:
             worker.work(index)
     finally:
         worker.leave()

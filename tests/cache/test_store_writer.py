@@ -165,7 +165,7 @@ def test_a_damaged_shard_of_another_machine_is_named_and_not_vouched_for(url: st
     Store(url).write(NAMES[0], next(with_damaged_pages(contents(url)[NAMES[0]])))
     machine("second")
     for _ in range(2):
-        with pytest.raises(ValueError, match=rf"{url}/{NAMES[0]}, .*delete it"):
+        with pytest.raises(ValueError, match=rf"{url}/{NAMES[0]}, .*--repair"):
             finish(url)
     assert "manifest.json" not in contents(url)
     Store(url).remove(NAMES[0])

@@ -107,7 +107,7 @@ def test_a_damaged_object_is_noticed_before_it_is_read(local: Path, url: str):
         (data[:-20], f"expected {len(data)} bytes, found {len(data) - 20}"),
     ):
         store.write(SECOND, broken)
-        with pytest.raises(ValueError, match=rf"{url}/{SECOND}: {message}.*delete it there"):
+        with pytest.raises(ValueError, match=rf"{url}/{SECOND}: {message}.*--repair"):
             fetch(url)
         (fault,) = verify(url)
         assert fault.startswith(f"{SECOND}: {message}")

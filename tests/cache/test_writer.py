@@ -107,7 +107,7 @@ def test_finish_does_not_vouch_for_a_damaged_page(tmp_path: Path):
     path = writer.shard_path(0)
     path.write_bytes(next(with_damaged_pages(path.read_bytes())))
     assert writer.missing() == []
-    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet: .*delete it"):
+    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet: .*--repair"):
         writer.finish()
     assert not (tmp_path / "manifest.json").exists()
 
