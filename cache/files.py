@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 Place = Path | str
 
 _TMP_NAME = re.compile(r".+\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}")
+# Temporary files of this process that are being written.
+_open_files: set[Path] = set()
 
 
 def user_folder() -> Path:
@@ -60,6 +62,7 @@ def canonical_json(obj: Any) -> str:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `path` that takes its name, durably, when the block ends without an error."""
     tmp = path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
+    _open_files.add(tmp)
     try:
         with tmp.open("xb") as file:
             yield file
@@ -69,6 +72,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
+    finally:
+        _open_files.discard(tmp)
     # The new name survives a power cut only once the folder itself is on disk.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -87,11 +92,14 @@ def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files in `folder` whose writer ran on this host and is dead."""
     for path in folder.iterdir():
         name = _TMP_NAME.fullmatch(path.name)
-        if name and name["host"] == socket.gethostname() and not _is_alive(int(name["pid"])):
+        if name and name["host"] == socket.gethostname() and not _is_alive(int(name["pid"]), path):
             path.unlink(missing_ok=True)
 
 
-def _is_alive(pid: int) -> bool:
+def _is_alive(pid: int, path: Path) -> bool:
+    """Whether a process is there that may be writing `path`."""
+    if pid == os.getpid():  # a container that is started again has the same host and often the same numbers
+        return path in _open_files
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

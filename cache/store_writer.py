@@ -120,7 +120,7 @@ class StoreWriter(CacheWriter):
 
         Raises:
             OSError: the store does not answer.
-            ValueError: a shard does not read back.
+            ValueError: a shard does not read back, or there is no pair in any.
         """
         self._sizes = self._store.sizes()
         for index, name in enumerate(self._names):

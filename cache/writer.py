@@ -12,7 +12,6 @@ Any number of workers may write into one folder, each in its own process:
     writer.finish()
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,11 +211,14 @@ class CacheWriter:
             The manifest, or None if shards are missing.
 
         Raises:
-            ValueError: a shard does not read back.
+            ValueError: a shard does not read back, or there is no pair in any: there is nothing to train on then.
         """
         if self.missing():
             return None
         manifest = Manifest(self.meaning, self.numerics, tuple(self._record(i) for i in range(self.num_shards)))
+        if manifest.num_pairs == 0:
+            reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(manifest.skipped.items()))
+            raise ValueError(f"data set: expected pairs to score, all {self.num_rows} rows were skipped: {reasons}")
         write_atomically(self.folder / CARD_NAME, data_card(manifest).encode())
         manifest.save(self.folder)
         return manifest
@@ -271,21 +273,13 @@ class CacheWriter:
     def _remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
 
-    def withdraw(self) -> None:
-        """Takes the manifest back."""
-        self._remove(MANIFEST_NAME)
-
     def write_options(self, text: str) -> None:
         """Writes `run.yaml`, the options that the cache is made with."""
         write_atomically(self.folder / OPTIONS_NAME, text.encode())
 
     def append_provenance(self, record: dict[str, Any]) -> None:
         """Adds one line to `provenance.jsonl`, whole even when several workers add at once."""
-        line = (canonical_json(record) + "\n").encode()
-        file = os.open(self.folder / PROVENANCE_NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            if os.write(file, line) != len(line):
-                raise OSError(f"{self.folder / PROVENANCE_NAME}: the line was cut; free some space on the disk")
-            os.fsync(file)
-        finally:
-            os.close(file)
+        path = self.folder / PROVENANCE_NAME
+        with FileLock(self.folder / ".locks" / "provenance.lock"):
+            lines = path.read_bytes() if path.exists() else b""
+            write_atomically(path, lines + (canonical_json(record) + "\n").encode())

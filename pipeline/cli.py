@@ -105,23 +105,29 @@ def user_errors(resume: str = "nothing was written") -> Iterator[None]:
 
     `resume` says what became of the work when it is interrupted.
     """
+    stopped = False
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    caught = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in caught}
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("FPO_TRACEBACK"):
+    except (Exception, KeyboardInterrupt) as error:
+        # What it interrupts may raise something else: a module that is being imported an ImportError.
+        if stopped or isinstance(error, KeyboardInterrupt):
+            typer.echo(f"fpo: stopped; {resume}", err=True)
+            raise typer.Exit(130) from None
+        if os.environ.get("FPO_TRACEBACK") or not isinstance(error, ValueError | OSError | FloatingPointError):
             raise
         typer.echo(f"fpo: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error
-    except KeyboardInterrupt:
-        typer.echo(f"fpo: stopped; {resume}", err=True)
-        raise typer.Exit(130) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @configured(

@@ -17,7 +17,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ..cache.files import Place
 from ..cache.manifest import Manifest
 from ..cache.store_writer import open_writer, read_any_footer
-from ..stages.precompute import ShardWorker, finish
+from ..stages.precompute import ShardWorker
 from .config import RunConfig
 from .inputs import load_data
 from .progress import PairProgress
@@ -75,7 +75,7 @@ def run_pool(config: RunConfig, out: Place) -> Manifest:
     finally:
         ray.shutdown()
     footer = read_any_footer(out)
-    manifest = finish(open_writer(out, footer.meaning, footer.numerics, len(preferences)), preferences)
+    manifest = open_writer(out, footer.meaning, footer.numerics, len(preferences)).finish()
     assert manifest is not None, "every number came back, so every shard is done"
     return manifest
 

@@ -5,6 +5,7 @@ the checkpoint to go on from; or one line that says what cannot be.
 """
 
 import importlib.metadata
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ from typing import Any
 import yaml
 from transformers import TrainerCallback
 
+from ..cache.files import remove_leftovers
 from ..stages.metrics import RunRecord
 from ..stages.snapshots import Snapshots
 from .config import RunConfig, to_yaml
 from .inputs import check_new, device_of
+from .progress import console
 
 # What a resumed run may change: where things are and what it tells meanwhile; with a constant schedule, its length.
 RESUME_MAY_CHANGE = (
@@ -85,6 +88,8 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
     if os.environ.get("RANK", "0") != "0":  # the others may come when the first has already written
         return
     record = out / "run.yaml"
+    if out.is_dir():
+        remove_leftovers(out)
     if not config.resume:
         if out.is_dir() and any(out.iterdir()):
             raise ValueError(f"--out: expected a new or empty folder, found files in {out}; pass --resume to go on")
@@ -110,12 +115,26 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
 def last_checkpoint(config: RunConfig) -> str | None:
     """The checkpoint that a resumed run goes on from; None for a new one, or where none was written yet.
 
-    The Trainer writes its state last: a checkpoint without one was cut off, and is passed over.
+    One that was cut off while it was saved is passed over.
     """
     if not config.resume or not isinstance(config.out, Path):
         return None
-    whole = [state.parent for state in config.out.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))) if whole else None
+    names = ((folder, folder.name.removeprefix("checkpoint-")) for folder in config.out.glob("checkpoint-*"))
+    steps = {int(step): folder for folder, step in names if step.isdecimal()}
+    for _, folder in sorted(steps.items(), reverse=True):
+        if _is_whole(folder):
+            return str(folder)
+        console.print(f"{folder}: cut off while it was saved, passed over")
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the Trainer's state, which it writes last, is there to its end."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def run_callbacks(config: RunConfig, record: Mapping[str, Any]) -> list[TrainerCallback]:

@@ -41,22 +41,15 @@ class PairMeans:
         return {name: total / count for name, (total, count) in zip(names, totals, strict=True)}
 
 
-def forget_lines_after(step: int, folder: Path) -> None:
-    """Drops the lines of later steps from a run's `metrics.jsonl`, which training is about to repeat."""
-    path = folder / "metrics.jsonl"
-    if path.exists():
-        *lines, _ = path.read_text().split("\n")  # what follows the last line break was cut by a crash
-        kept = [f"{line}\n" for line in lines if json.loads(line)["step"] <= step]
-        write_atomically(path, "".join(kept).encode())
-
-
 class MetricsFile(TrainerCallback):
     """Writes every log line to `metrics.jsonl` in the output folder, without the lines that a resumed run repeats."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drops lines of steps after the checkpoint that training goes on from."""
-        if state.is_world_process_zero and state.global_step > 0:
-            forget_lines_after(state.global_step, Path(args.output_dir))
+        """Drops the lines that the checkpoint which training goes on from does not know; all, where there is none."""
+        path = Path(args.output_dir) / "metrics.jsonl"
+        if state.is_world_process_zero and path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            write_atomically(path, b"".join(lines[: len(state.log_history)]))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Appends one line; numbers that are not finite become null."""
@@ -92,4 +85,4 @@ class RunRecord(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the text as it is."""
         if state.is_world_process_zero:
-            (Path(args.output_dir) / "run.yaml").write_text(self._text)
+            write_atomically(Path(args.output_dir) / "run.yaml", self._text.encode())

@@ -15,7 +15,6 @@ from typing import Any
 
 from ..cache.manifest import Manifest, ShardReport
 from ..cache.store_writer import open_writer
-from ..cache.writer import CacheWriter
 from .packing import PackedRow
 from .parity import difference
 from .preferences import Limits, Preferences, tokenize_pair
@@ -186,7 +185,7 @@ def precompute(
     """
     worker = ShardWorker(reference, preferences, limits, out, **settings)
     indices = sorted(range(worker.writer.num_shards), key=lambda index: index % world_size != rank)
-    return _write_missing(worker, indices, preferences)
+    return _write_missing(worker, indices)
 
 
 def repair(
@@ -221,29 +220,15 @@ def repair(
     on_damage(damages)
     if not damages:
         return before, []
-    manifest = _write_missing(worker, range(worker.writer.num_shards), preferences)
+    manifest = _write_missing(worker, range(worker.writer.num_shards))
     records = zip(before.shards, manifest.shards, strict=True) if before and manifest else ()
     return manifest, [new.name for old, new in records if new != old]
 
 
-def _write_missing(worker: ShardWorker, indices: Iterable[int], preferences: Preferences) -> Manifest | None:
+def _write_missing(worker: ShardWorker, indices: Iterable[int]) -> Manifest | None:
     try:
         for index in indices:
             worker.work(index)
     finally:
         worker.leave()
-    return finish(worker.writer, preferences)
-
-
-def finish(writer: CacheWriter, preferences: Preferences) -> Manifest | None:
-    """Writes the manifest, unless shards are missing.
-
-    Raises:
-        ValueError: if no pair is left to score; there is no manifest then.
-    """
-    manifest = writer.finish()
-    if manifest is not None and manifest.num_pairs == 0:
-        writer.withdraw()  # there is nothing to train on
-        reasons = ", ".join(f"{reason} {number}" for reason, number in sorted(manifest.skipped.items()))
-        raise ValueError(f"data set {preferences.source}: expected pairs to score, all were skipped: {reasons}")
-    return manifest
+    return worker.writer.finish()

@@ -6,6 +6,7 @@ tokens) of all ranks and accumulated batches, and which logs means over pairs an
 """
 
 import math
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,10 +21,13 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .memory import PeakMemory
-from .metrics import MetricsFile, PairMeans, forget_lines_after
+from .metrics import MetricsFile, PairMeans
 from .models import Recipe
 from .scoring import RowScores, attach_scoring, check_model
 from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
+
+# Without one of these nothing takes a folder for a model's or an adapter's.
+CONFIGS = ("config.json", "adapter_config.json")
 
 
 @dataclass
@@ -176,9 +180,7 @@ class RowTrainer(Trainer):
     def train(  # type: ignore[override]  # the Trainer's other arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """Trains, with an empty log unless it resumes; see `Trainer.train`."""
-        if not resume_from_checkpoint and self.is_world_process_zero():
-            forget_lines_after(-1, Path(self.args.output_dir or ""))
+        """Trains; see `Trainer.train`."""
         self._tokens, self._started = 0, time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -254,8 +256,21 @@ class RowTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is not None:
             forget_ties(self.model, state_dict)
-        super()._save(output_dir, state_dict)
-        # A pickle of the settings: nothing here reads it, and run.yaml holds them.
-        folder = output_dir or self.args.output_dir
-        assert folder is not None
-        (Path(folder) / "training_args.bin").unlink(missing_ok=True)
+        folder = Path(output_dir or self.args.output_dir or "")
+        new = folder / ".new"
+        if self.args.should_save:
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was stopped while it saved
+        super()._save(str(new), state_dict)
+        if self.args.should_save:
+            # A pickle of the settings: nothing here reads it, and run.yaml holds them.
+            (new / "training_args.bin").unlink(missing_ok=True)
+            _move_model(new, folder)
+
+
+def _move_model(new: Path, folder: Path) -> None:
+    """Moves a saved model's files into a folder, which is a model's only while all of them are there."""
+    for name in CONFIGS:
+        (folder / name).unlink(missing_ok=True)
+    for file in sorted(new.iterdir(), key=lambda file: file.name in CONFIGS):
+        file.replace(folder / file.name)
+    new.rmdir()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fpo.cache.files import canonical_json, remove_leftovers, sha256_file, user_folder, write_atomically
+from fpo.cache.files import atomic_file, canonical_json, remove_leftovers, sha256_file, user_folder, write_atomically
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,11 +75,17 @@ def test_only_leftovers_of_dead_writers_of_this_host_are_removed(tmp_path: Path)
     host, tail = socket.gethostname(), "0" * 32
     names = {
         "dead": f"x.parquet.tmp-{host}-{dead.pid}-{tail}",
-        "alive": f"x.parquet.tmp-{host}-{os.getpid()}-{tail}",
+        "alive": f"x.parquet.tmp-{host}-{os.getppid()}-{tail}",
+        "this process": f"x.parquet.tmp-{host}-{os.getpid()}-{tail}",
         "elsewhere": f"x.parquet.tmp-another-{host}-{dead.pid}-{tail}",
         "not ours": f"x.tmp-{host}",
     }
     for name in names.values():
         (tmp_path / name).touch()
-    remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {name for key, name in names.items() if key != "dead"}
+    with atomic_file(tmp_path / "being written"):
+        (name,) = (path.name for path in tmp_path.glob("being written.tmp-*"))
+        names["being written"] = name
+        remove_leftovers(tmp_path)
+        left = {path.name for path in tmp_path.iterdir()}
+    # A container that is started again has the same host and the same process numbers: what is not open is left over.
+    assert left == {name for key, name in names.items() if key not in ("dead", "this process")}

@@ -32,7 +32,7 @@ def kept(num_rows: int) -> list[int]:
 
 @settings(max_examples=12, deadline=None)
 @given(
-    seed=st.integers(0, 2**32 - 1), num_rows=st.integers(0, 14), shard_size=st.integers(1, 6), sites=st.integers(0, 2)
+    seed=st.integers(0, 2**32 - 1), num_rows=st.integers(1, 14), shard_size=st.integers(1, 6), sites=st.integers(0, 2)
 )
 def test_what_was_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, seed: int, num_rows: int, shard_size: int, sites: int

@@ -180,15 +180,10 @@ def test_provenance_of_all_machines_is_kept(url: str, machine):
     assert [json.loads(line) for line in contents(url)["provenance.jsonl"].splitlines()] == records
 
 
-def test_options_are_written_first_and_a_manifest_can_be_taken_back(url: str):
+def test_options_are_written_first(url: str):
     writer = writer_of(url)
     writer.write_options("dtype: fp32\n")
     assert contents(url) == {"run.yaml": b"dtype: fp32\n"}
-    finish(url)
-    writer = writer_of(url)
-    assert writer.finish() is not None
-    writer.withdraw()
-    assert "manifest.json" not in contents(url)
 
 
 def test_a_store_out_of_reach_is_not_taken_for_an_empty_one(url: str, monkeypatch: pytest.MonkeyPatch):

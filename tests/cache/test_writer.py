@@ -57,8 +57,13 @@ def test_the_same_spec_gives_the_same_bytes_in_any_order_of_work(tmp_path: Path)
 
 
 def test_a_data_set_without_rows_is_one_empty_shard(tmp_path: Path):
-    manifest = write_cache(tmp_path, 0)
-    assert (len(manifest.shards), manifest.num_pairs) == (1, 0)
+    writer = CacheWriter(tmp_path, MEANING, NUMERICS, 0)
+    assert writer.missing() == [0]
+    writer.write_shard(*shard(writer, 0))
+    assert writer.missing() == []
+    with pytest.raises(ValueError, match=r"\Adata set: expected pairs to score"):
+        writer.finish()
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_another_spec_is_refused_and_its_fields_listed(tmp_path: Path):

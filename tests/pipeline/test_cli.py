@@ -138,10 +138,29 @@ def test_an_unknown_option_is_refused():
     assert "--learning-rate" in result.stderr
 
 
-def test_a_termination_signal_stops_as_an_interrupt_does_and_the_handler_is_put_back(capsys):
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_a_command_and_the_handler_is_put_back(capsys, number):
+    before = signal.getsignal(number)
     with pytest.raises(Exception) as raised, user_errors():
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
     assert raised.value.exit_code == 130
     assert "fpo: stopped" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_stops_a_command_whatever_it_raises_where_it_comes(capsys):
+    with pytest.raises(Exception) as raised, user_errors():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("cannot import name io") from None
+    assert (raised.value.exit_code, capsys.readouterr().err) == (130, "fpo: stopped; nothing was written\n")
+
+
+def test_a_signal_that_the_caller_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with user_errors():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -36,11 +36,12 @@ def test_an_adapter_has_no_snapshots(world, tmp_path):
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
     config = load_config(None, {"out": tmp_path, "resume": True}, "align")
     assert last_checkpoint(config) is None
-    for step, whole in ((9, True), (10, True), (11, False)):
+    whole = dict.fromkeys(("9", "10", "best"), "{}\n")
+    for step, state in (whole | {"11": '{"epoch": 1.', "12": "", "13": None}).items():
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.safetensors").touch()
-        if whole:
-            (folder / "trainer_state.json").touch()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
     assert last_checkpoint(config) == str(tmp_path / "checkpoint-10")
     assert last_checkpoint(load_config(None, {"out": tmp_path}, "align")) is None

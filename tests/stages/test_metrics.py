@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.stages.metrics import MetricsFile, PairMeans, RunRecord, forget_lines_after
+from fpo.stages.metrics import MetricsFile, PairMeans, RunRecord
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import many_examples
@@ -78,31 +78,37 @@ def test_only_the_first_process_writes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def begin(folder: Any, log_history: list[dict[str, Any]], first: bool = True) -> None:
+    of_checkpoint = SimpleNamespace(log_history=log_history, is_world_process_zero=first)
+    MetricsFile().on_train_begin(SimpleNamespace(output_dir=str(folder)), of_checkpoint, None)
+
+
 @many_examples
-@given(steps=st.lists(st.integers(0, 9), max_size=9), last=st.integers(-1, 9))
-def test_a_resumed_run_forgets_what_it_will_repeat(tmp_path_factory, steps, last):
+@given(steps=st.lists(st.integers(0, 9), max_size=9).map(sorted), data=st.data())
+def test_a_run_forgets_what_its_checkpoint_does_not_know_and_keeps_the_rest_as_it_was(tmp_path_factory, steps, data):
     folder = tmp_path_factory.mktemp("run")
-    for step in sorted(steps):
-        log(folder, step, loss=float(step))
-    forget_lines_after(last, folder)
-    found = lines(folder) if steps else []
-    assert [line["step"] for line in found] == [step for step in sorted(steps) if step <= last]
-
-
-def test_training_from_a_checkpoint_drops_the_lines_after_it_and_keeps_the_others_as_they_were(tmp_path):
-    for step in (1, 2, 3):
-        log(tmp_path, step, loss=1 / 3)
-    before = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    MetricsFile().on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), state(2), None)
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == before[:2]
+    for step in steps:
+        log(folder, step, loss=1 / 3)
+    before = lines(folder) if steps else []
+    known = data.draw(st.integers(0, len(steps)))
+    begin(folder, before[:known])
+    assert (lines(folder) if steps else []) == before[:known]
 
 
 def test_a_line_that_was_cut_by_a_crash_is_dropped(tmp_path):
     log(tmp_path, 1, loss=1.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
-    forget_lines_after(5, tmp_path)
+    begin(tmp_path, [{"step": 1, "loss": 1.0}])
     assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
+
+
+def test_a_run_that_begins_makes_no_file_before_it_logs_and_other_processes_never_write(tmp_path):
+    begin(tmp_path, [])
+    assert list(tmp_path.iterdir()) == []
+    log(tmp_path, 1, loss=1.0)
+    begin(tmp_path, [], first=False)
+    assert len(lines(tmp_path)) == 1
 
 
 def test_the_record_is_written_when_training_begins(tmp_path):
