@@ -153,7 +153,7 @@ def precompute(config: RunConfig, given: frozenset[str]) -> None:
     app,
     "align",
     *MODEL,
-    *("cache", "eval_cache", "trust_hashes", "out", "method", "reference", "sae", "site"),
+    *("chat_template", "cache", "eval_cache", "trust_hashes", "out", "method", "reference", "sae", "site"),
     *("beta", "alpha", "gamma", "kl_beta", "stop_gradient", "top_k"),
     *TRAINING,
     *("lora_r", "merge", "allow_different_start", "eval_steps"),

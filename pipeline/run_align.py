@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from ..cache.files import sha256_text
 from ..cache.manifest import Meaning, differences
 from ..cache.reader import Cache, open_cache
 from ..stages.align import FPOConfig, FPOTrainer
+from ..stages.chat import ChatFormat, load_template
 from ..stages.methods import METHODS
 from ..stages.models import ModelSource, choose_attention, find_model, load_model
 from ..stages.parity import check_cache
@@ -108,7 +110,7 @@ def _training_arguments(config: RunConfig, given: frozenset[str]) -> FPOConfig:
 
 
 def _check_start(config: RunConfig, source: ModelSource, meaning: Meaning) -> Any:
-    """Refuses a cache of another model or tokenizer; returns the tokenizer with the cache's template."""
+    """Refuses a cache of another model, tokenizer or chat template; returns the tokenizer with the cache's template."""
     assert config.cache is not None
     tokenizer = tokenizer_of_cache(source, config.cache, meaning)
     if source.sha256 != meaning.model and not config.allow_different_start:
@@ -116,8 +118,14 @@ def _check_start(config: RunConfig, source: ModelSource, meaning: Meaning) -> An
             f"cache {config.cache}: its reference is not {source.name} (weight hashes {meaning.model[:12]} and "
             f"{source.sha256[:12]}); start from the model that the cache was made with, or pass --allow-different-start"
         )
-    if tokenizer.chat_template != meaning.chat_template:
-        console.print("the cache's chat template is not the tokenizer's own; the cache's is saved with the policy")
+    template = ChatFormat(tokenizer, load_template(config.chat_template)).template
+    if template != meaning.chat_template and not config.allow_different_start:
+        hashes = f"{sha256_text(meaning.chat_template)[:12]} and {sha256_text(template)[:12]}"
+        raise ValueError(
+            f"cache {config.cache}: its chat template is not that of {config.chat_template or source.name} (hashes "
+            f"{hashes}); the policy would learn in a format that it is not asked in: give stage one's --chat-template "
+            "here too, or pass --allow-different-start to go on in the cache's"
+        )
     tokenizer.chat_template = meaning.chat_template
     return tokenizer
 

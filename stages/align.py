@@ -16,12 +16,14 @@ from transformers import TrainerCallback
 
 from ..cache.reader import Cache
 from .batches import RowBatch, RowCollator
+from .finite import find_faults
 from .fpo_config import FPOConfig
 from .metrics import ParityLog
 from .objectives import PairLosses, PairScores, pair_losses
+from .packing import PackedRow, pack
 from .parity import check_cache, check_parity
 from .row_trainer import RowTrainer
-from .scoring import RowScores, causal_lm, live_reference, row_multiple
+from .scoring import RowScores, causal_lm, live_reference, row_multiple, score_row
 from .sites import SiteSAE
 
 __all__ = ["FPOConfig", "FPOTrainer"]
@@ -177,6 +179,17 @@ class FPOTrainer(RowTrainer):
         """Pairs."""
         return len(row.packed.pairs)
 
+    def faults(self, rows: Sequence[RowBatch]) -> dict[str, str]:
+        """What is not finite of which pair, each scored alone; not under FSDP, where one rank cannot score alone."""
+        if self.is_fsdp_enabled:
+            return {}
+
+        def score(row: PackedRow) -> RowScores:
+            return score_row(self.policy, row.to(self.args.device), self.saes, self.args.recipe)
+
+        pairs = [pair for row in rows for pair in row.pairs()]
+        return find_faults(score, pack(pairs, 1, row_multiple(self.policy)), self.saes)
+
     def _logs_this_step(self) -> bool:
         step, every = self.state.global_step + 1, max(1, self.state.logging_steps)
         return step % every == 0 or (step == 1 and self.args.logging_first_step)
@@ -210,9 +223,11 @@ class FPOTrainer(RowTrainer):
     ) -> tuple[Tensor, None, None]:
         """Runs one batch without gradient; what is logged are means over all pairs, the loss among them."""
         self._even_out([inputs])
+        losses = []
         with torch.no_grad():
             for row in self._prepare_inputs(inputs)["rows"]:
-                self.row_losses(model, row, "eval")
+                losses.append((row, self.row_losses(model, row, "eval").loss.sum()))
             for _ in range(inputs["spares"]):
                 self.score(model, self._spare)
+        self.check_losses(losses, f"evaluation at step {self.state.global_step}")
         return torch.zeros((), device=self.args.device), None, None

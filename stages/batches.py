@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..cache.schema import CachedPair
+from ..cache.schema import CachedPair, Pair
 from .features import CachedFeatures
-from .packing import Conversation, PackedRow, pack, pack_conversations
+from .packing import CHOSEN, PROMPT, REJECTED, Conversation, PackedRow, pack, pack_conversations
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,21 @@ class RowBatch:
     def tokens(self) -> int:
         """Tokens of the row without padding."""
         return self.packed.tokens
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The `pair_id` of each pair."""
+        return self.packed.names
+
+    def pairs(self) -> list[Pair]:
+        """The pairs of the row."""
+        row = self.packed
+        ids_L, pair_L, part_L = (t.cpu().numpy() for t in (row.input_ids_L, row.pair_L, row.part_L))
+        parts = (PROMPT, CHOSEN, REJECTED)
+        return [
+            Pair(name, *(ids_L[(pair_L == number) & (part_L == part)].astype("int32") for part in parts))
+            for number, name in enumerate(row.names)
+        ]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "RowBatch":
         """The same on `device`; accelerate's loader calls it."""

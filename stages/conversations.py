@@ -56,7 +56,8 @@ class Conversations:
         """Takes rows with the columns of `FEATURES`, empty lists where skipped; `load_conversations` makes them."""
         self._table = rows.data
         skipped = rows["skipped"][:]
-        self._kept = rows.select([i for i, reason in enumerate(skipped) if reason is None]).with_format("numpy")
+        self._raw_rows = [i for i, reason in enumerate(skipped) if reason is None]
+        self._kept = rows.select(self._raw_rows).with_format("numpy")
         self.skipped = dict(Counter(reason for reason in skipped if reason is not None))
         self.truncated = sum(rows["truncated"][:])
         self.tokens = int(pc.sum(pc.list_value_length(self._table.column("ids"))).as_py() or 0)
@@ -67,7 +68,7 @@ class Conversations:
 
     def __getitem__(self, i: int) -> Conversation:
         row = self._kept[i]
-        return Conversation(np.asarray(row["ids"], np.int32), np.asarray(row["learnt"], np.bool_))
+        return Conversation(np.asarray(row["ids"], np.int32), np.asarray(row["learnt"], np.bool_), self._raw_rows[i])
 
     @cached_property
     def sha256(self) -> str:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from ..cache.reader import Cache
 from ..cache.schema import SIDES
 from .batches import RowBatch, RowCollator
+from .finite import find_faults, not_finite
 from .models import Recipe
-from .scoring import live_reference, row_multiple, score_row
+from .packing import PackedRow, pack
+from .scoring import RowScores, live_reference, row_multiple, score_row
 from .sites import SiteSAE
 
 # Pairs that are packed together: enough for full rows.
@@ -116,9 +118,13 @@ def measure_policy(
         cut off. Likewise for `rejected`.
 
     Raises:
-        FloatingPointError: naming the pair, if a value is not finite.
+        FloatingPointError: naming pairs, if a value is not finite.
     """
     device = next(policy.parameters()).device
+
+    def score(row: PackedRow) -> RowScores:
+        return score_row(policy, row.to(device), saes, recipe)
+
     collate = RowCollator(token_budget, row_multiple(policy), tuple(sae.width for sae in saes))
     names: list[str] = []
     order: list[int] = []
@@ -129,18 +135,28 @@ def measure_policy(
         for batch in collate(pairs)["rows"]:
             row = batch.to(device)
             order += [start + index for index in row.packed.pairs]
-            for name, values_R in _measure_row(policy, row, saes, recipe, top_k, reference).items():
-                for offset, side in enumerate(SIDES):
-                    parts[name.format(side)].append(values_R[offset::2].cpu().numpy())
+            measured = _measure_row(policy, row, saes, recipe, top_k, reference)
+            if wrong := _not_finite(row, measured):
+                raise not_finite(find_faults(score, pack(row.pairs(), 1, row_multiple(policy)), saes) or wrong)
+            for name, column in measured.items():
+                parts[name].append(column)
             if on_pairs:
                 on_pairs(len(row.packed.pairs), row.tokens)
     columns: Columns = {"pair_id": np.asarray(names)}
     back = np.argsort(order)
     for name, values in parts.items():
         columns[name] = np.concatenate(values)[back]
-        if (bad := np.flatnonzero(~np.isfinite(columns[name]))).size:
-            raise FloatingPointError(f"pair {names[bad[0]]}: {name} is {columns[name][bad[0]]}")
     return columns
+
+
+def _not_finite(row: RowBatch, values: Columns) -> dict[str, str]:
+    """The columns of a row that are not finite, by the name of the pair."""
+    found: dict[str, str] = {}
+    for number, pair in enumerate(row.names):
+        bad = [f"{name} is {column[number]}" for name, column in values.items() if not np.isfinite(column[number])]
+        if bad:
+            found[pair] = ", ".join(bad)
+    return found
 
 
 def _measure_row(
@@ -150,11 +166,11 @@ def _measure_row(
     recipe: Recipe,
     top_k: int,
     reference: nn.Module | None,
-) -> dict[str, Tensor]:
-    """Values [R] by the name of their column, with `{}` for the side."""
+) -> Columns:
+    """Values of the row's pairs, by the name of their column."""
     live = None if reference is None else live_reference(reference, row.packed, recipe)
     scores = score_row(policy, row.packed, saes, recipe, cached=row.cached, top_k=top_k, reference=live)
-    values = {
+    values: dict[str, Tensor] = {
         "{}_logp": scores.logps_R,
         "{}_ref_logp": row.ref_logps_R,
         "{}_tokens": torch.tensor(row.packed.lengths, dtype=torch.int32),
@@ -164,7 +180,11 @@ def _measure_row(
     if saes:
         values["mse_{}"] = torch.stack([drift.mse_R for drift in scores.drifts]).mean(0)
         values["miss_rate_{}"] = torch.stack([drift.miss_rate_R for drift in scores.drifts]).mean(0)
-    return values
+    return {
+        name.format(side): values_R[offset::2].cpu().numpy()
+        for name, values_R in values.items()
+        for offset, side in enumerate(SIDES)
+    }
 
 
 def pair_metrics(columns: Mapping[str, NDArray[Any]], per_token: bool | None) -> dict[str, Estimate]:

@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from .finite import not_finite
 
 Int32 = NDArray[np.int32]
 
@@ -88,6 +91,7 @@ def generate(
 
     Raises:
         ValueError: a prompt is empty, or has no room for an answer in the model's context.
+        FloatingPointError: a logit is not finite; names the prompts.
     """
     _check_lengths(model, prompts, sampling.max_new_tokens)
     # Prompts of like length pad little; the longest first, so that what does not fit into memory fails at once.
@@ -101,7 +105,9 @@ def generate(
             # All devices, because a seed is set on all of them.
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(int(seed))
-                found = _generate_batch(model, [prompts[prompt] for prompt in batch], end_id)
+                found, finite = _generate_batch(model, [prompts[prompt] for prompt in batch], end_id)
+            if bad := sorted({prompt for prompt, whole in zip(batch, finite, strict=True) if not whole}):
+                raise not_finite(dict.fromkeys(map(str, bad), "logits of its answer are not finite"), "prompt")
             for prompt, answer in zip(batch, found, strict=True):
                 answers[prompt].append(answer)
             if on_batch:
@@ -154,7 +160,21 @@ def _ready_to_generate(model: PreTrainedModel, config: GenerationConfig) -> Iter
         model.set_attn_implementation(attention)
 
 
-def _generate_batch(model: PreTrainedModel, prompts: Sequence[Int32], end_id: int) -> list[Int32]:
+class _Finite(LogitsProcessor):
+    """Notes which answers had a logit of NaN or +infinity; drawing goes on from others, to be thrown away."""
+
+    def __init__(self) -> None:
+        self.answers_B: Tensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        finite_B = scores.amax(-1).isfinite()  # -inf is a token that cannot be
+        self.answers_B = finite_B if self.answers_B is None else self.answers_B & finite_B
+        return torch.where(finite_B[:, None], scores, 0)  # type: ignore[return-value]
+
+
+def _generate_batch(model: PreTrainedModel, prompts: Sequence[Int32], end_id: int) -> tuple[list[Int32], list[bool]]:
+    """Answers, and whether all logits that they were drawn from are finite."""
+    finite = _Finite()
     longest = max(map(len, prompts))
     prompts_BL = torch.full((len(prompts), longest), end_id)
     mask_BL = torch.zeros((len(prompts), longest), dtype=torch.long)
@@ -166,7 +186,10 @@ def _generate_batch(model: PreTrainedModel, prompts: Sequence[Int32], end_id: in
         inputs=prompts_BL.to(model.device),
         attention_mask=mask_BL.to(model.device),
         generation_config=model.generation_config,
+        logits_processor=LogitsProcessorList([finite]),
     )
+    assert finite.answers_B is not None
     answers = output[:, longest:].cpu().numpy().astype(np.int32)
     ends = [np.flatnonzero(answer == end_id)[:1] for answer in answers]
-    return [answer[: int(end[0]) + 1] if len(end) else answer for answer, end in zip(answers, ends, strict=True)]
+    cut = [answer[: int(end[0]) + 1] if len(end) else answer for answer, end in zip(answers, ends, strict=True)]
+    return cut, finite.answers_B.tolist()

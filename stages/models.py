@@ -126,6 +126,8 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
 
     Raises:
         ValueError: if the files are not a whole causal language model, or it has no such attention implementation.
+        FloatingPointError: if a weight is infinite. NaN reaches what is computed, and is named there with its pairs;
+            an infinity does not where logits are soft-capped.
     """
     from transformers import AutoModelForCausalLM
 
@@ -153,6 +155,12 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
         model.hf_quantizer.remove_quantization_config(model)
     wrong = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
     assert not wrong, f"weights must be float32, found {wrong}"
+    infinite = [name for name, weight in model.named_parameters() if weight.isinf().any()]
+    if infinite:
+        raise FloatingPointError(
+            f"model {source.name}: expected finite weights, found infinities in {len(infinite)} of them, as "
+            f"{infinite[0]}; give another copy"
+        )
     for module in model.modules():  # a policy that drops out at random is not the reference it starts from
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -31,10 +31,12 @@ class Conversation:
     Attributes:
         ids: int32 [length], token ids.
         learnt: bool [length], which of them are the assistant's; the first never is.
+        raw_row: its row in the raw data; None if it is of no data set.
     """
 
     ids: NDArray[np.int32]
     learnt: NDArray[np.bool_]
+    raw_row: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,7 @@ class PackedRow:
 
     Attributes:
         pairs: index of each packed pair (or conversation) in the list that was packed, ascending.
+        names: the `pair_id` of each, or the conversation's raw row.
         input_ids_L: int64, token ids; 0 on padding.
         position_ids_L: int64, restart at 0 for each pair and after its prompt for its rejected response.
         pair_L: int64, which pair of the row a position belongs to; `PADDING` on padding.
@@ -55,6 +58,7 @@ class PackedRow:
     """
 
     pairs: tuple[int, ...]
+    names: tuple[str, ...]
     input_ids_L: Tensor
     position_ids_L: Tensor
     pair_L: Tensor
@@ -156,6 +160,7 @@ def _pack_conversations_row(conversations: Sequence[Conversation], indices: Sequ
     sizes = [conversation.ids.size for conversation in conversations]
     return _row(
         indices,
+        [str(conversation.raw_row) for conversation in conversations],
         pad_to,
         tokens=[conversation.ids for conversation in conversations],
         positions=[np.arange(size) for size in sizes],
@@ -188,6 +193,7 @@ def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], pad_to: int) -> Pac
         pair_of.append(np.full(prompt + pair.chosen_ids.size + pair.rejected_ids.size, number))
     return _row(
         indices,
+        [pair.pair_id for pair in pairs],
         pad_to,
         tokens=tokens,
         positions=positions,
@@ -200,6 +206,7 @@ def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], pad_to: int) -> Pac
 
 def _row(
     indices: Sequence[int],
+    names: Sequence[str],
     pad_to: int,
     *,
     tokens: Sequence[Any],
@@ -219,6 +226,7 @@ def _row(
 
     return PackedRow(
         pairs=tuple(indices),
+        names=tuple(names),
         input_ids_L=joined(tokens, 0),
         position_ids_L=joined(positions, 0),
         pair_L=joined(pair_of, PADDING),

@@ -8,6 +8,7 @@ tokens) of all ranks and accumulated batches, and which logs means over pairs an
 import math
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
 from .models import Recipe
@@ -77,7 +79,7 @@ class RowConfig(TrainingArguments):
 
 
 class RowTrainer(Trainer):
-    """Trains a model on batches of packed rows: objects with `tokens` and `to`, under `rows` of what is collated.
+    """Trains a model on batches of packed rows: objects with `tokens`, `names` and `to`, under `rows` of a batch.
 
     Args:
         model: a causal LM or a PEFT model around one, weights in fp32.
@@ -94,6 +96,7 @@ class RowTrainer(Trainer):
     """
 
     args: RowConfig
+    noun = "pair"  # what `names` of a row names
 
     def __init__(
         self,
@@ -113,6 +116,7 @@ class RowTrainer(Trainer):
         attach_scoring(model)
         self._means = {"train": PairMeans(), "eval": PairMeans()}
         self._tokens, self._started = 0, time.monotonic()
+        self._losses: list[tuple[Any, Tensor]] = []
         self._memory = PeakMemory()
         super().__init__(
             model=model,
@@ -177,6 +181,10 @@ class RowTrainer(Trainer):
         """How many items of a row the loss is a mean over."""
         raise NotImplementedError
 
+    def faults(self, rows: Sequence[Any]) -> dict[str, str]:
+        """What is not finite of which item of rows whose loss is not; empty if that cannot be told."""
+        return {}
+
     def train(  # type: ignore[override]  # the Trainer's other arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
@@ -203,6 +211,7 @@ class RowTrainer(Trainer):
             with nullcontext() if number == passes - 1 or self.is_fsdp_enabled else self.accelerator.no_sync(model):
                 if number < len(rows):
                     loss = self.row_loss(model, rows[number]) * scale
+                    self._losses.append((rows[number], loss.detach()))
                     self._tokens += rows[number].tokens
                 else:
                     loss = 0.0 * self.score(model, self._spare).logps_R.sum()
@@ -210,12 +219,43 @@ class RowTrainer(Trainer):
             total += loss.detach()
         return total
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics gathered since the last line of the same kind: means over pairs, over all ranks.
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of a step's gradient, once all its rows are through and before the weights change.
+
+        The one place at which a step waits for its device: with one number that is not finite all weights would be lost
+        at the next step, and no later one could say where it came from.
 
         Raises:
-            FloatingPointError: if the loss is not finite; the line is still written.
+            FloatingPointError: the loss of a row or the gradient is not finite; names the step and pairs.
         """
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        losses, self._losses = self._losses, []
+        step = self.state.global_step + 1
+        self.check_losses(losses, f"step {step}")
+        if not math.isfinite(value := float(norm)):
+            what = f"is in a step whose gradient's norm is {value}, although all its losses are finite"
+            raise self._stopped(dict.fromkeys((name for row, _ in losses for name in row.names), what), f"step {step}")
+        return norm
+
+    def check_losses(self, losses: Sequence[tuple[Any, Tensor]], when: str) -> None:
+        """Checks the losses of rows.
+
+        Raises:
+            FloatingPointError: one is not finite; names what of the row is at fault.
+        """
+        values = torch.stack([loss for _, loss in losses]).tolist() if losses else []
+        wrong = {row: value for (row, _), value in zip(losses, values, strict=True) if not math.isfinite(value)}
+        if wrong:
+            of_rows = {name: f"the loss is {value}" for row, value in wrong.items() for name in row.names}
+            raise self._stopped(self.faults(list(wrong)) or of_rows, when)
+
+    def _stopped(self, faults: Mapping[str, str], when: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{when}: {not_finite(faults, self.noun)}; lower --lr, or raise --warmup-steps, and start again"
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics gathered since the last line of the same kind: means over pairs, over all ranks."""
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
         prefix = "eval_" if mode == "eval" else ""
         if "train_runtime" in logs:
@@ -223,11 +263,6 @@ class RowTrainer(Trainer):
         elif mode == "eval" or "loss" in logs:
             logs |= {prefix + name: mean for name, mean in self._means[mode].read(self.accelerator).items()}
         super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"step {self.state.global_step}: the loss is {logs['loss']}, not finite; lower --lr, or raise "
-                "--warmup-steps, and start again"
-            )
 
     def _cost(self) -> dict[str, float]:
         """Tokens of all ranks over the time of training, saving included, and peak memory (`memory.py`)."""
@@ -256,6 +291,8 @@ class RowTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is not None:
             forget_ties(self.model, state_dict)
+        assert self.model is not None
+        check_weights(state_dict or self.model.state_dict(), f"step {self.state.global_step}")
         folder = Path(output_dir or self.args.output_dir or "")
         new = folder / ".new"
         if self.args.should_save:

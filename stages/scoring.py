@@ -7,7 +7,6 @@ Policy and reference are measured by this code alone.
 Shapes: L positions of a row, T response tokens, R responses, D hidden size, M SAE width.
 """
 
-import math
 import types
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ..cache.schema import CachedPair, Pair, ReferenceResponse
 from .features import CachedFeatures, FeatureDrift, feature_drift, keep_largest, pooled_features
+from .finite import find_faults, is_finite, not_finite
 from .logprobs import token_scores
 from .models import Recipe, autocast
 from .packing import PackedRow, attention_mask, pack
@@ -268,25 +268,25 @@ def measure_pairs(
         One row of a cache for each pair, in their order.
 
     Raises:
-        FloatingPointError: naming the pair and the site, if a log-probability or a feature is not finite.
+        FloatingPointError: naming pairs and sites, if a log-probability or a feature is not finite.
     """
-    device = next(model.parameters()).device
+    device, multiple = next(model.parameters()).device, row_multiple(model)
+
+    def score(row: PackedRow) -> RowScores:
+        return score_row(model, row.to(device), saes, recipe)
+
     measured: dict[int, CachedPair] = {}
-    for row in pack(pairs, token_budget, row_multiple(model)):
-        scores = score_row(model, row.to(device), saes, recipe)
+    for row in pack(pairs, token_budget, multiple):
+        scores = score(row)
+        if not is_finite(scores):
+            alone = find_faults(score, pack([pairs[index] for index in row.pairs], 1, multiple), saes)
+            raise not_finite(alone or dict.fromkeys(row.names, "is finite alone, but not in a row with others"))
         logps = scores.logps_R.tolist()
         for number, index in enumerate(row.pairs):
             responses = []
             for side in (2 * number, 2 * number + 1):
-                if not math.isfinite(logps[side]):
-                    raise FloatingPointError(f"pair {pairs[index].pair_id}: log-probability is {logps[side]}")
-                features = []
-                for sae, pooled_RM in zip(saes, scores.pooled, strict=True):
-                    try:
-                        features.append(keep_largest(pooled_RM[side], keep_features))
-                    except FloatingPointError as error:
-                        raise FloatingPointError(f"pair {pairs[index].pair_id}, {sae.site.name}: {error}") from error
-                responses.append(ReferenceResponse(logps[side], row.lengths[side], tuple(features)))
+                features = tuple(keep_largest(pooled_RM[side], keep_features) for pooled_RM in scores.pooled)
+                responses.append(ReferenceResponse(logps[side], row.lengths[side], features))
             measured[index] = CachedPair(pairs[index], *responses)
         if on_row:
             on_row(row)

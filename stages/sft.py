@@ -33,6 +33,8 @@ class SFTTrainer(RowTrainer):
         ValueError: as `RowTrainer`.
     """
 
+    noun = "conversation"
+
     def __init__(
         self,
         model: nn.Module,

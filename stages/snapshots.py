@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from .finite import check_weights
 from .shares import gather_weights
 
 
@@ -33,6 +34,7 @@ class Snapshots(TrainerCallback):
         weights = gather_weights(model)  # every rank gives its part
         if not state.is_world_process_zero:
             return
+        check_weights(weights or model.state_dict(), f"step {state.global_step}")
         folder = snapshot_folder(Path(args.output_dir), state.global_step)
         new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
         for leftover in (new, old):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .finite import check_weights
 from .sites import Site, capture_sites, load_sae
 
 TokenIds = NDArray[np.int32]
@@ -83,6 +84,7 @@ def train_sae(
     Raises:
         ValueError: there are fewer than two sequences with a token after the first, or nothing to train on.
         FileExistsError: `out` already holds an SAE.
+        FloatingPointError: an activation or, in the end, the SAE is not finite; nothing is written.
     """
     if (out / "cfg.json").exists():
         raise FileExistsError(f"{out} already holds an SAE: choose another folder or remove it")
@@ -93,6 +95,7 @@ def train_sae(
         torch.manual_seed(seed)
         sae = _new_sae(model, site, width, target_l0, model_name)
         _fit(sae, _batches(model, train, site, batch_tokens, seed), tokens, batch_tokens, lr)
+        check_weights(sae.state_dict(), f"SAE after {tokens // batch_tokens} steps")
         sae.fold_W_dec_norm()  # a feature's value is then the length of what it adds to the activation
         sae.save_inference_model(out)
         passes = tokens / sum(len(ids) - 1 for ids in train)
@@ -135,7 +138,15 @@ def _activations(model: PreTrainedModel, sequences: Sequence[TokenIds], site: Si
         wanted = (position > 0) & (position < lengths[:, None])
         with torch.no_grad(), capture_sites(model, [site]) as captured:
             model.get_decoder()(input_ids=input_ids.to(model.device), use_cache=False)
-        yield captured[site][wanted.to(model.device)].float()
+        acts_BLD = captured[site].float()
+        bad = ~(acts_BLD.isfinite().all(-1) | ~wanted.to(model.device)).all(-1)
+        if bad.any():
+            first = group[int(bad.int().argmax())]
+            raise FloatingPointError(
+                f"activations at {site.name} are not finite in {int(bad.sum())} of {len(group)} conversations that are "
+                f"read together; the first begins with the tokens {' '.join(map(str, first[:12]))}; check the model"
+            )
+        yield acts_BLD[wanted.to(model.device)]
         start = stop
 
 

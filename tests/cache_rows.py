@@ -1,14 +1,19 @@
 """Random rows of a cache, and a small finished cache of them, for tests."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fpo.cache.columns import Columns, table_to_batch
-from fpo.cache.manifest import Manifest, Meaning, Noise, Numerics, ShardReport, SiteMeaning
+from fpo.cache.columns import Columns, rows_to_table, table_to_batch
+from fpo.cache.files import sha256_file
+from fpo.cache.manifest import Manifest, Meaning, Noise, Numerics, ShardRecord, ShardReport, SiteMeaning
 from fpo.cache.schema import CachedPair, Pair, ReferenceResponse, SparseFeatures, pair_id
+from fpo.cache.shard import encode_shard, read_table
 from fpo.cache.stores import Store
 from fpo.cache.writer import CacheWriter
 
@@ -84,6 +89,25 @@ def write_cache(
     manifest = writer.finish()
     assert manifest is not None
     return manifest
+
+
+def forge(
+    cache: Path, copy: Path, change: Callable[[CachedPair], CachedPair] = lambda row: row, **meaning: Any
+) -> Path:
+    """A copy of a cache with other rows or another meaning, and every hash made to agree, whatever rule it breaks."""
+    manifest = Manifest.load(cache)
+    new_meaning = dataclasses.replace(manifest.meaning, **meaning)
+    shutil.copytree(cache, copy, ignore=shutil.ignore_patterns("data"))
+    (copy / "data").mkdir()
+    records = []
+    for shard in manifest.shards:
+        rows = [change(row) for row in table_to_rows(read_table(cache / shard.name, manifest.meaning))]
+        table = rows_to_table(rows, new_meaning.widths)
+        path = copy / shard.name
+        path.write_bytes(encode_shard(table, new_meaning, manifest.numerics, shard.report))
+        records.append(ShardRecord(shard.name, len(rows), path.stat().st_size, sha256_file(path), shard.report))
+    Manifest(new_meaning, manifest.numerics, tuple(records)).save(copy)
+    return copy
 
 
 def upload(folder: Path, url: str) -> Store:

@@ -179,12 +179,6 @@ def test_the_last_id_fits_its_type(width, dtype):
     assert kept.ids.tolist() == [width - 1]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_refused(value):
-    with pytest.raises(FloatingPointError, match="1 pooled features are not finite"):
-        keep_largest(torch.tensor([1.0, value, 0.0]), None)
-
-
 @many_examples
 @given(sides=st.integers(1, 12).flatmap(lambda n: st.tuples(*[st.lists(activation, min_size=n, max_size=n)] * 2)))
 def test_drift_is_that_of_the_definition_and_reads_at_most_twice_k_features(sides):

@@ -266,12 +266,12 @@ def test_a_number_that_is_not_finite_is_refused_with_its_pair():
     pair = random_pair(3, 3, 3)
     model = calm_gemma2(tie_word_embeddings=False)
     model.lm_head.weight.data[0] = math.nan
-    with pytest.raises(FloatingPointError, match=f"pair {pair.pair_id}: log-probability is nan"):
+    with pytest.raises(FloatingPointError, match=f"pair {pair.pair_id}: log-probability of chosen is nan"):
         measure_pairs(model, [pair], [], "fp32", token_budget=1, keep_features=5)
     sae = copy.deepcopy(SAES[0].sae)
     sae.b_enc.data[7] = math.inf
     broken = dataclasses.replace(SAES[0], sae=sae)
-    with pytest.raises(FloatingPointError, match=rf"pair {pair.pair_id}, {broken.site.name}: 1 pooled features"):
+    with pytest.raises(FloatingPointError, match=f"pair {pair.pair_id}: 2 pooled features at {broken.site.name}"):
         measure_pairs(calm_gemma2(), [pair], [broken], "fp32", token_budget=1, keep_features=5)
 
 
