@@ -104,8 +104,12 @@ test-slow: install
 	$(BIN)/pytest -q -n auto -m slow
 
 # Kills, damage, hostile and malformed files, fuzzing, long runs: as often as docs/reliability.md says; prints its figures.
+FUZZ_SECONDS ?= 120
+
 reliability: install
 	$(BIN)/pytest -q -n auto --long tests/reliability
+	$(BIN)/pip install --quiet atheris==3.0.0
+	$(BIN)/python tests/reliability/fuzz_cache.py -max_total_time=$(FUZZ_SECONDS)
 
 clean:
 	rm -rf build dist .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -177,7 +177,7 @@ class Manifest:
         path = folder / MANIFEST_NAME
         try:
             data = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(
                 f"{path}: no manifest, so the cache is not complete; finish `fpo precompute`"
             ) from None

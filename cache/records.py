@@ -16,9 +16,12 @@ def parse_json(text: str | bytes) -> Any:
     """`json.loads` that refuses NaN and infinity, which JSON does not have.
 
     Raises:
-        ValueError: the text is no JSON.
+        ValueError: the text is no JSON, or is nested too deep.
     """
-    return json.loads(text, parse_constant=_refuse_constant)
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError(f"expected JSON that is not nested deep, found {error}") from error
 
 
 def _refuse_constant(name: str) -> None:

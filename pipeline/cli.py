@@ -9,17 +9,38 @@ user's, with one line on stderr that says what was expected, what was found and 
 import inspect
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
+from typer.core import TyperGroup
 
 from .config import RunConfig, load_config, profile_names, to_yaml
 
+# typer has a copy of click of its own, and hands out this child of the mistakes in arguments alone.
+_UsageError = cast(type[typer.BadParameter], typer.BadParameter.__base__)
+
+
+class _CommandLine(TyperGroup):
+    """All commands; a mistake in the arguments themselves gives one line too."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Runs a command and exits."""
+        try:
+            sys.exit(super().main(*args, **{**extra, "standalone_mode": False}))
+        except _UsageError as error:
+            said = error.format_message()
+            # Without a command it is the help, of many lines.
+            typer.echo(said if "\n" in said else f"fpo: {said.rstrip('.')}; --help lists what there is", err=True)
+            sys.exit(error.exit_code)
+
+
 app = typer.Typer(
+    cls=_CommandLine,
     help="Feature-level constrained preference optimization, in two offline stages. FPO_HOME is the folder of "
     "remembered hashes, decoded caches and copies of caches in stores (default ~/.cache/fpo); "
     "FPO_TRACEBACK=1 shows where an error came from.",

@@ -6,7 +6,8 @@ every output. A field's description is the option's help.
 
 import difflib
 import importlib.resources
-from collections.abc import Hashable, Mapping
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from pydantic import (
 
 from ..cache import files
 from ..stages.methods import METHODS, MethodName
+from .plain_yaml import field_name, read_yaml
 
 # What `for` of a configuration file may name beside methods; those that read a method's settings; those that may write
 # into a store.
@@ -193,7 +195,7 @@ def load_config(name: str | None, given: Mapping[str, Any], command: str | None 
         first = error.errors()[0]
         key = str(first["loc"][0])
         place = f"--{key.replace('_', '-')}" if key in given else f"{where}: {key}"
-        raise ValueError(f"{place}: {first['msg']}, found {first['input']!r}") from error
+        raise ValueError(f"{place}: {first['msg']}, found {_shown(first['input'])}") from error
     if isinstance(config.out, str) and command not in STORE_COMMANDS:
         raise ValueError(f"--out: expected a folder, found {config.out}; only `fpo precompute` writes into a store")
     return config
@@ -208,13 +210,13 @@ def has_section(name: str, command: str) -> bool:
 def _sections(content: Any, where: str) -> dict[str, dict[str, Any]]:
     """The settings under `for`, by command or method."""
     if not isinstance(content, dict):
-        raise ValueError(f"{where}: for: expected commands or methods with their settings, found {content!r}")
+        raise ValueError(f"{where}: for: expected commands or methods with their settings, found {_shown(content)}")
     for name, settings in content.items():
         if name not in (*COMMANDS, *METHODS):
             raise ValueError(f"{where}: for: expected one of {', '.join((*COMMANDS, *METHODS))}, found '{name}'")
         if not isinstance(settings, dict):
-            raise ValueError(f"{where}: for: {name}: expected a mapping of options, found {settings!r}")
-    sections = {name: {_field_name(key): value for key, value in part.items()} for name, part in content.items()}
+            raise ValueError(f"{where}: for: {name}: expected a mapping of options, found {_shown(settings)}")
+    sections = {name: {field_name(key): value for key, value in part.items()} for name, part in content.items()}
     for name, settings in sections.items():
         _check_keys(settings, f"{where}: for: {name}")
         if name in METHODS and "method" in settings:
@@ -225,30 +227,21 @@ def _sections(content: Any, where: str) -> dict[str, dict[str, Any]]:
 def _check_keys(values: Mapping[str, Any], where: str) -> None:
     for key in values:
         if key not in RunConfig.model_fields:
-            near = difflib.get_close_matches(str(key), RunConfig.model_fields, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: unknown key '{key}'; the nearest known key is '{near}'")
+            near = difflib.get_close_matches(key[:100], RunConfig.model_fields, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where}: unknown key '{key[:100]}'; the nearest known key is '{near}'")
 
 
-def _field_name(key: object) -> str:
-    """`batch-size` and `batch_size` are one key."""
-    return str(key).replace("-", "_")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Plain YAML; a key that stands twice is an error, since one of them would be ignored."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [_field_name(key.value) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+def _shown(value: object) -> str:
+    """A value for an error, cut where it is long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 200
+    return short.repr(value)
 
 
 def _read(name: str) -> tuple[dict[str, Any], str]:
     path = Path(name).expanduser()
     if path.is_file():
-        text = path.read_bytes()  # yaml knows its encodings, and names what is none
+        text = path.read_bytes()
     elif name in profile_names():
         text = (importlib.resources.files(__package__) / "profiles" / f"{name}.yaml").read_bytes()
     else:
@@ -256,12 +249,12 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
             f"--config: expected a YAML file or one of the profiles {', '.join(profile_names())}, found no '{name}'"
         )
     try:
-        content = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{name}: expected YAML, found: {' '.join(str(error).split())}") from error
+        content = read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name}: expected a mapping of options, found {type(content).__name__}")
-    return {_field_name(key): value for key, value in content.items()}, name
+    return {field_name(key): value for key, value in content.items()}, name
 
 
 def to_yaml(config: RunConfig, extra: Mapping[str, Any] | None = None) -> str:

@@ -25,7 +25,7 @@ def required(config: RunConfig, *names: str) -> tuple[Any, ...]:
     """
     values = tuple(getattr(config, name) for name in names)
     for name, value in zip(names, values, strict=True):
-        if value is None or value == ():
+        if value in (None, (), ""):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option}: expected a value, found none; give {option} or '{name}' in the configuration")
     return values
@@ -131,12 +131,23 @@ def find_reference(config: RunConfig, meaning: Meaning) -> ModelSource:
     return source
 
 
+def check_folder(out: Path) -> None:
+    """Refuses what cannot be a folder.
+
+    Raises:
+        ValueError: if it, or a folder that it would lie in, is a file.
+    """
+    for path in (out, *out.parents):
+        if path.is_file():
+            raise ValueError(f"--out: expected a new or empty folder, found a file at {path}; give another one")
+
+
 def check_new(out: Path) -> None:
     """Refuses to mix the output of two runs.
 
     Raises:
         ValueError: if there is anything in the folder, or it is a file.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "files in" if out.is_dir() else "a file at"
-        raise ValueError(f"--out: expected a new or empty folder, found {what} {out}; give another one, or empty it")
+    check_folder(out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out: expected a new or empty folder, found files in {out}; give another one, or empty it")

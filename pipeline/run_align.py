@@ -15,7 +15,7 @@ from ..cache.reader import Cache, open_cache
 from ..stages.align import FPOConfig, FPOTrainer
 from ..stages.chat import ChatFormat, load_template
 from ..stages.methods import METHODS
-from ..stages.models import ModelSource, choose_attention, find_model, load_model
+from ..stages.models import ModelSource, check_vocabulary, choose_attention, find_model, load_model
 from ..stages.parity import check_cache
 from ..stages.sites import check_fits
 from .config import RunConfig
@@ -54,6 +54,7 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
     identity = {"cache_fingerprint": meaning.fingerprint()}
     check_resume(config, out, identity)
     policy = load_model(source, attention=attention, device=device)
+    check_vocabulary(policy, tokenizer)
     for sae in saes:
         check_fits(sae, policy)
     if config.lora_r:

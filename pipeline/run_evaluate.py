@@ -25,7 +25,15 @@ from ..stages.diversity import closing_token, distinct_prompts, sample_answers, 
 from ..stages.evaluate import Estimate, measure_policy, pair_metrics
 from ..stages.generate import Sampling, context_length
 from ..stages.methods import METHODS
-from ..stages.models import ModelSource, autocast, choose_attention, find_model, load_model, load_tokenizer
+from ..stages.models import (
+    ModelSource,
+    autocast,
+    check_vocabulary,
+    choose_attention,
+    find_model,
+    load_model,
+    load_tokenizer,
+)
 from ..stages.parity import check_cache
 from ..stages.scoring import check_model
 from ..stages.sites import SiteSAE, check_fits
@@ -162,6 +170,7 @@ def _prepare(config: RunConfig) -> _Inputs:
         reference = find_reference(config, meaning) if config.reference else None
     policy = load_model(source, attention=attention, device=device)
     check_model(policy)
+    check_vocabulary(policy, tokenizer)
     for sae in saes:
         check_fits(sae, policy)
     prompts = [] if cache is None else distinct_prompts(cache, config.prompts)

@@ -5,17 +5,18 @@ anything is written. Several workers may share a cache: ranks of torchrun or SLU
 actors of Ray.
 """
 
+from pathlib import Path
 from typing import Any
 
 from ..cache.files import Place
 from ..cache.manifest import Manifest
-from ..stages.models import choose_attention, load_model
+from ..stages.models import check_vocabulary, choose_attention, load_model
 from ..stages.precompute import precompute, repair
 from ..stages.preferences import Limits, Preferences
 from ..stages.reference import Reference
 from ..stages.sites import check_fits
 from .config import RunConfig, to_yaml
-from .inputs import device_of, load_data, load_saes, required
+from .inputs import check_folder, device_of, load_data, load_saes, required
 from .progress import PairProgress, console
 from .workers import place_of, take_own_gpu
 
@@ -23,6 +24,8 @@ from .workers import place_of, take_own_gpu
 def run_precompute(config: RunConfig) -> None:
     """`fpo precompute`."""
     _, _, _, out = required(config, "model", "dataset", "sae", "out")
+    if isinstance(out, Path):
+        check_folder(out)
     rank, world_size = place_of(config)
     if config.repair and (config.engine != "local" or world_size > 1):
         found = f"{world_size} workers" if config.engine == "local" else f"--engine {config.engine}"
@@ -100,6 +103,7 @@ def load_stage_one(config: RunConfig) -> tuple[Reference, Preferences, Limits, d
     take_own_gpu(device)
     saes = load_saes(config, device)
     model = load_model(source, attention=choose_attention(config.attention, source, device), device=device)
+    check_vocabulary(model, chat.tokenizer, chat.probe_ids)
     for sae in saes:
         check_fits(sae, model)
     settings = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..stages.chat import ChatFormat, load_template
 from ..stages.conversations import load_conversations
-from ..stages.models import choose_attention, find_model, load_model, load_tokenizer
+from ..stages.models import check_vocabulary, choose_attention, find_model, load_model, load_tokenizer
 from ..stages.sft import RowConfig, SFTTrainer
 from .config import RunConfig
 from .inputs import device_of, required
@@ -52,6 +52,7 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
         for line in skipped:
             console.print(line)
     model = load_model(source, attention=attention, device=device)
+    check_vocabulary(model, tokenizer, chat.probe_ids)
     _stop_at(model, chat.end_id)
     tokenizer.chat_template = chat.template
     with missing_trackers():

@@ -9,12 +9,12 @@ from dataclasses import asdict
 import numpy as np
 
 from ..cache.files import write_atomically
-from ..stages.models import choose_attention, load_model
+from ..stages.models import check_vocabulary, choose_attention, load_model
 from ..stages.preferences import tokenize_pair
 from ..stages.sites import parse_site
 from ..stages.train_sae import train_sae
 from .config import RunConfig, to_yaml
-from .inputs import device_of, load_data, required
+from .inputs import check_folder, device_of, load_data, required
 from .progress import console
 
 
@@ -23,10 +23,12 @@ def run_train_sae(config: RunConfig) -> None:
     _, _, (site_name, *more), out = required(config, "model", "dataset", "site", "out")
     if more:
         raise ValueError(f"--site: expected one site to train an SAE for, found {len(more) + 1}")
+    check_folder(out)
     site = parse_site(site_name)
     source, preferences, chat, limits = load_data(config)
     device = device_of(config)
     model = load_model(source, attention=choose_attention(config.attention, source, device), device=device)
+    check_vocabulary(model, chat.tokenizer, chat.probe_ids)
     sequences, seen = [], set()
     for row in range(len(preferences)):
         pair = tokenize_pair(preferences.example(row), row, chat, limits).pair

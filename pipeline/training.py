@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainerCallback
 
 from ..cache.files import remove_leftovers
@@ -20,6 +19,7 @@ from ..stages.metrics import RunRecord
 from ..stages.snapshots import Snapshots
 from .config import RunConfig, to_yaml
 from .inputs import check_new, device_of
+from .plain_yaml import read_yaml
 from .progress import console
 
 # What a resumed run may change: where things are and what it tells meanwhile; with a constant schedule, its length.
@@ -98,11 +98,13 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
     if not record.exists():
         raise FileNotFoundError(f"--resume: expected a run in {out}, found no run.yaml; leave --resume out")
     try:
-        before = yaml.safe_load(record.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"--resume: expected YAML in {record}, found: {error}") from error
+        before = read_yaml(record.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"--resume: {record}: {error}") from error
+    if not isinstance(before, dict):
+        raise ValueError(f"--resume: expected the settings of a run in {record}, found {type(before).__name__}")
     free = RESUME_MAY_CHANGE + (LENGTH if config.lr_scheduler.startswith("constant") else ())
-    now = {**yaml.safe_load(to_yaml(config)), **identity}
+    now = {**read_yaml(to_yaml(config).encode()), **identity}
     changed = [
         f"{key}: was {before.get(key)!r}, is {value!r}"
         for key, value in now.items()

@@ -152,6 +152,10 @@ def _question(format: Format, row: Any, where: str) -> Question:
         temperature = MT_BENCH_TEMPERATURES.get(_field(row, "category", str, where), 0.7)
         prompts = _field(row, "turns", tuple[str, ...], where)
         question = Question(format, _field(row, "question_id", int, where), prompts, temperature)
+    try:
+        "".join(question.prompts).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character, which no tokenizer reads
+        raise ValueError(f"{where}: expected text, found {error}") from error
     if not question.prompts or not all(text.strip() for text in question.prompts):
         raise ValueError(f"{where}: expected words of the user in every turn, found none")
     return question

@@ -75,12 +75,16 @@ def load_template(path: Path | str | None) -> str | None:
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: it is not UTF-8.
     """
     if path is None:
         return None
     if not Path(path).is_file():
         raise FileNotFoundError(f"expected a chat template (Jinja) at {path}, found no such file")
-    return Path(path).read_text(encoding="utf-8")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat template {path}: expected UTF-8, found {error}") from error
 
 
 class ChatFormat:
@@ -91,13 +95,15 @@ class ChatFormat:
         template: the text of the template in use: the one given, else the tokenizer's own, else `GEMMA_TURNS`.
         bos_id: the token that may begin a prompt, or `None`.
         end_id: the token that closes every templated response: the template's end of turn, or EOS if it writes none.
+        probe_ids: token ids of a conversation, with all that the template writes around a question and an answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
-        """Probes the template once for what it writes after an answer.
+        """Probes the template for what it writes after an answer.
 
         Raises:
-            ValueError: the tokenizer has no EOS, or the template cannot be rendered or leaves the answer out.
+            ValueError: the tokenizer has no EOS, or the template cannot be rendered, leaves the answer out, does not
+                only append, or closes answers in different ways.
         """
         if tokenizer.eos_token_id is None:
             raise ValueError(f"expected a tokenizer with an EOS token, found none in {tokenizer.name_or_path!r}")
@@ -108,13 +114,16 @@ class ChatFormat:
         # A text, because some tokenizers give nothing at all for an empty one.
         self._adds_bos = self.bos_id is not None and self._ids("a", True)[0] == self.bos_id
 
-        text = self._render((Message("user", "Hi"), Message("assistant", PROBE)), answer_next=False)
-        _, found, self._closing = text.rpartition(PROBE)
+        asked = (Message("user", "Hi"),)
+        _, found, self._closing = self._render((*asked, Message("assistant", PROBE)), False).rpartition(PROBE)
         if not found:
             raise ValueError("the chat template leaves out the assistant's answer; give another one by a file")
         closing_ids = self._ids(self._closing.rstrip())
         self._appends_eos = not closing_ids or closing_ids[-1] not in tokenizer.added_tokens_decoder
         self.end_id: int = tokenizer.eos_token_id if self._appends_eos else closing_ids[-1]
+        text = self._render(asked, answer_next=True)
+        answer, _ = self._answer(asked, text, (Message("assistant", f"{PROBE}: yes"),))
+        self.probe_ids = [*self._prompt_ids(text), *answer]
 
     def prompt_and_responses(self, example: Example) -> tuple[list[int], list[int], list[int]]:
         """Token ids of the prompt (BOS at most once, the opening of the answer included) and of both responses.
@@ -209,9 +218,14 @@ class ChatFormat:
 
     def _apply(self, messages: Turns, answer_next: bool) -> str:
         turns = [asdict(message) for message in messages]
-        text = self.tokenizer.apply_chat_template(
-            turns, chat_template=self.template, tokenize=False, add_generation_prompt=answer_next
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns, chat_template=self.template, tokenize=False, add_generation_prompt=answer_next
+            )
+        except TemplateError:
+            raise
+        except Exception as error:  # a template's expressions raise as Python's do: 'a' + 1, 1 / 0, a range too large
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
         assert isinstance(text, str)
         return text
 

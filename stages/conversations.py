@@ -111,15 +111,18 @@ def load_conversations(
         raise ValueError(f"{source}: found columns {found}, expected 'messages' as lists of 'role' and 'content'")
     if not len(rows):
         raise ValueError(f"{source}: expected conversations in split {split!r}, found no row")
-    tokenised = rows.map(
-        partial(_tokenised_row, chat=chat, max_length=max_length, split=split),
-        with_indices=True,
-        input_columns=["messages"],
-        remove_columns=rows.column_names,
-        features=FEATURES,
-        new_fingerprint=_fingerprint(rows, chat, max_length),
-        desc="tokenising",
-    )
+    try:
+        tokenised = rows.map(
+            partial(_tokenised_row, chat=chat, max_length=max_length, source=source, split=split),
+            with_indices=True,
+            input_columns=["messages"],
+            remove_columns=rows.column_names,
+            features=FEATURES,
+            new_fingerprint=_fingerprint(rows, chat, max_length),
+            desc="tokenising",
+        )
+    except UnicodeDecodeError as error:  # while it decodes a row
+        raise ValueError(f"{source}: expected UTF-8, found {error}") from error
     return Conversations(tokenised)
 
 
@@ -166,14 +169,16 @@ def _reason_to_skip(turns: Turns) -> str | None:
     return None
 
 
-def _tokenised_row(messages: Any, row: int, *, chat: ChatFormat, max_length: int, split: str) -> dict[str, Any]:
+def _tokenised_row(
+    messages: Any, row: int, *, chat: ChatFormat, max_length: int, source: str, split: str
+) -> dict[str, Any]:
     try:
         turns = read_text(messages, "messages")
         if isinstance(turns, str) and turns:
             raise ValueError(f"expected messages in 'messages', found text {turns!r:.80}")
         found, skipped, truncated = tokenize_conversation(turns or (), chat, max_length)
     except ValueError as error:
-        raise ValueError(f"row {row} of split {split!r}: {error}") from error
+        raise ValueError(f"{source}, row {row} of split {split!r}: {error}") from error
     found = found or Conversation(np.zeros(0, np.int32), np.zeros(0, np.bool_))
     return {"ids": found.ids, "learnt": found.learnt, "skipped": skipped, "truncated": truncated}
 

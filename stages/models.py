@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
 
 from ..cache.files import canonical_json, sha256_file, user_folder, write_atomically
+from .reading import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -131,30 +132,31 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
     """
     from transformers import AutoModelForCausalLM
 
-    try:
+    with reading(f"model {source.name}: transformers cannot load it"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             gguf_file=source.gguf_file,
             dtype=torch.float32,
             attn_implementation=attention,
             use_safetensors=True if source.gguf_file is None else None,
+            ignore_mismatched_sizes=True,  # they are refused below, with their names
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (ValueError, OSError, ImportError, KeyError, SafetensorError) as error:
-        raise ValueError(f"model {source.name}: transformers cannot load it: {str(error).splitlines()[0]}") from error
-    model, report = loaded
-    if report["missing_keys"]:  # transformers fills them at random
-        names = sorted(report["missing_keys"])
-        raise ValueError(
-            f"model {source.name}: expected all weights of {type(model).__name__}, found none for {len(names)} of them "
-            f"({', '.join(names[:3])}{' …' if len(names) > 3 else ''}); give a complete causal language model"
-        )
+        model, report = loaded
+        # transformers fills these at random
+        wrong = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+        if wrong:
+            raise ValueError(
+                f"expected all weights of {type(model).__name__} in the sizes of config.json, found {len(wrong)} "
+                f"missing or of another size ({', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}); give a complete "
+                "causal language model"
+            )
     if source.gguf_file:  # de-quantised while loading; transformers still calls it quantised and would not train it
         model.hf_quantizer.remove_quantization_config(model)
-    wrong = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
-    assert not wrong, f"weights must be float32, found {wrong}"
+    dtypes = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
+    assert not dtypes, f"weights must be float32, found {dtypes}"
     infinite = [name for name, weight in model.named_parameters() if weight.isinf().any()]
     if infinite:
         raise FloatingPointError(
@@ -177,15 +179,32 @@ def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(
+    with reading(f"model {source.name}: transformers cannot load its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
             source.folder, gguf_file=source.gguf_file, local_files_only=True, trust_remote_code=False
         )
-    except (ValueError, OSError, ImportError, KeyError) as error:
+        # Without its files transformers makes one up that knows no word.
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise ValueError("expected a tokenizer beside the weights, found no tokens; add the tokenizer's files")
+    return tokenizer
+
+
+def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int] = ()) -> None:
+    """Checks that the model has an embedding for every ordinary token, and for `ids`, which a template writes.
+
+    Tokens that were added later may lack one: some tokenizers have such that nothing writes.
+
+    Raises:
+        ValueError: if it lacks one.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    known = len(embeddings.weight)
+    largest = max([tokenizer.vocab_size - 1, *ids])
+    if largest >= known:
         raise ValueError(
-            f"model {source.name}: expected a tokenizer beside the weights in {source.folder}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+            f"expected a model that embeds every token of its tokenizer, found {known} embeddings and token {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}); give the tokenizer that the model was trained with"
+        )
 
 
 def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -221,10 +240,11 @@ def choose_attention(requested: str, source: ModelSource, device: torch.device |
         return requested
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if source.gguf_file:
-        config = AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf_file)
-    else:
-        config = AutoConfig.from_pretrained(source.folder)
+    with reading(f"model {source.name}: transformers cannot read its configuration"):
+        if source.gguf_file:
+            config = AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf_file)
+        else:
+            config = AutoConfig.from_pretrained(source.folder)
     model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None:
         raise ValueError(f"model {source.name}: expected a causal language model, found a {config.model_type}")

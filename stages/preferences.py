@@ -9,13 +9,16 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 
 from .chat import GEMMA_TURNS, ChatFormat, Example, Message, Text, Turns, load_template
+from .reading import reading
 from .tokenized import SKIP_REASONS, Limits, Tokenized, tokenize_pair
 
 __all__ = [
@@ -65,7 +68,7 @@ class Preferences:
         try:
             return _normalise(self._rows[i])
         except ValueError as error:
-            raise ValueError(f"row {i} of split {self.split!r}: {error}") from error
+            raise ValueError(f"{self.source}, row {i} of split {self.split!r}: {error}") from error
 
     @cached_property
     def content_hash(self) -> str:
@@ -128,14 +131,33 @@ def _open_rows(source: str, split: str, config: str | None, what: str) -> Any:
     if len(builders) > 1 or None in builders:
         names = ", ".join(file.name for file in files)
         raise ValueError(f"expected files of one kind among {', '.join(BUILDERS)} for split {split!r}, found {names}")
-    empty = [file.name for file in files if not file.stat().st_size]
-    if empty:
-        raise ValueError(f"expected rows in every file of split {split!r} at {source}, found {empty[0]} empty")
-    try:
+    with reading(f"{source}: not readable as one table"):
+        for file in files:
+            _check_rows(file)
         return datasets.load_dataset(builders.pop(), data_files=[str(file) for file in files], split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"{source}: not readable as one table: {cause}") from error
+
+
+def _check_rows(path: Path) -> None:
+    """Refuses a file without rows, and `null` in place of one, at which pyarrow's reader of JSON ends the process."""
+    if path.suffix == ".parquet" and path.stat().st_size:
+        count = pq.read_metadata(path).num_rows
+    else:
+        nulls = list(_nulls(path))
+        if any(nulls):
+            raise ValueError(f"expected objects, found null in place of row {nulls.index(True)} of {path.name}")
+        count = len(nulls)
+    if not count:
+        raise ValueError(f"expected rows in every file, found {path.name} empty")
+
+
+def _nulls(path: Path) -> Iterator[bool]:
+    """For every row of a JSON file whether it is `null`."""
+    with path.open("rb") as file:
+        if file.read(1) == b"[":
+            yield from (row is None for row in json.loads(b"[" + file.read()))
+        else:
+            file.seek(0)
+            yield from (line.startswith(b"null") for raw in file if (line := raw.strip(b"\xef\xbb\xbf \t\r\n")))
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:

@@ -233,7 +233,7 @@ class RowTrainer(Trainer):
         step = self.state.global_step + 1
         self.check_losses(losses, f"step {step}")
         if not math.isfinite(value := float(norm)):
-            what = f"is in a step whose gradient's norm is {value}, although all its losses are finite"
+            what = f"the gradient of its step is not finite (norm {value}), although all losses are"
             raise self._stopped(dict.fromkeys((name for row, _ in losses for name in row.names), what), f"step {step}")
         return norm
 

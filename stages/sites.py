@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .reading import reading
+
 SiteKind = Literal["resid_post", "mlp_out"]
 
 # These encode every position by itself, from the same activation that they reconstruct. SAELens saves its BatchTopK
@@ -166,10 +168,8 @@ def _read_folder(folder: Path) -> Any:
         if not (folder / name).is_file():
             found = sorted(path.name for path in folder.iterdir())
             raise FileNotFoundError(f"expected {name} in {folder}, as SAELens saves an SAE; found {found}")
-    try:
+    with reading(f"SAELens cannot read the SAE in {folder}"):
         return SAE.load_from_disk(folder, device="cpu")
-    except (RuntimeError, KeyError) as error:  # how torch and SAELens refuse weights or a configuration
-        raise ValueError(f"SAELens cannot read the SAE in {folder}: {' '.join(str(error).split())}") from error
 
 
 def _fetch(release: str, sae_id: str) -> Any:
@@ -212,7 +212,7 @@ def _site_of(sae: Any, given: Site | None, spec: str) -> Site:
             raise ValueError(f"nothing says which site the SAE {spec!r} reads: add it, as …@blocks.25.hook_resid_post")
         return given
     try:
-        site = parse_site(hook_name)
+        site = parse_site(str(hook_name))
     except ValueError as error:
         raise ValueError(f"the SAE {spec!r} reads a site that is not supported: {error}") from error
     if given is not None and given != site:

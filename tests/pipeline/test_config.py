@@ -86,7 +86,7 @@ def test_an_option_wins_over_the_file(tmp_path):
         ("model: !!python/name:os.system\n", ["python/name", "run.yaml"]),
         ("lr: [1\n", ["run.yaml"]),
         ("{[1]: 2}\n", ["run.yaml"]),
-        ("a: &a [*a]\n", ["'a'"]),
+        ("a: &a [*a]\n", ["'*a'", "line 1"]),
         ("- lr\n", ["mapping", "list"]),
         ("", ["mapping", "NoneType"]),
         ("\x00", ["run.yaml"]),

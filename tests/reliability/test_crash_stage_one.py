@@ -131,7 +131,7 @@ def test_of_two_workers_one_is_killed_and_the_other_finishes_its_shards(world, w
         check_left(out, whole)
         if not (out / "manifest.json").exists():  # the one that was killed held a shard while the other went by
             assert "shards of this cache are still with other workers" in other.said()
-            killed.finish()
+        killed.finish()  # or removes what it had half-written when the other was through
         assert cache_of(out) == whole.cache
     tally("kills of stage one at random moments", kills)
 

@@ -233,7 +233,8 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_names_step_and_pairs(
     fault = Fault(monkeypatch, 2, value, where)
     run = tmp_path / "out"
     result = world.align(run, epochs=2, save_steps=2, token_budget=1, max_grad_norm=0 if value == math.inf else 1)
-    said = stopped(result, r"fpo: step 3: pair ", "lower --lr", "loss is" if where == "loss" else "gradient's norm is")
+    what = "loss is" if where == "loss" else "gradient of its step is not finite"
+    said = stopped(result, r"fpo: step 3: pair ", "lower --lr", what)
     named = re.findall(NAME, said)
     assert len(named) == 3 and set(named) <= set(fault.pairs) and "and 3 more" in said
     saved = sorted(path.name for path in run.glob("checkpoint-*"))

@@ -102,6 +102,13 @@ def test_an_unusable_template_or_tokenizer_is_refused_at_once() -> None:
         ChatFormat(chatml(), "{{ messages[0]['content'] }}")
     with pytest.raises(ValueError, match="the chat template refuses the turns user, assistant"):
         ChatFormat(chatml(), "{% for m in messages %}")
+    for expression in ("'a' + 1", "1 / 0", "range(10 ** 9)"):
+        with pytest.raises(ValueError, match=r"refuses the turns user, assistant: \w+Error: "):
+            ChatFormat(chatml(), f"{{{{ {expression} }}}}")
+    with pytest.raises(ValueError, match="only appends"):
+        ChatFormat(chatml(), "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'A:' if add_generation_prompt }}")
+    with pytest.raises(ValueError, match="closes every answer alike"):
+        ChatFormat(chatml(), CHATML + "{{ 'no' if 'yes' in messages[-1].content and not add_generation_prompt }}")
     with pytest.raises(ValueError, match="EOS token"):
         ChatFormat(PreTrainedTokenizerFast(tokenizer_object=chatml().backend_tokenizer))
 

@@ -254,13 +254,15 @@ def test_the_same_data_are_tokenised_once_and_others_again(tmp_path, monkeypatch
 )
 def test_a_malformed_row_is_an_error_with_its_number(tmp_path, value, message):
     rows = [messages(TWO), messages(TWO), {"messages": value}]
-    with pytest.raises(ValueError, match=rf"\Arow 2 of split 'train_sft': [^\n]*{message}[^\n]*\Z"):
+    with pytest.raises(ValueError, match=rf"\A[^\n]*a.jsonl, row 2 of split 'train_sft': [^\n]*{message}[^\n]*\Z"):
         load(write(tmp_path / "a.jsonl", rows))
 
 
 @pytest.mark.parametrize("value", ["Hello", 3])
 def test_a_column_of_another_type_is_an_error(tmp_path, value):
-    with pytest.raises(ValueError, match=r"\Arow 0 of split 'train_sft': expected [^\n]*messages[^\n]*found[^\n]*\Z"):
+    with pytest.raises(
+        ValueError, match=r"\A[^\n]*a.jsonl, row 0 of split 'train_sft': expected [^\n]*messages[^\n]*found[^\n]*\Z"
+    ):
         load(write(tmp_path / "a.jsonl", [{"messages": value}]))
 
 

@@ -8,6 +8,7 @@ from fpo.cache.files import user_folder
 from fpo.stages import models
 from fpo.stages.models import (
     autocast,
+    check_vocabulary,
     choose_attention,
     find_model,
     load_model,
@@ -55,7 +56,7 @@ def test_pickled_weights_are_refused(folder):
 
 def test_weights_that_transformers_cannot_read_are_a_user_s_error(folder):
     (folder / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(ValueError, match=r"\Amodel [^\n]+ cannot load it[^\n]+\Z"):
+    with pytest.raises(ValueError, match=r"\Amodel [^\n]+ cannot load [^\n]+\Z"):
         load_model(find_model(str(folder)), attention="eager", device="cpu")
 
 
@@ -168,8 +169,17 @@ def test_a_tokenizer_s_hash_changes_with_vocabulary_and_special_tokens():
 
 def test_a_model_without_a_tokenizer_is_a_user_s_error(tmp_path):
     calm_llama().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"\Amodel [^\n]+: expected a tokenizer beside the weights[^\n]+\Z"):
+    with pytest.raises(ValueError, match=r"\Amodel [^\n]+: transformers cannot load its tokenizer: [^\n]+\Z"):
         load_tokenizer(find_model(str(tmp_path)))
+
+
+def test_a_model_embeds_every_token_that_its_tokenizer_can_write():
+    tokenizer = chatml()
+    check_vocabulary(calm_llama(vocab_size=len(tokenizer)), tokenizer, [len(tokenizer) - 1])
+    with pytest.raises(ValueError, match=f"found {len(tokenizer) - 1} embeddings and token {len(tokenizer) - 1}"):
+        check_vocabulary(calm_llama(vocab_size=len(tokenizer) - 1), tokenizer)
+    with pytest.raises(ValueError, match=f"token {len(tokenizer)} "):  # which a template writes
+        check_vocabulary(calm_llama(vocab_size=len(tokenizer)), tokenizer, [len(tokenizer)])
 
 
 def test_only_the_bf16_recipe_computes_in_bf16():

@@ -213,5 +213,8 @@ def test_mistakes_in_the_source_are_one_line(tmp_path: Path) -> None:
     assert "not readable as one table" in refused(tmp_path / "d.jsonl")
     (tmp_path / "e.jsonl").touch()
     assert "found e.jsonl empty" in refused(tmp_path / "e.jsonl")
+    for number, text in enumerate(("null\n", ' null, {"chosen": "a"}\n', "\ufeffnull", '[{"chosen": "a"}, null]')):
+        (tmp_path / f"{number}.json").write_text(text)  # Arrow's reader would end the process
+        assert "null in place of row" in refused(tmp_path / f"{number}.json")
     (tmp_path / "folder").mkdir()
     assert "found no Parquet, JSON or JSONL file" in refused(tmp_path / "folder")

@@ -93,10 +93,7 @@ def test_a_response_is_one_answer(pair: Example) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (
-            "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}",
-            "only appends",
-        ),
+        ("{% if messages|length > 3 %}!{% endif %}" + CHATML, "only appends"),
         (CHATML + "{% if messages|length > 3 %}!{% endif %}", "closes this answer"),
     ],
 )

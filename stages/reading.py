@@ -1,0 +1,55 @@
+"""Around the libraries that read a user's files.
+
+In: what is read. Out: whatever a library raises as one line that says so; its log only where it raises nothing.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LIBRARIES = ("datasets", "transformers")
+LONGEST = 600  # characters of a library's message
+
+
+class _Held(logging.Handler):
+    """Keeps records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps a record."""
+        self.records.append(record)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Around reading a file by a library: each refuses in ways of its own, and many log what they then raise.
+
+    Args:
+        what: the beginning of the error, which names the file.
+
+    Raises:
+        ValueError: whatever was raised inside, in one line.
+    """
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    held = _Held()
+    for logger in loggers:
+        logger.handlers, logger.propagate = [held], False
+    try:
+        yield
+    except Exception as error:
+        held.records.clear()  # the line says it
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        # A mistake that the library stumbled over has no sentence: a missing key is the key alone.
+        kind = "" if isinstance(cause, ValueError | OSError | RuntimeError) else f"{type(cause).__name__}: "
+        raise ValueError(f"{what}: {kind}{' '.join(str(cause).split())[:LONGEST]}") from error
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+        for record in held.records:
+            logging.getLogger(record.name).handle(record)

@@ -1,0 +1,211 @@
+"""Options that do not fit each other, the machine or what they name.
+
+In: the tiny world and the folder of bad_files.py. Out: changes of a command's options, by what is wrong with them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tiny_world import SITES, World
+
+# From the world and the folder of bad files to options by field name; None leaves one out.
+Change = Callable[[World, Path], dict[str, Any]]
+Changes = dict[str, Change]
+
+PRECOMPUTE: Changes = {
+    "no model": lambda w, b: {"model": None},
+    "no data set": lambda w, b: {"dataset": None},
+    "no SAE": lambda w, b: {"sae": None},
+    "missing model": lambda w, b: {"model": b / "none"},
+    "missing data": lambda w, b: {"dataset": b / "none.jsonl"},
+    "missing SAE": lambda w, b: {"sae": b / "none"},
+    "missing template": lambda w, b: {"chat_template": b / "none.jinja"},
+    "split's name": lambda w, b: {"split": "a/b"},
+    "SAE's width": lambda w, b: {"sae": b / "narrow"},
+    "SAE's layer": lambda w, b: {"sae": b / "deep"},
+    "SAE's hook": lambda w, b: {"sae": b / "foreign"},
+    "SAE's site": lambda w, b: {"sae": b / "unnamed"},
+    "two SAEs a site": lambda w, b: {"sae": (w.saes[0], b / "twin")},
+    "device": lambda w, b: {"device": "tpu"},
+    "device without memory": lambda w, b: {"device": "meta"},
+    "absent device": lambda w, b: {"device": "cuda:99"},
+    "attention": lambda w, b: {"attention": "sdpa"},
+    "unknown attention": lambda w, b: {"attention": "flash"},
+    "flex on CPU": lambda w, b: {"attention": "flex_attention", "device": "cpu"},
+    "limits": lambda w, b: {"max_length": 32},
+    "no room for a prompt": lambda w, b: {"max_prompt_length": 1},
+    "limit": lambda w, b: {"limit": 0},
+    "shard size": lambda w, b: {"shard_size": 0},
+    "token budget": lambda w, b: {"token_budget": "many"},
+    "kept features": lambda w, b: {"keep_features": "most"},
+    "recipe": lambda w, b: {"dtype": "fp16"},
+    "missing configuration": lambda w, b: {"config": b / "none.yaml"},
+    "a folder without data": lambda w, b: {"dataset": b / "saes" / "no weights"},
+    "a split that is not there": lambda w, b: {"dataset": b / "splits", "split": "test"},
+    "a split of two kinds": lambda w, b: {"dataset": b / "splits", "split": "mixed"},
+    "configuration of local data": lambda w, b: {"dataset_config": "default"},
+    "a release of SAEs that is unknown": lambda w, b: {"sae": "gemma-scope-99:layer_1"},
+    "an SAE that its release lacks": lambda w, b: {"sae": "gemma-scope-2b-pt-res:layer_99"},
+    "a GGUF file that is none": lambda w, b: {"model": b / "text.gguf"},
+    "a missing GGUF file": lambda w, b: {"model": b / "none.gguf"},
+    "a package that is not installed": lambda w, b: {"model": "package:no_such_package/model.gguf"},
+    "a template that is a folder": lambda w, b: {"chat_template": b},
+    "a rank alone": lambda w, b: {"rank": 0},
+    "a rank past the world": lambda w, b: {"rank": 2, "world_size": 2},
+    "workers without Ray": lambda w, b: {"workers": 2},
+    "an engine": lambda w, b: {"engine": "spark"},
+    "a URL of an unknown kind": lambda w, b: {"out": "gopher://caches/uf"},
+    "a folder below a file": lambda w, b: {"out": w.data / "cache"},
+    "a file for a folder": lambda w, b: {"out": w.data},
+    "another cache's folder": lambda w, b: {"out": w.eval_cache},
+    "a huge number": lambda w, b: {"token_budget": "9" * 5000},
+    "an empty name": lambda w, b: {"model": ""},
+    "a long name": lambda w, b: {"dataset": "a" * 300},
+}
+
+ALIGN: Changes = {
+    "no model": lambda w, b: {"model": None},
+    "no cache": lambda w, b: {"cache": None},
+    "no site": lambda w, b: {"site": None},
+    "no SAE": lambda w, b: {"sae": None},
+    "missing model": lambda w, b: {"model": b / "none"},
+    "missing cache": lambda w, b: {"cache": b / "none"},
+    "another tokenizer": lambda w, b: {"model": w.llama},
+    "same model, another tokenizer": lambda w, b: {"model": b / "gemma_with_another_tokenizer"},
+    "another cache's model": lambda w, b: {"cache": b / "llama"},
+    "recipe": lambda w, b: {"dtype": "bf16"},
+    "method": lambda w, b: {"method": "ipo"},
+    "no reference": lambda w, b: {"method": "tdpo2", "reference": None},
+    "another reference": lambda w, b: {"method": "tdpo1", "reference": w.llama},
+    "missing reference": lambda w, b: {"method": "tdpo1", "reference": b / "none"},
+    "site's spelling": lambda w, b: {"site": "layer 2"},
+    "site without an SAE": lambda w, b: {"sae": w.saes[1]},
+    "site that the cache lacks": lambda w, b: {"site": "blocks.0.hook_resid_post"},
+    "a site twice": lambda w, b: {"site": (SITES[0].name, "model.layers.2")},
+    "two SAEs a site": lambda w, b: {"sae": (w.saes[0], b / "twin")},
+    "another SAE": lambda w, b: {"sae": b / "twin"},
+    "top-k": lambda w, b: {"cache": b / "few", "top_k": 9},
+    "default top-k": lambda w, b: {"cache": b / "few"},
+    "unlike evaluation cache": lambda w, b: {"eval_cache": b / "few"},
+    "missing evaluation cache": lambda w, b: {"eval_cache": b / "none"},
+    "nothing to resume": lambda w, b: {"resume": True},
+    "batch size": lambda w, b: {"batch_size": 7, "accumulation": 2},
+    "learning rate": lambda w, b: {"lr": "inf"},
+    "schedule": lambda w, b: {"lr_scheduler": "sometimes"},
+    "tracker": lambda w, b: {"report_to": "paper"},
+    "max steps": lambda w, b: {"max_steps": 0},
+    "device": lambda w, b: {"device": "gpu"},
+    # What would be ignored.
+    "alpha with dpo": lambda w, b: {"method": "dpo", "alpha": 1},
+    "alpha with tdpo1": lambda w, b: {"method": "tdpo1", "alpha": 1},
+    "gamma with fpo": lambda w, b: {"gamma": 1},
+    "kl-beta with tdpo2": lambda w, b: {"method": "tdpo2", "kl_beta": 1},
+    "stop-gradient with dpo": lambda w, b: {"method": "dpo", "stop_gradient": True},
+    "reference with fpo": lambda w, b: {"reference": w.gemma},
+    "reference with dpo": lambda w, b: {"method": "dpo", "reference": w.gemma},
+    "site with simpo": lambda w, b: {"method": "simpo", "site": SITES[0].name},
+    "SAE with simpo": lambda w, b: {"method": "simpo", "sae": w.saes[0]},
+    "top-k with simpo": lambda w, b: {"method": "simpo", "top_k": 9},
+    "merge without an adapter": lambda w, b: {"merge": True},
+    "evaluation steps without a cache": lambda w, b: {"eval_steps": 1},
+    "epochs beside max steps": lambda w, b: {"epochs": 2, "max_steps": 1},
+    "a file for a cache": lambda w, b: {"cache": w.data},
+    "an empty folder for a cache": lambda w, b: {"cache": b / "empty"},
+    "a cache at a URL of an unknown kind": lambda w, b: {"cache": "gopher://caches/uf"},
+    "resuming what is no run": lambda w, b: {"resume": True, "out": b / "runs" / "a list"},
+    "resuming a record that is no YAML": lambda w, b: {"resume": True, "out": b / "runs" / "no YAML"},
+    "resuming a record that is no UTF-8": lambda w, b: {"resume": True, "out": b / "runs" / "no UTF-8"},
+    "resuming with other settings": lambda w, b: {"resume": True, "out": b / "runs" / "other settings"},
+    "writing into the cache": lambda w, b: {"out": w.cache},
+    "a URL to write to": lambda w, b: {"out": "s3://bucket/run"},
+    "snapshots of an adapter": lambda w, b: {"lora_r": 2, "snapshot_steps": 1},
+    "warm-up of a constant schedule": lambda w, b: {"lr_scheduler": "constant", "warmup_steps": 5},
+    "a rank of zero": lambda w, b: {"lora_r": 0},
+    "a negative alpha": lambda w, b: {"alpha": -1},
+    "a learning rate that is no number": lambda w, b: {"lr": "nan"},
+    "a policy that is cut short": lambda w, b: {"model": b / "models" / "weights cut short"},
+}
+
+TRAIN_SAE: Changes = {
+    "no site": lambda w, b: {"site": None},
+    "two sites": lambda w, b: {"site": tuple(site.name for site in SITES)},
+    "layer": lambda w, b: {"site": "blocks.4.hook_resid_post"},
+    "hook": lambda w, b: {"site": "blocks.1.hook_attn_out"},
+    "width": lambda w, b: {"width": 0},
+    "tokens": lambda w, b: {"tokens": 10},
+    "data": lambda w, b: {"dataset": b / "same.jsonl"},
+    "a site that is none": lambda w, b: {"site": "layer 1"},
+    "a folder with an SAE": lambda w, b: {"out": w.saes[0]},
+    "a file for a folder": lambda w, b: {"out": w.data},
+    "a target of zero": lambda w, b: {"target_l0": 0},
+    "a model without weights": lambda w, b: {"model": b / "models" / "no weights"},
+    "data of another shape": lambda w, b: {"dataset": b / "data" / "other columns.jsonl"},
+}
+
+SFT: Changes = {
+    "no model": lambda w, b: {"model": None},
+    "no data": lambda w, b: {"dataset": None},
+    "missing data": lambda w, b: {"dataset": b / "none.jsonl"},
+    "missing template": lambda w, b: {"chat_template": b / "none.jinja"},
+    "a template with a syntax error": lambda w, b: {"chat_template": b / "templates" / "a syntax error.jinja"},
+    "batch size": lambda w, b: {"batch_size": 3, "accumulation": 2},
+    "nothing to resume": lambda w, b: {"resume": True},
+    "epochs beside max steps": lambda w, b: {"epochs": 2},
+    "a model without a tokenizer": lambda w, b: {"model": b / "models" / "no tokenizer"},
+    "an optimiser": lambda w, b: {"optimizer": "sgd"},
+    "no room for an answer": lambda w, b: {"dataset": b / "chat.jsonl", "max_length": 1},
+}
+
+EVALUATE: Changes = {
+    "no model": lambda w, b: {"model": None},
+    "nothing to measure": lambda w, b: {"cache": None, "prompts": None},
+    "missing cache": lambda w, b: {"cache": b / "none"},
+    "a cache with a shard left out": lambda w, b: {"cache": b / "caches" / "a shard left out"},
+    "missing questions": lambda w, b: {"outputs": "mt-bench", "questions": b / "none"},
+    "a benchmark": lambda w, b: {"outputs": "trivia", "questions": b / "none"},
+    "a nucleus above one": lambda w, b: {"top_p": 1.5},
+    "a temperature below zero": lambda w, b: {"temperature": -1},
+    "prompts below zero": lambda w, b: {"prompts": -1},
+    "an SAE that is none": lambda w, b: {"sae": b / "saes" / "no weights", "site": SITES[0].name},
+    "a file for a folder": lambda w, b: {"out": w.data},
+    "a folder with files": lambda w, b: {"out": w.gemma},
+    "a policy that lacks a weight": lambda w, b: {"model": b / "models" / "a weight left out"},
+}
+
+# Of `fpo table`, for a profile of the tiny world.
+TABLE: Changes = {
+    "a profile misspelt": lambda w, b: {"config": "embeded"},
+    "a profile without SAEs": lambda w, b: {"config": b / "profiles" / "no SAE" / "tiny.yaml"},
+    "a site without an SAE": lambda w, b: {"config": b / "profiles" / "another site" / "tiny.yaml"},
+    "a model that is not there": lambda w, b: {"config": b / "profiles" / "no model" / "tiny.yaml"},
+    "data that are not there": lambda w, b: {"config": b / "profiles" / "no data" / "tiny.yaml"},
+    "a device": lambda w, b: {"config": b / "profiles" / "a device" / "tiny.yaml"},
+    "no job": lambda w, b: {"jobs": 0},
+    "a URL to write to": lambda w, b: {"out": "s3://bucket/table"},
+}
+
+TUNE: Changes = {
+    "no validation split": lambda w, b: {"config": b / "profiles" / "no validation" / "tiny.yaml"},
+    "a profile misspelt": lambda w, b: {"config": "embeded"},
+    "a profile that is no YAML": lambda w, b: {"config": b / "configurations" / "an open bracket.yaml"},
+    "jobs that are no number": lambda w, b: {"jobs": "two"},
+}
+
+# Whole command lines.
+ARGUMENTS: dict[str, list[str]] = {
+    "an unknown command": ["train"],
+    "an unknown option": ["align", "--learning-rate", "1"],
+    "an option without its value": ["align", "--lr"],
+    "an argument too many": ["align", "now"],
+    "an unknown command of a group": ["cache", "repair"],
+    "no cache": ["cache", "info"],
+    "two caches": ["cache", "verify", "a", "b"],
+    "a value for a flag": ["align", "--resume=maybe"],
+    "a missing cache to look into": ["cache", "info", "none"],
+    "a URL of an unknown kind to check": ["cache", "verify", "gopher://caches/uf"],
+    "a profile misspelt": ["config", "show", "--config", "gemma-2-2c"],
+    "a device of another name": ["config", "show", "--dtype", "fp8"],
+    "a number that is none": ["config", "show", "--epochs", "many"],
+    "a number without end": ["config", "show", "--lr", "inf"],
+}
