@@ -24,7 +24,7 @@ def judge(folder: Path) -> bool:
 
 
 def _assert_sound(cache: Cache) -> None:
-    """Every row obeys the rules of docs/cache-format.md, read one by one as training reads them."""
+    """Every row obeys the rules of cache/checks.py, read one by one as training reads them."""
     meaning = cache.manifest.meaning
     rows = [cache[i] for i in range(len(cache))]
     numbers = [raw_row_of(row.pair.pair_id) for row in rows]

@@ -1,9 +1,5 @@
 """A run that would start against another model than its cache's stops before its first step; the right ones go on."""
 
-import dataclasses
-import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,139 +9,11 @@ import yaml
 from cache_rows import forge
 from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache
-from fpo.cache.schema import CachedPair, pair_id
 from fpo.stages.chat import GEMMA_TURNS
-from fpo.stages.models import find_model
-from fpo.stages.sites import load_sae
 from pairs import calm_gemma2, calm_llama
-from tiny import save_tiny_sae
 from tiny_tokenizers import gemma
-from tiny_world import SITES, World, files, metrics, ran, rows, save_model, write_rows
-
-Case = Callable[[World, Path], dict[str, Any]]
-
-
-def another_model(world: World, folder: Path) -> Path:
-    return save_model(folder / "model", lambda **sizes: calm_gemma2(1, **sizes), gemma())
-
-
-def fine_tuned(world: World, folder: Path, lr: float = 5e-7) -> Path:
-    """One step of DPO, by default at the paper's learning rate."""
-    ran(world.align(folder / "model", method="dpo", max_steps=1, lr=lr))
-    (folder / "model" / "run.yaml").unlink()
-    return folder / "model"
-
-
-def with_hash(world: World, folder: Path, model: Path) -> dict[str, Any]:
-    """Options to train a model on a cache that says it was made with it."""
-    return {"model": model, "cache": forge(world.cache, folder / "cache", model=find_model(str(model)).sha256)}
-
-
-def with_template(world: World, folder: Path) -> Path:
-    model = shutil.copytree(world.gemma, folder / "model")
-    (model / "chat_template.jinja").write_text(GEMMA_TURNS.replace("<end_of_turn>", "<end_of_turn><eos>"))
-    return model
-
-
-def with_tokenizer(world: World, folder: Path) -> Path:
-    """The tokenizer with two of its tokens exchanged: as many tokens, and nearly the same text to them."""
-    model = shutil.copytree(world.gemma, folder / "model")
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return model
-
-
-def another_sae(folder: Path) -> Path:
-    save_tiny_sae(folder / "sae", 32, 64, 9, "jumprelu", SITES[0])
-    return folder / "sae"
-
-
-def says_another_sae(world: World, folder: Path) -> dict[str, Any]:
-    sae, sites = another_sae(folder), Manifest.load(world.cache).meaning.sites
-    sites = (dataclasses.replace(sites[0], sae=load_sae(str(sae)).sha256), *sites[1:])
-    return {"sae": sae, "cache": forge(world.cache, folder / "cache", sites=sites)}
-
-
-def says_another_site(world: World, folder: Path) -> dict[str, Any]:
-    """The cache's SAE, which cache and SAE say to be of another layer."""
-    name, sites = "blocks.0.hook_resid_post", Manifest.load(world.cache).meaning.sites
-    sae = shutil.copytree(world.saes[0], folder / "sae")
-    config = json.loads((sae / "cfg.json").read_text())
-    config["metadata"]["hook_name"] = name
-    (sae / "cfg.json").write_text(json.dumps(config))
-    cache = forge(world.cache, folder / "cache", sites=(dataclasses.replace(sites[0], site=name), *sites[1:]))
-    return {"sae": sae, "site": name, "cache": cache}
-
-
-def without_bos(row: CachedPair) -> CachedPair:
-    return named(row, prompt_ids=row.pair.prompt_ids[1:])
-
-
-def in_other_turns(row: CachedPair) -> CachedPair:
-    """The prompt as another template has it: it opens the answer with a token less."""
-    return named(row, prompt_ids=row.pair.prompt_ids[:-1])
-
-
-def named(row: CachedPair, **tokens: Any) -> CachedPair:
-    """Other tokens, and the pair's name anew."""
-    pair = dataclasses.replace(row.pair, **tokens)
-    number = int(row.pair.pair_id.rpartition("-")[2])
-    name = pair_id(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, number)
-    return dataclasses.replace(row, pair=dataclasses.replace(pair, pair_id=name))
-
-
-def swapped(row: CachedPair, *fields: str) -> CachedPair:
-    """Fields of chosen and rejected exchanged; the tokens too, with the pair's name anew, if `ids` is one of them."""
-    chosen, rejected = (
-        dataclasses.replace(ours, **{name: getattr(theirs, name) for name in fields if name != "ids"})
-        for ours, theirs in ((row.chosen, row.rejected), (row.rejected, row.chosen))
-    )
-    row = dataclasses.replace(row, chosen=chosen, rejected=rejected)
-    pair = row.pair
-    return named(row, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids) if "ids" in fields else row
-
-
-def forged(change: Callable[[CachedPair], CachedPair]) -> Case:
-    return lambda world, folder: {"cache": forge(world.cache, folder / "cache", change)}
-
-
-LOGPS, FEATURES = "policy and cache differ before the first step: log-probs by", "features at blocks."
-# Those for which the command tells the difference by itself, and those whose hashes were made to agree.
-ALLOWED: dict[str, tuple[Case, list[str]]] = {
-    "another model": (
-        lambda w, f: {"model": another_model(w, f)},
-        ["its reference is not", "weight hashes", "start from the model"],
-    ),
-    "another model of the same hash": (lambda w, f: with_hash(w, f, another_model(w, f)), [LOGPS, "expected at most"]),
-    "a fine-tuned policy": (lambda w, f: {"model": fine_tuned(w, f)}, ["its reference is not", "weight hashes"]),
-    "another chat template": (
-        lambda w, f: {"model": with_template(w, f), "cache": with_hash(w, f, f / "model")["cache"]},
-        ["its chat template is not that of", "hashes", "a format that it is not asked in"],
-    ),
-    "tokens of another template": (forged(in_other_turns), [LOGPS, "another model"]),
-    "tokens without BOS": (forged(without_bos), [LOGPS]),
-    "another SAE of the same hash": (says_another_sae, [FEATURES, "D_F", "expected at most"]),
-    "another site of the same name": (says_another_site, [FEATURES, "D_F"]),
-    "swapped log-probs": (forged(lambda row: swapped(row, "logp")), [LOGPS]),
-    "swapped features": (forged(lambda row: swapped(row, "features")), [FEATURES]),
-    "swapped tokens": (forged(lambda row: swapped(row, "ids", "num_tokens")), [LOGPS]),
-}
-REFUSED: dict[str, tuple[Case, list[str]]] = {
-    "another SAE": (lambda w, f: {"sae": another_sae(f)}, ["--sae", "another SAE", "hashes"]),
-    "another tokenizer of the same size": (lambda w, f: {"model": with_tokenizer(w, f)}, ["its tokenizer", "hashes"]),
-    "another recipe": (lambda w, f: {"dtype": "bf16"}, ["--dtype", "made with fp32, found bf16", "one recipe"]),
-    "another site": (lambda w, f: {"site": "blocks.0.hook_resid_post"}, ["blocks.0", "name one of these"]),
-    "swapped columns": (
-        forged(lambda row: dataclasses.replace(swapped(row, "logp", "features", "num_tokens", "ids"), pair=flip(row))),
-        ["row 0", "pair_id: does not belong to its token ids"],
-    ),
-}
-
-
-def flip(row: CachedPair) -> Any:
-    return dataclasses.replace(row.pair, chosen_ids=row.pair.rejected_ids, rejected_ids=row.pair.chosen_ids)
+from tiny_world import World, files, metrics, ran, rows, save_model, write_rows
+from wrong_starts import ALLOWED, LOGPS, REFUSED, fine_tuned, with_hash
 
 
 def options_of(case: str, world: World, folder: Path) -> dict[str, Any]:
