@@ -51,7 +51,7 @@ def write(folder: str, pairs: int, tokens: int, features: int) -> Result:
         order="raw",
     )
     started = time.perf_counter()
-    writer = CacheWriter(Path(folder), meaning, Numerics("sdpa", tokens, SHARD, "cpu", 1, {}), pairs)
+    writer = CacheWriter(Path(folder), meaning, Numerics("packed", tokens, SHARD, "cpu", 1, {}), pairs)
     rng = np.random.default_rng(0)
     template = rows_to_table([random_row(rng, tokens, features) for _ in range(min(SHARD, pairs))], [WIDTH])
     hashes = [name.split("-")[0] for name in template.column("pair_id").to_pylist()]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from fpo.cache.schema import Pair
 from fpo.pipeline.shapes import configuration, shape_of_config
+from fpo.stages.attention import PACKED
 from fpo.stages.features import CachedFeatures, keep_largest
 from fpo.stages.models import Recipe
 from fpo.stages.packing import PackedRow, pack
@@ -33,7 +34,7 @@ def random_model(name: str, device: str, *, layers: int | None = None, vocabular
             config.layer_types = config.layer_types[:layers]
     config.vocab_size = vocabulary or config.vocab_size
     shape = shape_of_config(config, name)
-    attention = "flex_attention" if device == "cuda" and shape.flex else "sdpa" if shape.sdpa else "eager"
+    attention = "flex_attention" if device == "cuda" and shape.flex else PACKED if shape.sdpa else "eager"
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ..stages import features, logprobs
+from ..stages.attention import PACKED
 from .amounts import Data
 from .config import RunConfig
 from .rates import Rates
@@ -78,7 +79,7 @@ class Task:
             return self.config.attention
         if self.rates.cuda and self.shape.flex:
             return "flex_attention"
-        return "sdpa" if self.shape.sdpa else "eager"
+        return PACKED if self.shape.sdpa else "eager"
 
     @property
     def row(self) -> int:

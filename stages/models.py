@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 
 from ..cache.files import canonical_json, sha256_file, user_folder, write_atomically
+from .attention import PACKED
 from .reading import reading
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
 
     Args:
         source: from `find_model`.
-        attention: "eager", "sdpa" or "flex_attention".
+        attention: "eager", "packed" (`attention.py`) or "flex_attention".
         device: where it goes.
 
     Raises:
@@ -152,6 +153,11 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
                 f"expected all weights of {type(model).__name__} in the sizes of config.json, found {len(wrong)} "
                 f"missing or of another size ({', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}); give a complete "
                 "causal language model"
+            )
+        if attention == PACKED and not model._supports_sdpa:  # transformers cannot know on what it stands
+            raise ValueError(
+                f"--attention: expected one that {type(model).__name__} has, found {PACKED}, which has no "
+                "soft-capping; leave the option out"
             )
     if source.gguf_file:  # de-quantised while loading; transformers still calls it quantised and would not train it
         model.hf_quantizer.remove_quantization_config(model)
@@ -223,8 +229,8 @@ def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
 def choose_attention(requested: str, source: ModelSource, device: torch.device | str) -> str:
     """The attention implementation: the one requested, or the fastest that is right for this model and device.
 
-    Packed rows need a mask of their own, which eager, sdpa and flex_attention take. Flex has no backward on CPU; sdpa
-    has no soft-capping, so transformers offers Gemma-2 none.
+    Packed rows need a mask of their own, which eager and flex_attention take, or are taken apart again by "packed".
+    Flex has no backward on CPU; "packed" stands on sdpa, which has no soft-capping, so that Gemma-2 has neither.
 
     Args:
         requested: "auto" or an implementation.
@@ -250,7 +256,7 @@ def choose_attention(requested: str, source: ModelSource, device: torch.device |
         raise ValueError(f"model {source.name}: expected a causal language model, found a {config.model_type}")
     if torch.device(device).type == "cuda" and model_class._supports_flex_attn:
         return "flex_attention"
-    return "sdpa" if model_class._supports_sdpa else "eager"
+    return PACKED if model_class._supports_sdpa else "eager"
 
 
 def autocast(recipe: Recipe, device: torch.device | str) -> torch.autocast:

@@ -268,10 +268,10 @@ def attention_mask(row: PackedRow, window: int | None, implementation: str) -> A
     Args:
         row: the packed row, on the model's device.
         window: as in `visible`.
-        implementation: "eager" (additive, float32), "sdpa" (bool) or "flex_attention" (a `BlockMask`).
+        implementation: "eager" (additive, float32), "flex_attention" (a `BlockMask`) or "packed", which reads none.
 
     Returns:
-        [1, 1, L, L], or a BlockMask of that size.
+        [1, 1, L, L], or a BlockMask of that size; for "packed" a tensor whose shape alone says that it is a mask.
     """
     size = row.input_ids_L.numel()
     if implementation == "flex_attention":
@@ -281,9 +281,9 @@ def attention_mask(row: PackedRow, window: int | None, implementation: str) -> A
             return visible(row, query, key, window)
 
         return create_block_mask(mask_mod, None, None, size, size, device=str(row.input_ids_L.device))
+    if implementation == "packed":
+        return torch.empty(1, 1, 0, 0, device=row.input_ids_L.device)
     index = torch.arange(size, device=row.input_ids_L.device)
     allowed_LL = visible(row, index[:, None], index[None, :], window)
-    if implementation == "sdpa":
-        return allowed_LL[None, None]
     blocked = torch.finfo(torch.float32).min
     return torch.zeros(1, 1, size, size, device=index.device).masked_fill(~allowed_LL, blocked)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.schema import CachedPair, Pair, ReferenceResponse
+from .attention import PACKED, sequences_of
 from .features import CachedFeatures, FeatureDrift, feature_drift, keep_largest, pooled_features
 from .finite import find_faults, is_finite, not_finite
 from .logprobs import token_scores
@@ -133,6 +134,7 @@ def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[T
         }
     else:
         mask = attention_mask(row, window, implementation)
+    more: dict[str, Any] = {"sequences": sequences_of(row)} if implementation == PACKED else {}
     with ExitStack() as stack:
         captured = stack.enter_context(capture_sites(inner, sites)) if sites else {}
         hidden_LD = inner.get_decoder()(
@@ -140,6 +142,7 @@ def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[T
             position_ids=row.position_ids_L[None],
             attention_mask=mask,
             use_cache=False,
+            **more,
         ).last_hidden_state[0]
     return hidden_LD[row.sources_T], {site: captured[site][0][row.sources_T] for site in sites}
 

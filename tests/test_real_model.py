@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     """The model as safetensors (read from the GGUF file once), the pairs, an SAE and the cache."""
     folder = tmp_path_factory.mktemp("smollm2")
     source = find_model(MODEL)
-    load_model(source, attention="sdpa", device="cpu").save_pretrained(folder / "model")
+    load_model(source, attention="packed", device="cpu").save_pretrained(folder / "model")
     load_tokenizer(source).save_pretrained(folder / "model")
     rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in PAIRS]
     turns = [

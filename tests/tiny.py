@@ -62,7 +62,7 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     return randomize(LlamaForCausalLM(config), seed, embedding_std=0.7, norm_mean=1.0, final_norm_mean=1.5)
 
 
-def tiny_family(name: Literal["gemma3", "mistral", "qwen2"], seed: int = 0) -> Any:
+def tiny_family(name: Literal["gemma3", "mistral", "qwen2"], seed: int = 0, attention: str = "eager") -> Any:
     """Models of other families, whose layers have a sliding window of 8: some of them, or all (Mistral)."""
     sizes: dict[str, Any] = {
         "vocab_size": 128,
@@ -81,7 +81,7 @@ def tiny_family(name: Literal["gemma3", "mistral", "qwen2"], seed: int = 0) -> A
         "qwen2": lambda: Qwen2Config(**sizes, use_sliding_window=True, max_window_layers=2),
     }[name]()
     norm_mean = -0.3 if name == "gemma3" else 1.0
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return randomize(model, seed, embedding_std=0.2, norm_mean=norm_mean, final_norm_mean=norm_mean)
 
 

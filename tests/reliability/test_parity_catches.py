@@ -67,7 +67,7 @@ def test_one_step_of_training_is_told_from_rounding(world, tmp_path):
     assert (result.exit_code, LOGPS in result.stderr) == (2, True), result.stderr
 
 
-MODELS = {"gemma": (calm_gemma2, ("eager",)), "llama": (calm_llama, ("sdpa", "eager"))}
+MODELS = {"gemma": (calm_gemma2, ("eager",)), "llama": (calm_llama, ("packed", "eager"))}
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "bf16"])

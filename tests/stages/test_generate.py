@@ -16,8 +16,8 @@ from transformers import GenerationConfig
 
 MODELS = {
     "gemma2": tiny_gemma2(),
-    "llama": tiny_llama(attn_implementation="sdpa"),
-    "mistral": tiny_family("mistral"),  # a window in every layer
+    "llama": tiny_llama(attn_implementation="packed"),
+    "mistral": tiny_family("mistral", attention="packed"),  # a window in every layer
 }
 END = 127
 GREEDY = Sampling(temperature=0, max_new_tokens=12, batch=3)

@@ -153,7 +153,9 @@ def test_a_cache_of_fewer_features_errs_within_its_bound(keep):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["dpo", "tdpo1", "tdpo2", "fpo"])
-@pytest.mark.parametrize("make", [calm_gemma2, lambda: calm_llama(attn_implementation="sdpa")], ids=["gemma2", "llama"])
+@pytest.mark.parametrize(
+    "make", [calm_gemma2, lambda: calm_llama(attn_implementation="packed")], ids=["gemma2", "llama"]
+)
 def test_the_first_loss_is_log_2_to_the_bit(make, method, checkpointing):
     reference, policy, pairs = make(), make().train(), random_pairs(3, 6)
     if checkpointing:

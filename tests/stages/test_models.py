@@ -73,7 +73,7 @@ def test_missing_weights_are_not_filled_at_random(folder):
 def test_a_model_is_loaded_as_it_was_saved_in_fp32_without_dropout(tmp_path):
     saved = calm_llama(vocab_size=300, attention_dropout=0.5).to(torch.bfloat16)
     saved.save_pretrained(tmp_path)
-    model = load_model(find_model(str(tmp_path)), attention="sdpa", device="cpu")
+    model = load_model(find_model(str(tmp_path)), attention="packed", device="cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not model.training
     for name, weight in saved.named_parameters():
@@ -86,10 +86,10 @@ def test_a_model_is_loaded_as_it_was_saved_in_fp32_without_dropout(tmp_path):
 def test_attention_that_a_model_does_not_have_is_refused(tmp_path):
     source = find_model(str(save_model(tmp_path, calm_gemma2, gemma())))
     with pytest.raises(ValueError, match=r"\Amodel [^\n]+\Z"):
-        load_model(source, attention="sdpa", device="cpu")
+        load_model(source, attention="packed", device="cpu")
 
 
-@pytest.mark.parametrize(("make", "expected"), [(calm_gemma2, "eager"), (calm_llama, "sdpa")])
+@pytest.mark.parametrize(("make", "expected"), [(calm_gemma2, "eager"), (calm_llama, "packed")])
 def test_attention_is_the_fastest_that_is_exact_on_cpu(tmp_path, make, expected):
     make().save_pretrained(tmp_path)
     assert choose_attention("auto", find_model(str(tmp_path)), "cpu") == expected

@@ -94,7 +94,6 @@ def test_every_form_of_the_mask_says_the_same(window):
     row = pack(random_pairs(0, 4), 300, 128)[0]
     index = torch.arange(row.input_ids_L.numel())
     visible_LL = visible(row, index[:, None], index[None, :], window)
-    assert torch.equal(attention_mask(row, window, "sdpa")[0, 0], visible_LL)
     eager_LL = attention_mask(row, window, "eager")[0, 0]
     assert eager_LL.dtype == torch.float32
     assert torch.equal(torch.softmax(eager_LL, -1) > 0, visible_LL)

@@ -32,7 +32,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gemma2": calm_gemma2,
     "gemma2 untied": lambda: calm_gemma2(tie_word_embeddings=False),
     "llama eager": lambda: calm_llama(attn_implementation="eager"),
-    "llama sdpa": lambda: calm_llama(attn_implementation="sdpa"),
+    "llama packed": lambda: calm_llama(attn_implementation="packed"),
 }
 # The last layer's residual stream, and both hooks and all kinds of encoder below it.
 SAES = [
@@ -111,9 +111,10 @@ def test_packed_rows_score_as_separate_sequences(model, pairs, budget, pad_to):
                     torch.testing.assert_close(pooled_RM[number], alone.pooled_M(sae), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["eager", "packed"])
 @pytest.mark.parametrize("family", ["gemma3", "mistral", "qwen2"])
-def test_other_families_with_windows_score_as_separate_sequences(family):
-    model, pairs = tiny_family(family), random_pairs(3, 4)
+def test_other_families_with_windows_score_as_separate_sequences(family, attention):
+    model, pairs = tiny_family(family, attention=attention), random_pairs(3, 4)
     with torch.no_grad():
         for row in pack(pairs, 200):
             scores = score_row(model, row, SAES, "fp32")
