@@ -203,8 +203,9 @@ def test_memory_does_not_grow_with_the_pairs_that_went_through(tmp_path, tries, 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_leak_of_ten_kilobytes_a_pair_would_be_seen(tmp_path, tries, stage):
-    pairs = tries(240, 1000)
-    samples = child(stage, tmp_path, pairs, LEAK)["samples"]
+    if not tries(0, 1):
+        pytest.skip("in the long version")
+    samples = child(stage, tmp_path, 1000, LEAK)["samples"]
     assert slope(samples, 1) > 0.8 * LEAK, samples
 
 
