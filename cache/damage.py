@@ -23,7 +23,11 @@ def shard_fault(path: Path, manifest: Manifest, record: ShardRecord) -> str | No
 
 
 def file_fault(path: Path, manifest: Manifest, record: ShardRecord, hashes: bool) -> str | None:
-    """What is wrong with a shard's size, footer and, if asked, SHA-256; None if nothing is. No row is read."""
+    """What is wrong with a shard's size, footer and, if asked, SHA-256; None if nothing is. No row is read.
+
+    Raises:
+        PermissionError: it may not be read, which says nothing of what is in it.
+    """
     return next(_file_faults(path, manifest, record, hashes), None)
 
 
@@ -38,6 +42,8 @@ def _file_faults(path: Path, manifest: Manifest, record: ShardRecord, hashes: bo
     except FileNotFoundError:
         yield "missing"
         return
+    except PermissionError:
+        raise
     except DAMAGE as error:
         yield f"unreadable ({error})"
         return

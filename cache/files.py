@@ -59,16 +59,36 @@ def canonical_json(obj: Any) -> str:
 
 
 @contextmanager
+def naming(path: Path, *others: Path) -> Iterator[None]:
+    """Names `path` in what the system refuses inside: a write that fails does not say of which file, or of `others`.
+
+    Raises:
+        OSError: what was raised, of that path.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (error.filename is not None and str(error.filename) not in map(str, others)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path` that takes its name, durably, when the block ends without an error."""
+    """Opens a temporary file beside `path` that takes its name, durably, when the block ends without an error.
+
+    Raises:
+        OSError: it cannot be written; names `path`, which is as it was.
+    """
     tmp = path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
     _open_files.add(tmp)
     try:
-        with tmp.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        tmp.replace(path)
+        with naming(path, tmp):
+            with tmp.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            tmp.replace(path)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
@@ -77,7 +97,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     # The new name survives a power cut only once the folder itself is on disk.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        with naming(path):
+            os.fsync(folder)
     finally:
         os.close(folder)
 

@@ -11,11 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
-from filelock import FileLock
 
 from .columns import Columns, table_to_batch
 from .damage import file_fault, shard_fault
 from .files import as_place, atomic_file, remove_leftovers, sha256_file, sha256_text, user_folder, write_atomically
+from .locks import locked
 from .manifest import MANIFEST_NAME, REPAIR, Manifest
 from .records import parse_json
 from .schema import CachedPair, arrow_schema
@@ -102,7 +102,7 @@ def open_cache(place: Path | str, *, sites: Sequence[str] | None = None, trust_h
     decoded = user_folder() / "decoded" / f"{key}.arrow"
     decoded.parent.mkdir(parents=True, exist_ok=True)
     if not _is_whole(decoded, trust_hashes):
-        with FileLock(decoded.with_suffix(".lock")):
+        with locked(decoded.with_suffix(".lock")):
             if not _is_whole(decoded, trust_hashes):  # another process may have just decoded it
                 remove_leftovers(decoded.parent)
                 _decode(folder, manifest, numbers, decoded)

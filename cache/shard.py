@@ -86,9 +86,15 @@ def read_footer(source: Path | pa.BufferReader) -> Footer:
 
 
 def footer_of(source: Path | pa.BufferReader) -> Footer | None:
-    """`read_footer`; None if the file is missing or damaged."""
+    """`read_footer`; None if the file is missing or damaged.
+
+    Raises:
+        PermissionError: it may not be read, which says nothing of what is in it.
+    """
     try:
         return read_footer(source)
+    except PermissionError:
+        raise
     except DAMAGE:
         return None
 

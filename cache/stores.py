@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from filelock import FileLock
 
 from .files import as_place, atomic_file, remove_leftovers, sha256_file, user_folder, write_atomically
+from .locks import locked
 from .manifest import MANIFEST_NAME, REPAIR, Manifest, ShardRecord
 from .writer import BESIDE
 
@@ -172,7 +172,7 @@ def fetch(place: Path | str) -> Path:
     manifest = load_manifest(store)
     folder = user_folder() / "fetched" / manifest.sha256
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock")):
         if not (folder / MANIFEST_NAME).exists():
             remove_leftovers(folder / "data")
             for record in manifest.shards:

@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from .card import data_card
 from .checks import check_table
+from .claim import claim
 from .columns import rows_to_table
 from .damage import read_back, shard_fault
 from .files import canonical_json, remove_leftovers, sha256_file, write_atomically
+from .locks import locked
 from .manifest import (
     MANIFEST_NAME,
     REPAIR,
@@ -89,15 +89,23 @@ class CacheWriter:
         self._repair = repair
         self._written: set[int] = set()
         self.published = self._open_manifest(lambda: Manifest.load(folder))
-        shards = {f"data/{path.name}": path for path in sorted((folder / "data").glob("*.parquet"))}
+        found = self._check_shards({})
+        for name in ("data", ".locks"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._claim = claim(self.folder, meaning, numerics)
+        self._check_shards(found)  # by now one of another spec may have written some, and have ended
+        for folder in (self.folder, self.folder / "data"):
+            remove_leftovers(folder)
+
+    def _check_shards(self, found: Mapping[str, Footer | None]) -> dict[str, Footer | None]:
+        """Refuses what does not belong here; returns the footers, of those `found` sound before as they were."""
+        shards = {f"data/{path.name}": path for path in sorted((self.folder / "data").glob("*.parquet"))}
         for path in shards.values():
             if not path.is_file():
                 raise ValueError(f"{path}: expected a file, found a folder or a link to nothing; move it away")
-        self._check_contents(str(folder), {name: footer_of(path) for name, path in shards.items()})
-        for name in ("data", ".locks"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        for folder in (self.folder, self.folder / "data"):
-            remove_leftovers(folder)
+        footers = {name: found.get(name) or footer_of(path) for name, path in shards.items()}
+        self._check_contents(str(self.folder), footers)
+        return footers
 
     def _open_manifest(self, read: Callable[[], Manifest]) -> Manifest | None:
         self._manifest_fault = ""
@@ -169,17 +177,9 @@ class CacheWriter:
     @contextmanager
     def lock(self, index: int) -> Iterator[bool]:
         """Holds a shard, without waiting: True if it is this worker's to write, False if it is taken or done."""
-        lock = FileLock(self.folder / ".locks" / f"{index:05d}.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
+        with locked(self.folder / ".locks" / f"{index:05d}.lock", wait=False) as held:
             # Looked at under the lock: another worker may have just finished it.
-            yield not self.is_done(index)
-        finally:
-            lock.release()
+            yield held and not self.is_done(index)
 
     def write_shard(self, rows: Sequence[CachedPair], report: ShardReport) -> None:
         """Checks and commits one shard.
@@ -266,6 +266,8 @@ class CacheWriter:
             footer = read_back(path)
         except FileNotFoundError:
             return "missing"
+        except PermissionError:
+            raise
         except DAMAGE as error:
             return str(error)
         return None if self._is_shard(index, footer) else f"it is shard {footer.report.index} under another's name"
@@ -280,6 +282,6 @@ class CacheWriter:
     def append_provenance(self, record: dict[str, Any]) -> None:
         """Adds one line to `provenance.jsonl`, whole even when several workers add at once."""
         path = self.folder / PROVENANCE_NAME
-        with FileLock(self.folder / ".locks" / "provenance.lock"):
+        with locked(self.folder / ".locks" / "provenance.lock"):
             lines = path.read_bytes() if path.exists() else b""
             write_atomically(path, lines + (canonical_json(record) + "\n").encode())

@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from .config import RunConfig, load_config, profile_names, to_yaml
+from .errors import USER_ERRORS, one_line
 
 # typer has a copy of click of its own, and hands out this child of the mistakes in arguments alone.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__base__)
@@ -142,9 +143,9 @@ def user_errors(resume: str = "nothing was written") -> Iterator[None]:
         if stopped or isinstance(error, KeyboardInterrupt):
             typer.echo(f"fpo: stopped; {resume}", err=True)
             raise typer.Exit(130) from None
-        if os.environ.get("FPO_TRACEBACK") or not isinstance(error, ValueError | OSError | FloatingPointError):
+        if os.environ.get("FPO_TRACEBACK") or not isinstance(error, USER_ERRORS):
             raise
-        typer.echo(f"fpo: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"fpo: {one_line(error, resume)}", err=True)
         raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error
     finally:
         for number, handler in before.items():
@@ -228,7 +229,10 @@ def evaluate(config: RunConfig, given: frozenset[str]) -> None:
 
 
 @configured(
-    app, "train-sae", "model", "device", "attention", *DATA, "site", "width", "tokens", "target_l0", "seed", "out"
+    app,
+    "train-sae",
+    *("model", "device", "attention", *DATA, "site", "width", "tokens", "target_l0", "seed", "out"),
+    resume="nothing was written: run the same command again",
 )
 def train_sae(config: RunConfig, given: frozenset[str]) -> None:
     """Train a JumpReLU SAE on the model's own activations, for models that have no public one.

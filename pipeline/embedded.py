@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from ..cache.files import canonical_json, user_folder, write_atomically
+from ..cache.locks import locked
 from . import embedded_tasks
 from .config import RunConfig, load_config
 from .jobs import Step, run_steps
@@ -81,7 +80,7 @@ def build(folder: Path) -> None:
     if (folder / "world.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    with locked(folder / ".lock"):
         if (folder / "world.json").exists():
             return
         console.print(f"making the embedded world in {folder}, once; some minutes on two cores")

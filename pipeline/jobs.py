@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..cache.files import write_atomically
 from .config import RunConfig
+from .errors import USER_ERRORS, one_line
 from .progress import console
 
 DONE = "step.json"
@@ -165,8 +166,8 @@ def _work(step: Step, threads: int, parent: int) -> None:
     started = time.monotonic()
     try:
         _run(step, threads)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)  # noqa: T201 (this is the log)
+    except USER_ERRORS as error:
+        print(one_line(error, "run it again to go on"), file=sys.stderr)  # noqa: T201 (this is the log)
         sys.exit(2)
     for checkpoint in step.out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # for going on; with the optimiser's state they are thrice the model

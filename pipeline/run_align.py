@@ -21,7 +21,7 @@ from ..stages.sites import check_fits
 from .config import RunConfig
 from .inputs import device_of, find_reference, required, saes_of_sites, sites_to_read, tokenizer_of_cache
 from .progress import console
-from .training import check_resume, last_checkpoint, missing_trackers, run_callbacks, trainer_settings
+from .training import check_resume, last_checkpoint, missing_trackers, run_callbacks, sole_run, trainer_settings
 
 # What a held-out split's cache may differ in.
 SPLIT_FIELDS = ("dataset", "split", "limit")
@@ -75,11 +75,12 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
         )
     if config.merge and trainer.is_fsdp_enabled:
         raise ValueError("--merge: an adapter whose model is sharded by FSDP cannot be merged; leave one of them out")
-    trainer.train(resume_from_checkpoint=last_checkpoint(config))
-    last_step = [line for line in trainer.state.log_history if line["step"] == trainer.state.global_step]
-    if eval_cache is not None and not any("eval_loss" in line for line in last_step):
-        trainer.evaluate()
-    _save(config, trainer, out)
+    with sole_run(config, out, identity):
+        trainer.train(resume_from_checkpoint=last_checkpoint(config))
+        last_step = [line for line in trainer.state.log_history if line["step"] == trainer.state.global_step]
+        if eval_cache is not None and not any("eval_loss" in line for line in last_step):
+            trainer.evaluate()
+        _save(config, trainer, out)
 
 
 def _training_arguments(config: RunConfig, given: frozenset[str]) -> FPOConfig:

@@ -14,7 +14,7 @@ from ..stages.sft import RowConfig, SFTTrainer
 from .config import RunConfig
 from .inputs import device_of, required
 from .progress import console
-from .training import check_resume, last_checkpoint, missing_trackers, run_callbacks, trainer_settings
+from .training import check_resume, last_checkpoint, missing_trackers, run_callbacks, sole_run, trainer_settings
 
 
 def run_sft(config: RunConfig, given: frozenset[str]) -> None:
@@ -63,8 +63,9 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
             processing_class=tokenizer,
             callbacks=run_callbacks(config, {**identity, "training_device": str(args.device)}),
         )
-    trainer.train(resume_from_checkpoint=last_checkpoint(config))
-    trainer.save_model(str(out))
+    with sole_run(config, out, identity):
+        trainer.train(resume_from_checkpoint=last_checkpoint(config))
+        trainer.save_model(str(out))
     if args.process_index == 0:
         console.print(f"{out}: the model, run.yaml, metrics.jsonl")
 

@@ -4,6 +4,7 @@ In: a `RunConfig`. Out: an SAE in SAELens' format in `--out`, its quality on the
 """
 
 import json
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from ..cache.files import write_atomically
 from ..stages.models import check_vocabulary, choose_attention, load_model
 from ..stages.preferences import tokenize_pair
+from ..stages.saving import move_model
 from ..stages.sites import parse_site
 from ..stages.train_sae import train_sae
 from .config import RunConfig, to_yaml
@@ -24,6 +26,8 @@ def run_train_sae(config: RunConfig) -> None:
     if more:
         raise ValueError(f"--site: expected one site to train an SAE for, found {len(more) + 1}")
     check_folder(out)
+    if (out / "cfg.json").exists():
+        raise FileExistsError(f"{out} already holds an SAE: choose another folder or remove it")
     site = parse_site(site_name)
     source, preferences, chat, limits = load_data(config)
     device = device_of(config)
@@ -40,19 +44,22 @@ def run_train_sae(config: RunConfig) -> None:
                 seen.add(conversation.tobytes())
                 sequences.append(conversation)
     console.print(f"{len(sequences)} conversations, {sum(map(len, sequences))} tokens, site {site.name}")
+    new = out / ".new"
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was stopped while it saved
     quality = train_sae(
         model,
         sequences,
         site=site,
         width=config.width,
         tokens=config.tokens,
-        out=out,
+        out=new,
         model_name=source.name,
         target_l0=config.target_l0,
         seed=config.seed,
     )
-    write_atomically(out / "quality.json", json.dumps(asdict(quality), indent=1).encode())
-    (out / "run.yaml").write_text(to_yaml(config))
+    write_atomically(new / "quality.json", json.dumps(asdict(quality), indent=1).encode())
+    write_atomically(new / "run.yaml", to_yaml(config).encode())
+    move_model(new, out)
     console.print(
         f"{out}: L0 {quality.l0:.1f}, explained variance {quality.explained_variance:.3f}, "
         f"dead features {quality.dead:.1%}, on {quality.tokens} held-out tokens after {quality.passes:.1f} passes"

@@ -8,13 +8,14 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from ..cache.files import remove_leftovers
+from ..cache.locks import Lock
 from ..stages.metrics import RunRecord
 from ..stages.snapshots import Snapshots
 from .config import RunConfig, to_yaml
@@ -112,6 +113,33 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
     ]
     if changed:
         raise ValueError(f"--resume: expected the settings of the run in {out}; {'; '.join(changed)}")
+
+
+@contextmanager
+def sole_run(config: RunConfig, out: Path, identity: Mapping[str, str]) -> Iterator[None]:
+    """Around a training: two runs that saw the same empty folder, or go on from the same checkpoint, are one too many.
+
+    Raises:
+        ValueError: another process trains into the folder; or as `check_resume`, which is asked again.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lock = Lock(out)
+    try:
+        try:
+            alone = lock.take()
+        except OSError:  # NFS, for one, locks no folders: there nobody can tell
+            alone = True
+        if not alone:
+            raise ValueError(f"--out: another run is writing into {out}; wait for it, or give another folder")
+        check_resume(config, out, identity)
+        yield
+    finally:
+        lock.close()
+        with suppress(OSError):
+            out.rmdir()  # refused before anything was written
 
 
 def last_checkpoint(config: RunConfig) -> str | None:

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..cache.files import write_atomically
+from ..cache.files import naming, write_atomically
 
 
 class PairMeans:
@@ -60,7 +60,7 @@ class MetricsFile(TrainerCallback):
         line = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in logs.items()
         }
-        with path.open("a") as file:
+        with naming(path), path.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **line}) + "\n")
 
 

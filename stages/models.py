@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from filelock import FileLock
 
 from ..cache.files import canonical_json, sha256_file, user_folder, write_atomically
+from ..cache.locks import locked
 from .attention import PACKED
 from .reading import reading
 
@@ -276,7 +276,7 @@ def remembered_sha256(path: Path) -> str:
         return str(entry[2])
     digest = sha256_file(path)
     memory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{memory}.lock"):
+    with locked(memory.with_name("hashes.json.lock")):
         merged = _read_hashes(memory) | {str(path): [*state, digest]}
         write_atomically(memory, json.dumps(merged, indent=1).encode())
     return digest

@@ -25,11 +25,9 @@ from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
 from .models import Recipe
+from .saving import move_model, saving
 from .scoring import RowScores, attach_scoring, check_model
 from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
-
-# Without one of these nothing takes a folder for a model's or an adapter's.
-CONFIGS = ("config.json", "adapter_config.json")
 
 
 @dataclass
@@ -297,17 +295,13 @@ class RowTrainer(Trainer):
         new = folder / ".new"
         if self.args.should_save:
             shutil.rmtree(new, ignore_errors=True)  # of a run that was stopped while it saved
-        super()._save(str(new), state_dict)
-        if self.args.should_save:
-            # A pickle of the settings: nothing here reads it, and run.yaml holds them.
-            (new / "training_args.bin").unlink(missing_ok=True)
-            _move_model(new, folder)
+        with saving(folder):
+            super()._save(str(new), state_dict)
+            if self.args.should_save:
+                # A pickle of the settings: nothing here reads it, and run.yaml holds them.
+                (new / "training_args.bin").unlink(missing_ok=True)
+                move_model(new, folder)
 
-
-def _move_model(new: Path, folder: Path) -> None:
-    """Moves a saved model's files into a folder, which is a model's only while all of them are there."""
-    for name in CONFIGS:
-        (folder / name).unlink(missing_ok=True)
-    for file in sorted(new.iterdir(), key=lambda file: file.name in CONFIGS):
-        file.replace(folder / file.name)
-    new.rmdir()
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with saving(Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .finite import check_weights
+from .saving import saving
 from .shares import gather_weights
 
 
@@ -39,9 +40,10 @@ class Snapshots(TrainerCallback):
         new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        model.save_pretrained(new, state_dict=weights)
-        if processing_class is not None:
-            processing_class.save_pretrained(new)
+        with saving(folder):
+            model.save_pretrained(new, state_dict=weights)
+            if processing_class is not None:
+                processing_class.save_pretrained(new)
         if folder.exists():  # a folder that is not empty cannot be replaced in one move
             folder.rename(old)
         new.rename(folder)

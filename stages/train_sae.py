@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .finite import check_weights
+from .saving import saving
 from .sites import Site, capture_sites, load_sae
 
 TokenIds = NDArray[np.int32]
@@ -97,7 +98,8 @@ def train_sae(
         _fit(sae, _batches(model, train, site, batch_tokens, seed), tokens, batch_tokens, lr)
         check_weights(sae.state_dict(), f"SAE after {tokens // batch_tokens} steps")
         sae.fold_W_dec_norm()  # a feature's value is then the length of what it adds to the activation
-        sae.save_inference_model(out)
+        with saving(out):
+            sae.save_inference_model(out)
         passes = tokens / sum(len(ids) - 1 for ids in train)
         return _measure(load_sae(str(out), device=model.device).sae, model, heldout, site, passes)
 

@@ -1,0 +1,40 @@
+"""Who writes a cache: any number of workers at once, all of one spec.
+
+In: a cache's folder and a spec. Out: a lock that says that a writer of this spec lives.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from .files import canonical_json, write_atomically
+from .identity import IdentityError, Meaning, Numerics, differences
+from .locks import Lock, locked
+from .records import decode, parse_json
+
+
+def claim(folder: Path, meaning: Meaning, numerics: Numerics) -> Lock:
+    """Joins the writers of a folder, whose spec is what the first of those that live said.
+
+    They share a lock that tells whether one lives, so that a spec which a killed writer left binds nobody.
+
+    Returns:
+        The lock, to be held as long as this writer may write.
+
+    Raises:
+        IdentityError: those who live are of another spec.
+        OSError: the folder cannot be written, or its file system has no locks.
+    """
+    spec, alive = folder / ".locks" / "spec.json", Lock(folder / ".locks" / "writers.lock")
+    with locked(folder / ".locks" / "spec.lock"):
+        if alive.take():
+            write_atomically(spec, canonical_json([asdict(meaning), asdict(numerics)]).encode())
+        else:
+            theirs, by = parse_json(spec.read_bytes())
+            found = differences(meaning, decode(Meaning, theirs, "meaning"))
+            if found := found + differences(numerics, decode(Numerics, by, "numerics")):
+                raise IdentityError(
+                    f"{folder}: others are writing it with another spec ({'; '.join(found)}); take another folder or "
+                    "the same spec, or stop them first"
+                )
+        alive.take(shared=True, wait=True)
+    return alive
