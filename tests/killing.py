@@ -47,6 +47,11 @@ class Command:
         process.start()
         return process
 
+    def prepare(self, point: int | None) -> None:
+        """Makes a process that has just been started what it is to be; runs inside it."""
+        if point is not None:
+            Points(self, point).install()
+
     def end(self, point: int | None = None) -> int:
         """Runs it to its end, or to a point; returns the exit code, negative for a signal."""
         process = self.start(point)
@@ -103,8 +108,7 @@ def _run(command: Command, environment: dict[str, str], point: int | None) -> No
     with command.log.open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    if point is not None:
-        Points(command, point).install()
+    command.prepare(point)
     resume = ["--resume"] if command.resumes and (command.folder / "run.yaml").exists() else []
     app(command.arguments + resume)
 
@@ -144,6 +148,10 @@ class Points:
         print(what, path.removeprefix(self._folder).partition(".tmp-")[0], file=self._trace, flush=True)
         return next(self._count) == self._last
 
+    def end_here(self, path: Any) -> None:
+        """What becomes of the process at its last point, which has to do with `path`."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def _around(self, real: Callable[..., Any], name: str, path_of: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             path = path_of(*args, **kwargs)
@@ -151,7 +159,7 @@ class Points:
                 if when == "after":
                     result = real(*args, **kwargs)
                 if path is not None and self._here(f"{when} {name}", path):
-                    _die()
+                    self.end_here(path)
             return result
 
         return wrapped
@@ -172,7 +180,7 @@ class Points:
             if self._here("half of", path):
                 real(data[: len(data) // 2])
                 file.flush()
-                _die()
+                self.end_here(path)
             return real(data)
 
         return write
@@ -182,7 +190,7 @@ class Points:
             real(what, path, *args, **kwargs)
             if self._here("half of", path):
                 os.truncate(path, Path(path).stat().st_size // 2)
-                _die()
+                self.end_here(path)
 
         return save
 
@@ -213,7 +221,3 @@ def _catches_signals(pid: int) -> bool:
 def spread(numbers: Sequence[int], count: int) -> list[int]:
     """So many of them, at equal distances."""
     return [numbers[i * len(numbers) // count] for i in range(count)]
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
