@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +138,6 @@ def sole_run(config: RunConfig, out: Path, identity: Mapping[str, str]) -> Itera
         yield
     finally:
         lock.close()
-        with suppress(OSError):
-            out.rmdir()  # refused before anything was written
 
 
 def last_checkpoint(config: RunConfig) -> str | None:

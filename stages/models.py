@@ -267,7 +267,8 @@ def autocast(recipe: Recipe, device: torch.device | str) -> torch.autocast:
 def remembered_sha256(path: Path) -> str:
     """SHA-256 of a file; remembered in the user's cache folder with its size and modification time."""
     path = path.resolve()
-    stat = path.stat()
+    with path.open("rb") as file:  # of what may not be read safetensors says that it is not there
+        stat = os.fstat(file.fileno())
     state = [stat.st_size, stat.st_mtime_ns]
     memory = user_folder() / "hashes.json"
     known = _read_hashes(memory)

@@ -3,7 +3,9 @@
 In: what is read. Out: whatever a library raises as one line that says so; its log only where it raises nothing.
 """
 
+import errno
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,7 +33,8 @@ def reading(what: str) -> Iterator[None]:
         what: the beginning of the error, which names the file.
 
     Raises:
-        ValueError: whatever was raised inside, in one line.
+        OSError: a disk has no space for what a library keeps; names the folder.
+        ValueError: whatever else was raised inside, in one line.
     """
     loggers = [logging.getLogger(name) for name in LIBRARIES]
     before = [(logger.handlers, logger.propagate) for logger in loggers]
@@ -45,6 +48,11 @@ def reading(what: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, OSError) and (cause.errno == errno.ENOSPC or "Not enough disk space" in str(cause)):
+            from datasets import config
+
+            where = cause.filename or str(config.HF_DATASETS_CACHE)  # the one library that writes as it reads
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where) from error
         # A mistake that the library stumbled over has no sentence: a missing key is the key alone.
         kind = "" if isinstance(cause, ValueError | OSError | RuntimeError) else f"{type(cause).__name__}: "
         raise ValueError(f"{what}: {kind}{' '.join(str(cause).split())[:LONGEST]}") from error

@@ -168,6 +168,7 @@ def _read_folder(folder: Path) -> Any:
         if not (folder / name).is_file():
             found = sorted(path.name for path in folder.iterdir())
             raise FileNotFoundError(f"expected {name} in {folder}, as SAELens saves an SAE; found {found}")
+        (folder / name).open("rb").close()  # of what may not be read safetensors says that it is not there
     with reading(f"SAELens cannot read the SAE in {folder}"):
         return SAE.load_from_disk(folder, device="cpu")
 

@@ -66,8 +66,12 @@ class WithoutLocks(Command):
     number = errno.ENOLCK
 
     def prepare(self, point: int | None) -> None:
-        def flock(*_: Any) -> None:
-            raise OSError(self.number, os.strerror(self.number))
+        real = fcntl.flock
+
+        def flock(file: int, how: int) -> None:
+            if str(Path(f"/proc/self/fd/{file}").readlink()).startswith(str(self.folder)):
+                raise OSError(self.number, os.strerror(self.number))
+            real(file, how)
 
         fcntl.flock = flock
 

@@ -18,6 +18,8 @@ from cache_rows import (
     with_damaged_pages,
     write_cache,
 )
+from fpo.cache.claim import claim
+from fpo.cache.locks import Lock
 from fpo.cache.manifest import IdentityError, Manifest
 from fpo.cache.shard import read_table
 from fpo.cache.writer import CacheWriter
@@ -220,3 +222,29 @@ def test_a_spec_that_cannot_be_written_is_refused(tmp_path: Path):
         with pytest.raises(ValueError, match="expected"):
             CacheWriter(tmp_path / "never", meaning, numerics, num_rows)
     assert not (tmp_path / "never").exists()
+
+
+OTHER = dataclasses.replace(MEANING, max_length=256)
+
+
+def test_writers_that_live_are_of_one_spec_and_those_that_ended_bind_nobody(tmp_path: Path):
+    living = [CacheWriter(tmp_path, MEANING, NUMERICS, 10) for _ in range(2)]
+    while living:
+        with pytest.raises(IdentityError, match=r"others are writing it with another spec \(max_length: expected 256,"):
+            CacheWriter(tmp_path, OTHER, NUMERICS, 10)
+        living.pop()
+    assert CacheWriter(tmp_path, OTHER, NUMERICS, 10).missing() == [0, 1, 2]
+
+
+def test_a_writer_that_ended_while_another_spec_looked_at_the_folder_is_seen(tmp_path: Path, monkeypatch):
+    def claim_late(*spec: object) -> Lock:
+        monkeypatch.undo()
+        writer = CacheWriter(tmp_path, MEANING, NUMERICS, 10)
+        writer.write_shard(*shard(writer, 0))
+        del writer
+        return claim(*spec)
+
+    monkeypatch.setattr("fpo.cache.writer.claim", claim_late)
+    with pytest.raises(IdentityError, match=r"train-00000-of-00003\.parquet is of another spec"):
+        CacheWriter(tmp_path, OTHER, NUMERICS, 10)
+    assert CacheWriter(tmp_path, MEANING, NUMERICS, 10).missing() == [1, 2]
