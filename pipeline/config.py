@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -25,7 +24,7 @@ from pydantic import (
 
 from ..cache import files
 from ..stages.methods import METHODS, MethodName
-from .plain_yaml import field_name, read_yaml
+from .plain_yaml import field_name, read_yaml, write_yaml
 
 # What `for` of a configuration file may name beside methods; those that read a method's settings; those that may write
 # into a store.
@@ -260,4 +259,4 @@ def _read(name: str) -> tuple[dict[str, Any], str]:
 def to_yaml(config: RunConfig, extra: Mapping[str, Any] | None = None) -> str:
     """The configuration whole, as YAML; `extra` keys after it."""
     content = {**config.model_dump(mode="json"), **(extra or {})}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return write_yaml(content)

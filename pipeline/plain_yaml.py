@@ -1,11 +1,11 @@
 """YAML as plain data: mappings, lists and scalars.
 
-In: the bytes of a file that may be a stranger's. Out: what it holds. Tags, which can name Python objects, and aliases,
-by which some hundred bytes hold a thousand million items or themselves, are refused.
+In: the bytes of a file that may be a stranger's. Out: what it holds; and back. Tags, which can name Python objects, and
+aliases, by which some hundred bytes hold a thousand million items or themselves, are refused.
 """
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import yaml
@@ -49,3 +49,23 @@ def read_yaml(data: bytes) -> Any:
         return yaml.load(data, Loader=_PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise ValueError(f"expected plain YAML, found: {' '.join(str(error).split())}") from error
+
+
+class _PlainDumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        """What stands twice is written twice."""
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Text; its rarer line ends are lost unless they are written as escapes."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, '"' if set(text) & set("\x85\u2028\u2029") else None)
+
+
+_PlainDumper.add_representer(str, _text)
+
+
+def write_yaml(content: Mapping[str, Any]) -> str:
+    """Plain data as text that `read_yaml` reads back, keys in their order."""
+    text: str = yaml.dump(dict(content), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
+    return text

@@ -8,6 +8,7 @@ import typer
 import yaml
 from fpo.pipeline.cli import app
 from fpo.pipeline.config import COMMANDS, RunConfig, has_section, load_config, profile_names, to_yaml
+from fpo.pipeline.plain_yaml import write_yaml
 from fpo.stages.methods import METHODS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -181,7 +182,7 @@ def test_training_an_sae_offers_no_recipe_since_it_has_one():
 
 
 def written(folder: Path, content: Mapping[str, Any]) -> str:
-    (folder / "run.yaml").write_text(yaml.safe_dump(dict(content)))
+    (folder / "run.yaml").write_text(write_yaml(dict(content)))
     return str(folder / "run.yaml")
 
 

@@ -12,6 +12,7 @@ import yaml
 from fpo.cache.files import user_folder
 from fpo.pipeline import embedded
 from fpo.pipeline.config import RunConfig, load_config
+from fpo.pipeline.plain_yaml import write_yaml
 from fpo.stages.chat import ChatFormat
 from fpo.stages.conversations import load_conversations
 from fpo.stages.preferences import load_preferences
@@ -125,7 +126,7 @@ def profile(tmp_path, monkeypatch) -> Any:
         content = yaml.safe_load(text)
         part = content if section is None else content["for"].setdefault(section, {})
         part |= fields
-        path.write_text(yaml.safe_dump(content))
+        path.write_text(write_yaml(content))
 
     return change
 

@@ -5,6 +5,7 @@ import pytest
 import yaml
 from fpo.pipeline.config import RunConfig, load_config
 from fpo.pipeline.jobs import Step
+from fpo.pipeline.plain_yaml import write_yaml
 from fpo.pipeline.plan import ROWS, WHERE, Plan, Run, make_plan, make_step
 from fpo.stages.methods import METHODS
 from hypothesis import assume, given
@@ -127,7 +128,7 @@ def test_another_setting_of_one_method_changes_that_method_alone(profile, world,
     path = tiny_profile(world, tmp_path)
     content = yaml.safe_load(path.read_text())
     content["for"]["tdpo1"] = {"beta": 0.3}
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(write_yaml(content))
     after = make_plan(str(path), load_config(str(path), {"runs": tmp_path / "runs"}, "table"))
     assert changed(before, folders(after)) == {"align TDPO-1, seed 0", "evaluate TDPO-1, seed 0"}
 
@@ -198,7 +199,7 @@ def test_fine_tuning_comes_first_where_the_profile_has_it(profile, world, tmp_pa
     path = tiny_profile(world, tmp_path)
     content = yaml.safe_load(path.read_text())
     content["for"]["sft"] = {"split": "train_sft", "snapshot_steps": None}
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(write_yaml(content))
     plan = make_plan(str(path), load_config(str(path), {"runs": tmp_path / "runs"}, "table"))
     (sft,) = plan.base
     assert (plan.base_model, plan.model) == (str(world.gemma), str(sft.out))

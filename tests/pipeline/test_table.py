@@ -13,6 +13,7 @@ import pytest
 import yaml
 from click.testing import Result
 from fpo.pipeline.config import load_config
+from fpo.pipeline.plain_yaml import write_yaml
 from fpo.pipeline.plan import ROWS, Plan, Run, make_plan
 from fpo.pipeline.results import COLUMNS
 from matplotlib.image import imread
@@ -258,7 +259,7 @@ def test_more_seeds_have_a_spread_and_ablations_use_what_is_there(killed):
     content = yaml.safe_load(first.profile.read_text())
     content["for"]["table"]["seeds"] = [0, 1]
     both = Made(first.folder, "both")
-    both.profile.write_text(yaml.safe_dump(content))
+    both.profile.write_text(write_yaml(content))
     done = both.steps()
     ran(both.table())
     assert done.items() <= both.steps().items() and len(both.steps()) == len(done) + 7 + 8

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from fpo.pipeline import tune
 from fpo.pipeline.config import load_config
+from fpo.pipeline.plain_yaml import write_yaml
 from fpo.pipeline.plan import Plan, make_plan
 from fpo.pipeline.tune import BETAS, RATES, trials, winners
 from fpo.stages.methods import METHODS
@@ -87,7 +88,7 @@ def test_a_profile_without_a_validation_split_is_refused(world, tmp_path):
     path = tiny_profile(world, tmp_path)
     content = yaml.safe_load(path.read_text())
     del content["for"]["tune"]["validation_split"]
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(write_yaml(content))
     result = fpo("tune", "--config", path, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
     assert result.exit_code == 2 and "validation_split" in result.stderr
     assert len(result.stderr.splitlines()) == 1
