@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,21 @@ class WithoutLocks(Command):
             real(file, how)
 
         fcntl.flock = flock
+
+
+class Slow(Command):
+    """A command of stage one that takes its time before each shard, so that others are there before it writes any."""
+
+    def prepare(self, point: int | None) -> None:
+        from fpo.cache.writer import CacheWriter
+
+        real = CacheWriter.write_shard
+
+        def write_shard(*arguments: Any) -> None:
+            time.sleep(0.2)
+            real(*arguments)
+
+        CacheWriter.write_shard = write_shard  # type: ignore[method-assign]
 
 
 class Disk:

@@ -280,3 +280,13 @@ def test_what_libraries_keep_between_runs_on_a_full_disk(world, tmp_path, tally)
     assert result.exit_code == 2
     assert f"fpo: {disk.folder}/datasets: {FULL}; free space" in result.stderr
     tally("full disks")
+
+
+def test_what_is_remembered_can_be_read_where_it_may_not_be_written(world, model, tmp_path, tally):
+    with small_disk(tmp_path / "disk") as disk, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FPO_HOME", str(disk.folder / "home"))
+        stage_two(Command, world, tmp_path / "first").finish()
+        disk.read_only()
+        stage_two(Command, world, tmp_path / "second").finish()
+    assert model_of(tmp_path / "second") == model.made
+    tally("places that may not be written")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import WithoutLocks, refused
+from disks import Slow, WithoutLocks, refused
 from fpo.cache.locks import locked
 from fpo.cache.reader import open_cache, verify
 from killing import KILLED, Command
@@ -67,7 +67,7 @@ def test_of_two_specs_at_once_one_ends_with_its_cache_and_the_other_is_refused(w
     assert wholes[0] != wholes[1]
     for number in range(tries(3, 40)):
         out = tmp_path / f"out-{number}"
-        commands = [command_of(world, out), command_of(world, out, max_length=40)]
+        commands = [command_of(world, out, Slow), command_of(world, out, Slow, max_length=40)]
         for which, command in enumerate(commands):
             command.log = tmp_path / f"log-{number}-{which}"
         processes = [command.start() for command in commands]
