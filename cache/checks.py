@@ -30,11 +30,7 @@ def check_table(table: pa.Table, widths: Sequence[int], sites: Sequence[int] | N
     """
     sites = range(len(widths)) if sites is None else sites
     schema = arrow_schema(widths, sites)
-    if not table.schema.equals(schema):
-        expected, found = ({(f.name, str(f.type), f.nullable) for f in s} for s in (schema, table.schema))
-        raise ValueError(
-            f"columns: expected {sorted(expected - found)}, found {sorted(found - expected)} in their place"
-        )
+    check_schema(table.schema, widths, sites)
     batch = table_to_batch(table)
     for name in schema.names:
         if _has_nulls(batch.column(name)):
@@ -45,6 +41,22 @@ def check_table(table: pa.Table, widths: Sequence[int], sites: Sequence[int] | N
             if broken.any():
                 row = int(broken.argmax())
                 raise ValueError(f"row {row} ({columns.pair_ids[row].as_py()}), {name}: {rule}")
+
+
+def check_schema(found: pa.Schema, widths: Sequence[int], sites: Sequence[int] | None = None) -> None:
+    """Checks columns and types alone; arguments as above.
+
+    Raises:
+        ValueError: they are others, or in another order.
+    """
+    schema = arrow_schema(widths, sites)
+    if found.names != schema.names:
+        raise ValueError(f"columns: expected {schema.names}, found {found.names}")
+    if not found.equals(schema):
+        expected, other = ({(f.name, str(f.type), f.nullable) for f in s} for s in (schema, found))
+        raise ValueError(
+            f"columns: expected {sorted(expected - other)}, found {sorted(other - expected)} in their place"
+        )
 
 
 def _has_nulls(array: pa.Array) -> bool:

@@ -35,6 +35,8 @@ MANIFEST_NAME = "manifest.json"
 # What to do about a damaged cache.
 REPAIR = "run `fpo precompute --repair` with the options that it was made with"
 MAX_SHARDS = 99_999
+# More than a manifest of as many shards has.
+LARGEST_TEXT = 1 << 27
 
 _SPLIT = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
@@ -176,11 +178,16 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         try:
-            data = path.read_bytes()
+            size = path.stat().st_size
+            data = path.read_bytes() if size <= LARGEST_TEXT else b""
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(
                 f"{path}: no manifest, so the cache is not complete; finish `fpo precompute`"
             ) from None
+        if size > LARGEST_TEXT:
+            raise ValueError(
+                f"{path}: expected at most {LARGEST_TEXT} bytes, found {size}; download it again, or {REPAIR}"
+            )
         return cls.parse(data, str(path))
 
     @classmethod

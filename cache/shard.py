@@ -6,15 +6,17 @@ In: a table of rows, the identity of the cache and the shard's report. Out: byte
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .checks import check_table
+from .checks import check_schema, check_table
 from .files import canonical_json
 from .manifest import Meaning, Numerics, ShardReport
+from .pages import check_pages
 from .records import decode, parse_json
 from .schema import SIDES, TOKEN_COLUMNS, arrow_schema, feature_column, raw_row_of
 
@@ -110,13 +112,35 @@ def read_table(source: Path | pa.BufferReader, meaning: Meaning, sites: Sequence
     Raises:
         One of `DAMAGE`: the file is damaged, or a row breaks a rule of `check_table`.
     """
-    names, whole = (arrow_schema(meaning.widths, chosen).names for chosen in (sites, None))
-    with pq.ParquetFile(source, page_checksum_verification=True) as file:
-        if file.schema_arrow.names != whole:
-            raise ValueError(f"columns: expected {whole}, found {file.schema_arrow.names}")
-        table = file.read(columns=names).select(names).replace_schema_metadata(None)
+    table = read_columns(source, meaning, arrow_schema(meaning.widths, sites).names)
     check_table(table, meaning.widths, sites)
     return table
+
+
+def read_columns(source: Path | pa.BufferReader, meaning: Meaning, names: Sequence[str]) -> pa.Table:
+    """Reads some columns of a shard, whose rows are not checked; no page is unpacked before all are looked at.
+
+    Args:
+        source: the shard.
+        meaning: of the cache.
+        names: of the columns.
+
+    Raises:
+        One of `DAMAGE`: the file is damaged, has other columns, or unpacks to more than is allowed (`check_pages`).
+    """
+    data = _bytes_of(source)  # once: what is looked at is what is read
+    with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+        check_schema(file.schema_arrow, meaning.widths)
+        check_pages(data, file.metadata)
+        return file.read(columns=names).select(names).replace_schema_metadata(None)
+
+
+def _bytes_of(source: Path | pa.BufferReader) -> pa.Buffer:
+    if isinstance(source, Path):
+        with pa.OSFile(str(source)) as file:
+            return file.read_buffer()
+    source.seek(0)
+    return source.read_buffer()
 
 
 def check_range(table: pa.Table, report: ShardReport) -> None:
@@ -127,8 +151,12 @@ def check_range(table: pa.Table, report: ShardReport) -> None:
     """
     kept = [raw_row_of(name) for name in table.column("pair_id").to_pylist()]
     found = sorted([*kept, *(row for row, _ in report.skipped)])
-    if found != list(range(report.start, report.stop)):
-        odd = sorted(set(found) ^ set(range(report.start, report.stop)))
+    rows = range(report.start, report.stop)
+    # Without a list of the range, which may be a stranger's and have more numbers than memory holds.
+    if len(found) != report.stop - report.start or any(row != raw for row, raw in zip(found, rows, strict=True)):
+        known = set(found)
+        missing = islice((row for row in rows if row not in known), 5)
+        odd = sorted([*missing, *(row for row in known if row not in rows)])
         which = f"missing or foreign: {odd[:5]}" if odd else "some appear twice"
         raise ValueError(
             f"expected every raw row of {report.start} to {report.stop - 1} once, as a row or as skipped; {which}"

@@ -15,11 +15,9 @@ import fsspec
 
 from .files import as_place, atomic_file, remove_leftovers, sha256_file, user_folder, write_atomically
 from .locks import locked
-from .manifest import MANIFEST_NAME, REPAIR, Manifest, ShardRecord
+from .manifest import LARGEST_TEXT, MANIFEST_NAME, REPAIR, Manifest, ShardRecord
 from .writer import BESIDE
 
-# More than a manifest of a hundred thousand shards has.
-LARGEST_TEXT = 1 << 28
 BLOCK = 1 << 24
 MAKE_IT = "make the bucket or the repository first, or correct the address"
 EXTRAS = {"s3": "fpo[s3]", "s3a": "fpo[s3]", "gs": "fpo[gcs]", "gcs": "fpo[gcs]"}

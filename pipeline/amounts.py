@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from ..cache.manifest import Manifest
+from ..cache.shard import read_columns
 from ..stages.chat import Text
 from ..stages.preferences import Preferences, load_rows
 from .config import RunConfig
@@ -103,9 +102,9 @@ def data_of(step: Step, makers: Mapping[Path, Step]) -> Data:
 def _cached(cache: Path) -> Data:
     manifest = Manifest.load(cache)
     columns = ["chosen_num_tokens", "rejected_num_tokens"]
-    lengths = pq.read_table(cache / "data", columns=columns)
+    shards = [read_columns(cache / record.name, manifest.meaning, columns) for record in manifest.shards]
     pairs = max(1, manifest.num_pairs)
-    response = sum(sum(lengths[column].to_pylist()) for column in columns) / pairs / 2
+    response = sum(sum(shard[column].to_pylist()) for shard in shards for column in columns) / pairs / 2
     prompt = manifest.counts["scored_tokens"] / pairs - 2 * response
     return Data(manifest.num_pairs, prompt, response, 2, "measured in the cache")
 

@@ -5,10 +5,9 @@ In: a cache's folder or URL. Out: a line for each fact, on the terminal.
 
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from ..cache.manifest import Manifest
 from ..cache.reader import open_cache
+from ..cache.shard import read_columns
 from .progress import console
 
 
@@ -61,7 +60,7 @@ def _feature_statistics(folder: Path, manifest: Manifest, site: int) -> str:
     above_zero = kept = cut = responses = 0
     for record in manifest.shards:
         columns = [f"{side}_features_{site}" for side in ("chosen", "rejected")]
-        shard = pq.read_table(folder / record.name, columns=columns)
+        shard = read_columns(folder / record.name, manifest.meaning, columns)
         for name in columns:
             for struct in shard[name].chunks:
                 counts = struct.field("nnz").to_numpy()

@@ -247,10 +247,9 @@ def choose_attention(requested: str, source: ModelSource, device: torch.device |
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with reading(f"model {source.name}: transformers cannot read its configuration"):
-        if source.gguf_file:
-            config = AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf_file)
-        else:
-            config = AutoConfig.from_pretrained(source.folder)
+        config = AutoConfig.from_pretrained(
+            source.folder, gguf_file=source.gguf_file, local_files_only=True, trust_remote_code=False
+        )
     model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None:
         raise ValueError(f"model {source.name}: expected a causal language model, found a {config.model_type}")

@@ -8,7 +8,6 @@ the residual stream, which for Gemma-2 and Gemma-3 is the output of `post_feedfo
 import hashlib
 import json
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .npz import read_npz
 from .reading import reading
 
 SiteKind = Literal["resid_post", "mlp_out"]
@@ -140,16 +140,12 @@ def _read_npz(path: Path) -> Any:
     """Builds a JumpReLU SAE from a Gemma Scope file, which holds float32 arrays and nothing about the model."""
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"expected an npz file of plain arrays, {path} is not one: {error}") from error
+    arrays = read_npz(path)
     expected = {"W_enc", "b_enc", "threshold", "W_dec", "b_dec"}
     if set(arrays) != expected:
         raise ValueError(f"expected the arrays {sorted(expected)} in {path}, found {sorted(arrays)}")
-    if wrong := {key: str(array.dtype) for key, array in arrays.items() if array.dtype != np.float32}:
-        raise ValueError(f"expected float32 arrays in {path}, found {wrong}")
+    if odd := {key: str(array.dtype) for key, array in arrays.items() if array.dtype != np.float32}:
+        raise ValueError(f"expected float32 arrays in {path}, found {odd}")
     if arrays["W_enc"].ndim != 2:
         raise ValueError(f"expected W_enc [d_in, width] in {path}, found shape {list(arrays['W_enc'].shape)}")
     d, m = arrays["W_enc"].shape

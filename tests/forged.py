@@ -56,11 +56,11 @@ def forge(files: Files, rng: random.Random) -> Files:
     with contextlib.suppress(Exception):  # what was forged before may not bear this change any more
         change(forged, rng)
         if rng.random() < 0.9:
-            _sign(forged)
+            sign(forged)
     return forged
 
 
-def _sign(files: Files) -> None:
+def sign(files: Files) -> None:
     """Makes the manifest state what the files are."""
     document = json.loads(files[MANIFEST_NAME])
     for record in document["shards"]:
@@ -166,7 +166,9 @@ def _change_table(files: Files, rng: random.Random) -> None:
 
 def _parquet(table: pa.Table, metadata: dict[bytes, bytes]) -> bytes:
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True) as writer:
+    with pq.ParquetWriter(
+        sink, table.schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+    ) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({key: value for key, value in metadata.items() if key != b"ARROW:schema"})
     return bytes(sink.getvalue())
