@@ -83,6 +83,9 @@ class CacheWriter:
         names = [site.site for site in meaning.sites]
         if len(set(names)) < len(names):
             raise ValueError(f"sites: expected each once, found {', '.join(names)}")
+        for name in ("data", ".locks"):
+            if (folder / name).is_symlink():  # what is removed and written there would be elsewhere
+                raise ValueError(f"{folder / name}: expected a folder, found a link; put a folder in its place")
         self.folder, self.meaning, self.numerics, self.num_rows = folder, meaning, numerics, num_rows
         self.num_shards = max(1, -(-num_rows // numerics.shard_size))
         self._names = [shard_name(meaning.split, i, self.num_shards) for i in range(self.num_shards)]

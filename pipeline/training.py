@@ -84,7 +84,7 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
 
     Raises:
         FileNotFoundError: there is nothing to resume.
-        ValueError: a new run finds files, or a resumed one other settings or other inputs.
+        ValueError: a new run finds files, or a resumed one a link, other settings or other inputs.
     """
     if os.environ.get("RANK", "0") != "0":  # the others may come when the first has already written
         return
@@ -98,6 +98,9 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
         return
     if not record.exists():
         raise FileNotFoundError(f"--resume: expected a run in {out}, found no run.yaml; leave --resume out")
+    for path in out.rglob("*"):
+        if path.is_symlink():  # what is written there would be elsewhere
+            raise ValueError(f"--resume: expected no link in {out}, found {path}; put what it stands for in its place")
     try:
         before = read_yaml(record.read_bytes())
     except ValueError as error:

@@ -19,6 +19,7 @@ import torch
 from ..cache.files import canonical_json, sha256_file, user_folder, write_atomically
 from ..cache.locks import locked
 from .attention import PACKED
+from .model_folder import check_model_folder
 from .reading import reading
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def find_model(name: str) -> ModelSource:
 
     Raises:
         FileNotFoundError: if nothing of that name exists here and it cannot be a hub id.
-        ValueError: if it holds no safetensors weights, or the hub cannot give it.
+        ValueError: if it is no model with safetensors weights (`check_model_folder`), or the hub cannot give it.
     """
     path = _packaged_file(name) if name.startswith("package:") else Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -77,13 +78,7 @@ def find_model(name: str) -> ModelSource:
         )
     else:
         folder = _download(name)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model {name}: expected config.json in {folder}, found none; give a transformers model")
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"model {name}: expected *.safetensors weights in {folder}, found none; pickled weights are not read: "
-            "convert them with save_pretrained"
-        )
+    check_model_folder(folder, name)
     return ModelSource(name, folder, None)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
+from datasets.utils.extract import Extractor
 
 from .chat import GEMMA_TURNS, ChatFormat, Example, Message, Text, Turns, load_template
 from .reading import reading
@@ -138,7 +139,9 @@ def _open_rows(source: str, split: str, config: str | None, what: str) -> Any:
 
 
 def _check_rows(path: Path) -> None:
-    """Refuses a file without rows, and `null` in place of one, at which pyarrow's reader of JSON ends the process."""
+    """Refuses what is packed, a file without rows, and `null` in place of one, which ends the process in pyarrow."""
+    if packed := Extractor.infer_extractor_format(path):  # `datasets` would unpack it, whatever comes of it
+        raise ValueError(f"expected {path.name} as it is, found it packed ({packed}); unpack it")
     if path.suffix == ".parquet" and path.stat().st_size:
         count = pq.read_metadata(path).num_rows
     else:

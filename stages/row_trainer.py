@@ -19,12 +19,13 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
 from .models import Recipe
+from .resuming import ResumingTrainer
 from .saving import move_model, saving
 from .scoring import RowScores, attach_scoring, check_model
 from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
@@ -76,7 +77,7 @@ class RowConfig(TrainingArguments):
         return min(1, int(super().n_gpu))
 
 
-class RowTrainer(Trainer):
+class RowTrainer(ResumingTrainer):
     """Trains a model on batches of packed rows: objects with `tokens`, `names` and `to`, under `rows` of a batch.
 
     Args:
