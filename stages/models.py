@@ -129,8 +129,11 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
     from transformers import AutoModelForCausalLM
 
     with reading(f"model {source.name}: transformers cannot load it"):
+        config = _config(source)
+        config._attn_implementation = attention  # over one in config.json, which may be code of a stranger's repository
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
+            config=config,
             gguf_file=source.gguf_file,
             dtype=torch.float32,
             attn_implementation=attention,
@@ -239,18 +242,24 @@ def choose_attention(requested: str, source: ModelSource, device: torch.device |
         raise ValueError("--attention: flex_attention has no backward on CPU; leave the option out, or take eager")
     if requested != "auto":
         return requested
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with reading(f"model {source.name}: transformers cannot read its configuration"):
-        config = AutoConfig.from_pretrained(
-            source.folder, gguf_file=source.gguf_file, local_files_only=True, trust_remote_code=False
-        )
+        config = _config(source)
     model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None:
         raise ValueError(f"model {source.name}: expected a causal language model, found a {config.model_type}")
     if torch.device(device).type == "cuda" and model_class._supports_flex_attn:
         return "flex_attention"
     return PACKED if model_class._supports_sdpa else "eager"
+
+
+def _config(source: ModelSource) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        source.folder, gguf_file=source.gguf_file, local_files_only=True, trust_remote_code=False
+    )
 
 
 def autocast(recipe: Recipe, device: torch.device | str) -> torch.autocast:
