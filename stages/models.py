@@ -129,11 +129,9 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
     from transformers import AutoModelForCausalLM
 
     with reading(f"model {source.name}: transformers cannot load it"):
-        config = _config(source)
-        config._attn_implementation = attention  # over one in config.json, which may be code of a stranger's repository
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
-            config=config,
+            config=_config(source),  # without it one in config.json, code of a stranger's repository, goes before ours
             gguf_file=source.gguf_file,
             dtype=torch.float32,
             attn_implementation=attention,

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from bad_files import SAE_WEIGHTS, TURNS, WEIGHTS, lines, pair, with_fields, with_metadata
+from safetensors.numpy import save_file
 
 # From the folder and the marker; the change is made in place.
 Plant = Callable[[Path, Path], Any]
@@ -74,6 +75,7 @@ def link(name: str) -> Plant:
 
     def plant(folder: Path, marker: Path) -> None:
         marker.parent.mkdir(parents=True, exist_ok=True)
+        (marker.parent / "config.json").write_text("elsewhere")
         (folder / name).symlink_to(marker.parent)
 
     return plant
@@ -94,7 +96,12 @@ def link_to_file(name: str) -> Plant:
 
 MAPS = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model", "AutoTokenizer": ["code.Tokenizer", None]}
 ELSEWHERE = {name: f"owner/name--{MAPS[name]}" for name in ("AutoConfig", "AutoModelForCausalLM")}
-ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "/elsewhere", "target_modules": ["q_proj"], "r": 1}
+ADAPTER = {
+    "peft_type": "LORA",
+    "base_model_name_or_path": "/elsewhere",
+    "target_modules": ["layers.0.self_attn.q_proj"],
+    "r": 1,
+}
 ADAPTER |= {"auto_mapping": {"base_model_class": "Model", "parent_library": "code"}}
 INDEX = {"metadata": {}, "weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
 
@@ -131,6 +138,19 @@ MODELS: dict[str, tuple[Plant, bool]] = {
     ),
     "an adapter beside a model": (
         both(text("adapter_config.json", json.dumps(ADAPTER)), pickled("adapter_model.bin"), module("code.py")),
+        True,
+    ),
+    "an adapter that loads": (
+        both(
+            text("adapter_config.json", json.dumps(ADAPTER | {"auto_mapping": None})),
+            lambda folder, marker: save_file(
+                {
+                    f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight": np.ones(shape, np.float32)
+                    for part, shape in (("A", (1, 32)), ("B", (32, 1)))
+                },
+                folder / "adapter_model.safetensors",
+            ),
+        ),
         True,
     ),
     "an adapter alone": (
