@@ -5,7 +5,10 @@ hold gigabytes, and whatever a page's header claims is allocated on its word. Pa
 of their encodings only `DELTA_BINARY_PACKED` and the levels of lists can say more than their bytes do.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,11 +22,35 @@ TIMES_BYTES = 32
 # A value of the widest number, and the levels that say where in a list it stands.
 VALUE = 8 + 4
 LARGEST_HEADER = 1 << 16
+# At the end of a Parquet file: the footer's length, four bytes, and a magic number.
+TAIL = 8
+# A footer's lists are allocated on its word, and two of its bytes can stand for hundreds. Two hundred sites make a
+# list of 4,000; a hundred thousand skipped rows a footer of 3 MB.
+LARGEST_FOOTER = 1 << 22
+LARGEST_LIST = 1 << 12
 DATA_PAGE = 0
 ENCODINGS = {0: "PLAIN", 5: "DELTA_BINARY_PACKED", 9: "BYTE_STREAM_SPLIT"}
 DEEPEST = 8
 
 Struct = dict[int, Any]
+
+
+@contextmanager
+def open_parquet(source: Path | pa.BufferReader) -> Iterator[pq.ParquetFile]:
+    """Opens a Parquet file whose footer is no larger than a shard's can be, in bytes and in what it claims to list.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no Parquet, or its footer is larger.
+    """
+    with pa.OSFile(str(source)) if isinstance(source, Path) else nullcontext(source) as file:
+        size = file.size()
+        file.seek(max(0, size - TAIL))
+        length = int.from_bytes(file.read(4), "little")
+        if LARGEST_FOOTER < length < size:
+            raise ValueError(f"expected a footer of at most {LARGEST_FOOTER} bytes, found one of {length}")
+        file.seek(0)
+        yield pq.ParquetFile(file, page_checksum_verification=True, thrift_container_size_limit=LARGEST_LIST)
 
 
 def check_pages(data: pa.Buffer, metadata: pq.FileMetaData) -> None:
@@ -64,17 +91,17 @@ def _column(data: memoryview, column: Any) -> tuple[int, int]:
     values = unpacked = 0
     while at < stop:
         page, length = read_struct(data[at : min(stop, at + LARGEST_HEADER)])
-        try:
-            kind, plain, packed, header = page[1], page[2], page[3], page[5]
-            count, encoding = header[1], header[2]
-            least = min(plain, packed, count)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{name}: expected the header of a data page, found none") from error
+        header = page.get(5)
+        numbers: list[Any] = [page.get(1), page.get(2), page.get(3)]
+        numbers += [header.get(1), header.get(2)] if isinstance(header, dict) else [None]
+        if any(type(number) is not int for number in numbers):
+            raise ValueError(f"{name}: expected the header of a data page, found none")
+        kind, plain, packed, count, encoding = numbers
         if kind != DATA_PAGE or encoding not in ENCODINGS:
             expected = ", ".join(ENCODINGS.values())
             raise ValueError(f"{name}: expected data pages in {expected}, found page type {kind}, encoding {encoding}")
         at += length + packed
-        if least < 0 or at > stop:
+        if min(plain, packed, count) < 0 or at > stop:
             raise ValueError(f"{name}: expected pages that fill the column, found one of {packed} bytes")
         values, unpacked = values + count, unpacked + plain
     return values, unpacked

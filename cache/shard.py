@@ -16,12 +16,16 @@ import pyarrow.parquet as pq
 from .checks import check_schema, check_table
 from .files import canonical_json
 from .manifest import Meaning, Numerics, ShardReport
-from .pages import check_pages
+from .pages import check_pages, open_parquet
 from .records import decode, parse_json
 from .schema import SIDES, TOKEN_COLUMNS, arrow_schema, feature_column, raw_row_of
 
 # What pyarrow raises for a file that is no Parquet or is damaged (ArrowInvalid is a ValueError).
 DAMAGE = (OSError, ValueError, pa.ArrowException)
+
+
+# Raw rows, all of which may be skipped for a reason that the footer states.
+LARGEST_SHARD = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def read_footer(source: Path | pa.BufferReader) -> Footer:
     Raises:
         One of `DAMAGE`: the file is missing, no Parquet, or its footer is not one that `encode_shard` writes.
     """
-    parquet = pq.read_metadata(source)
+    with open_parquet(source) as file:
+        parquet = file.metadata
     metadata = parquet.metadata or {}
     parts: dict[str, Any] = {}
     for key, kind in (("meaning", Meaning), ("numerics", Numerics), ("shard", ShardReport)):
@@ -129,7 +134,7 @@ def read_columns(source: Path | pa.BufferReader, meaning: Meaning, names: Sequen
         One of `DAMAGE`: the file is damaged, has other columns, or unpacks to more than is allowed (`check_pages`).
     """
     data = _bytes_of(source)  # once: what is looked at is what is read
-    with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+    with open_parquet(pa.BufferReader(data)) as file:
         check_schema(file.schema_arrow, meaning.widths)
         check_pages(data, file.metadata)
         return file.read(columns=names).select(names).replace_schema_metadata(None)

@@ -16,13 +16,11 @@ import pyarrow as pa
 
 from .files import as_place, canonical_json, sha256_text, user_folder
 from .manifest import MANIFEST_NAME, Manifest, Meaning, Numerics, ShardRecord, ShardReport
+from .pages import LARGEST_FOOTER, TAIL
 from .schema import CachedPair
 from .shard import Footer, footer_of
 from .stores import Store, load_manifest
 from .writer import CARD_NAME, OPTIONS_NAME, PROVENANCE_NAME, CacheWriter
-
-# At the end of a Parquet file: the footer's length, four bytes, and a magic number.
-TAIL = 8
 
 
 def open_writer(
@@ -61,7 +59,7 @@ def _stored_footer(store: Store, name: str) -> Footer | None:
             if file.size < TAIL:
                 return None
             file.seek(-TAIL, 2)
-            length = min(file.size, int.from_bytes(file.read(4), "little") + TAIL)
+            length = min(file.size, TAIL + LARGEST_FOOTER, TAIL + int.from_bytes(file.read(4), "little"))
             file.seek(-length, 2)
             data = file.read(length)
     except FileNotFoundError:

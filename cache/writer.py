@@ -37,7 +37,7 @@ from .manifest import (
     shard_name,
 )
 from .schema import FORMAT_VERSION, CachedPair
-from .shard import DAMAGE, Footer, check_range, encode_shard, footer_of
+from .shard import DAMAGE, LARGEST_SHARD, Footer, check_range, encode_shard, footer_of
 
 CARD_NAME = "README.md"
 OPTIONS_NAME = "run.yaml"
@@ -78,8 +78,10 @@ class CacheWriter:
         """
         if meaning.format_version != FORMAT_VERSION:
             raise ValueError(f"expected format version {FORMAT_VERSION}, found {meaning.format_version}")
-        if numerics.shard_size < 1 or num_rows < 0:
-            raise ValueError(f"expected a shard size above 0 and rows, found {numerics.shard_size} and {num_rows}")
+        if not 1 <= numerics.shard_size <= LARGEST_SHARD or num_rows < 0:
+            raise ValueError(
+                f"expected a shard size of 1 to {LARGEST_SHARD} and rows, found {numerics.shard_size} and {num_rows}"
+            )
         names = [site.site for site in meaning.sites]
         if len(set(names)) < len(names):
             raise ValueError(f"sites: expected each once, found {', '.join(names)}")

@@ -82,6 +82,29 @@ def _number(value: int) -> bytes:
     return encoded + bytes([value])
 
 
+def with_footer(footer: bytes) -> Callable[[bytes], bytes]:
+    return lambda shard: b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+
+
+def _columns(number: int, given: int) -> bytes:
+    """A footer whose first row group claims columns, and gives so many, of three bytes each."""
+    schema = b"\x19\x1c" + b"\x35\x00\x18\x01a\x00"
+    return b"\x15\x02" + schema + b"\x16\x00" + b"\x19\x1c" + _list_of(number) + b"\x26\x00\x00" * given
+
+
+def groups(footer: int) -> bytes:
+    """A footer of as many row groups of 4,000 columns as fill it."""
+    group = _list_of(4000) + b"\x26\x00\x00" * 4000 + b"\x16\x00\x16\x00\x00"
+    number = footer // len(group)
+    schema = b"\x19\x1c" + b"\x35\x00\x18\x01a\x00"
+    return b"\x15\x02" + schema + b"\x16\x08" + _list_of(number) + group * number + b"\x00"
+
+
+def _list_of(number: int) -> bytes:
+    """The next field, a list of so many structs."""
+    return b"\x19\xfc" + _number(number)
+
+
 # By what is tried: a shard of a few kB, of a sound one.
 SHARDS: dict[str, Callable[[bytes], bytes]] = {
     "zeros under zstd": of_many_tokens(MANY, use_dictionary=False),
@@ -92,6 +115,9 @@ SHARDS: dict[str, Callable[[bytes], bytes]] = {
     "a page that claims 2 milliard values": with_header(values=HUGE),
     "a page that claims less than nothing": with_header(unpacked=-1 % 2**32),
     "a page that claims to be a dictionary": with_header(kind=2),
+    "a footer that claims a million columns": with_footer(_columns(10**6, 0)),
+    "a footer of half a million columns": with_footer(_columns(500_000, 500_000)),
+    "a footer of a thousand row groups": with_footer(groups(12_000_000)),
 }
 
 
