@@ -111,11 +111,13 @@ def load(setting: Setting, folder: Path, attention: str | None) -> Any:
 
     chosen = {} if attention is None else {"attn_implementation": attention}
     if list((folder / "model").glob("*.safetensors")):
-        model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, **chosen)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder / "model", dtype=torch.float32, trust_remote_code=False, **chosen
+        )
         return model.to(setting.device).eval()
     torch.manual_seed(0)
     with torch.device(setting.device):
-        config = AutoConfig.from_pretrained(folder / "model")
+        config = AutoConfig.from_pretrained(folder / "model", trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen).eval()
 
 

@@ -163,7 +163,7 @@ def _is_whole(checkpoint: Path) -> bool:
     """Whether the Trainer's state, which it writes last, is there to its end."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return False
     return True
 

@@ -270,6 +270,7 @@ RUNS: dict[str, tuple[Plant, bool]] = {
     "pickled settings": (pickled(f"{LAST}/training_args.bin"), False),
     "a state of another thing": (text(f"{LAST}/trainer_state.json", '{"global_step": 2, "open": "MARKER"}'), True),
     "a state of other steps": (fields(f"{LAST}/trainer_state.json", log_history=[STEP]), True),
+    "a state nested deep": (text(f"{LAST}/trainer_state.json", "[" * 100_000), False),
     "a record with tags": (text("run.yaml", "model: !!python/object/apply:open [MARKER, w]\n"), True),
     "a log elsewhere": (link_to_file("metrics.jsonl"), True),
     "a checkpoint elsewhere": (link("checkpoint-3"), True),

@@ -130,6 +130,18 @@ def test_a_run_that_is_gone_on_with_runs_no_code(world, run, marker, tally, kind
     tally(TRIED)
 
 
+def test_an_adapter_that_is_gone_on_with_runs_no_code(world, tmp_path, marker, tally):
+    marker.parent.mkdir()
+    options = {"max_steps": 1, "save_steps": 1, "lr_scheduler": "constant", "method": "dpo", "lora_r": 1}
+    ran(world.align(tmp_path / "run", **options, warmup_steps=None))
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    (checkpoint / "adapter_model.safetensors").unlink()
+    hostile.pickled("adapter_model.bin")(checkpoint, marker)
+    result = world.align(tmp_path / "run", "--resume", **options | {"max_steps": 2}, warmup_steps=None)
+    assert "checkpoint-1" in settled(result, True, marker)
+    tally(TRIED)
+
+
 @pytest.mark.parametrize("kind", hostile.CACHES)
 def test_a_cache_that_is_written_again_changes_nothing_outside(world, tmp_path, marker, tally, kind):
     cache = shutil.copytree(world.cache, tmp_path / "cache")
