@@ -133,7 +133,7 @@ def read_columns(source: Path | pa.BufferReader, meaning: Meaning, names: Sequen
     Raises:
         One of `DAMAGE`: the file is damaged, has other columns, or unpacks to more than is allowed (`check_pages`).
     """
-    data = _bytes_of(source)  # once: what is looked at is what is read
+    data = _bytes_of(source)
     with open_parquet(pa.BufferReader(data)) as file:
         check_schema(file.schema_arrow, meaning.widths)
         check_pages(data, file.metadata)
@@ -142,7 +142,7 @@ def read_columns(source: Path | pa.BufferReader, meaning: Meaning, names: Sequen
 
 def _bytes_of(source: Path | pa.BufferReader) -> pa.Buffer:
     if isinstance(source, Path):
-        with pa.OSFile(str(source)) as file:
+        with pa.memory_map(str(source)) as file:  # of a large shard only the columns that are asked for are read
             return file.read_buffer()
     source.seek(0)
     return source.read_buffer()
