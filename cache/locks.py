@@ -22,10 +22,13 @@ class Lock:
         """Opens `path`, which is made as an empty file where there is nothing.
 
         Raises:
-            OSError: it cannot be opened for writing.
+            OSError: it cannot be opened for writing, or is a link to a file, which may be a stranger's and lead anywhere.
         """
         self._path = path
-        self._file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+        if path.is_symlink() and not path.is_dir():
+            raise OSError(f"{path}: expected a file of its own for a lock, found a link; remove it")
+        flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        self._file = os.open(path, flags, 0o666)
         self.close = weakref.finalize(self, os.close, self._file)
 
     def take(self, *, shared: bool = False, wait: bool = False) -> bool:
