@@ -178,6 +178,7 @@ def test_a_place_that_may_not_be_written_is_named(world, tmp_path, tally, stage)
     tally("places that may not be written", 2)
 
 
+@pytest.mark.slow
 def test_a_cache_on_a_disk_that_became_read_only_stays_as_it_was(world, cache, tmp_path, tally):
     with small_disk(tmp_path / "disk") as disk:
         command = stage_one(Command, world, disk.folder / "out")
@@ -282,6 +283,7 @@ def test_what_libraries_keep_between_runs_on_a_full_disk(world, tmp_path, tally)
     tally("full disks")
 
 
+@pytest.mark.slow
 def test_what_is_remembered_can_be_read_where_it_may_not_be_written(world, model, tmp_path, tally):
     with small_disk(tmp_path / "disk") as disk, pytest.MonkeyPatch.context() as patch:
         patch.setenv("FPO_HOME", str(disk.folder / "home"))

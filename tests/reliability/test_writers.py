@@ -49,7 +49,7 @@ def whole(world, tmp_path_factory) -> dict[str, bytes]:
 
 
 def test_writers_of_one_spec_at_once_write_each_shard_once(world, whole, tmp_path, tries, tally):
-    for number in range(tries(2, 20)):
+    for number in range(tries(1, 20)):
         out, writers = tmp_path / f"out-{number}", 3
         commands = [command_of(world, out) for _ in range(writers)]
         processes = [command.start() for command in commands]
@@ -65,7 +65,7 @@ def test_of_two_specs_at_once_one_ends_with_its_cache_and_the_other_is_refused(w
     command.finish()
     wholes = [whole, cache_of(command.folder)]
     assert wholes[0] != wholes[1]
-    for number in range(tries(3, 40)):
+    for number in range(tries(1, 40)):
         out = tmp_path / f"out-{number}"
         commands = [command_of(world, out, Slow), command_of(world, out, Slow, max_length=40)]
         for which, command in enumerate(commands):
@@ -129,7 +129,7 @@ def test_a_file_system_without_locks_is_named_and_what_to_do(world, tmp_path, nu
     assert line.startswith(f"fpo: {command.folder}"), line
 
 
-@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("resumes", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_of_two_trainings_into_one_folder_one_is_refused_and_the_other_ends_as_alone(
     world, tmp_path, tries, tally, resumes
 ):
