@@ -22,7 +22,7 @@ class Lock:
         """Opens `path`, which is made as an empty file where there is nothing.
 
         Raises:
-            OSError: it cannot be opened for writing, or is a link to a file, which may be a stranger's and lead anywhere.
+            OSError: it cannot be opened for writing, or is a link to a file, which may be a stranger's.
         """
         self._path = path
         if path.is_symlink() and not path.is_dir():
