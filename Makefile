@@ -51,7 +51,7 @@ run-smollm2: install-models saes/smollm2-135m/cfg.json
 saes/smollm2-135m/cfg.json: | install-models
 	$(BIN)/fpo train-sae $(SMOLLM2) --limit 2500 --out saes/smollm2-135m
 
-# Time and memory against other ways to do the same, one script a question, on the CPU: 25 minutes on two cores.
+# Time and memory against other ways to do the same, one script a question, on the CPU: 27 minutes on two cores.
 BENCHMARK := $(BIN)/python -m benchmarks
 
 benchmark: install-models
