@@ -99,7 +99,7 @@ class CacheWriter:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._claim = claim(self.folder, meaning, numerics)
         self._check_shards(found)  # by now one of another spec may have written some, and have ended
-        for folder in (self.folder, self.folder / "data"):
+        for folder in (self.folder, self.folder / "data", self.folder / ".locks"):
             remove_leftovers(folder)
 
     def _check_shards(self, found: Mapping[str, Footer | None]) -> dict[str, Footer | None]:
