@@ -104,8 +104,7 @@ test-slow: install
 	$(BIN)/pytest -q -n auto -m slow
 
 # Kills, damage, hostile and malformed files, fuzzing, long runs: as often as docs/reliability.md says; prints its figures.
-FUZZ_SECONDS ?= 120
-
+reliability: FUZZ_SECONDS ?= 120
 reliability: install
 	$(BIN)/pytest -q -n auto --long tests/reliability
 	$(BIN)/pip install --quiet atheris==3.0.0
