@@ -7,20 +7,16 @@ user's, with one line on stderr that says what was expected, what was found and 
 """
 
 import inspect
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, cast, get_args
 
 import typer
 from typer.core import TyperGroup
 
 from .config import RunConfig, load_config, profile_names, to_yaml
-from .errors import USER_ERRORS, one_line
+from .errors import user_errors
 
 # typer has a copy of click of its own, and hands out this child of the mistakes in arguments alone.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__base__)
@@ -119,37 +115,6 @@ def configured(
         return function
 
     return register
-
-
-@contextmanager
-def user_errors(resume: str = "nothing was written") -> Iterator[None]:
-    """Turns a user's mistake into one line and exit code 2; with FPO_TRACEBACK set, into a traceback.
-
-    `resume` says what became of the work when it is interrupted.
-    """
-    stopped = False
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
-        raise KeyboardInterrupt
-
-    caught = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in caught}
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        # What it interrupts may raise something else: a module that is being imported an ImportError.
-        if stopped or isinstance(error, KeyboardInterrupt):
-            typer.echo(f"fpo: stopped; {resume}", err=True)
-            raise typer.Exit(130) from None
-        if os.environ.get("FPO_TRACEBACK") or not isinstance(error, USER_ERRORS):
-            raise
-        typer.echo(f"fpo: {one_line(error, resume)}", err=True)
-        raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @configured(

@@ -1,10 +1,17 @@
-"""What a user is told of an error: one line.
+"""What a user is told of an error or a signal: one line, and an exit code.
 
 In: an exception, and how to go on. Out: what was expected, found, where, and what to do.
 """
 
 import errno
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+
+import typer
 
 from ..cache.files import user_folder
 
@@ -17,6 +24,37 @@ REFUSED = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
 }
+
+
+@contextmanager
+def user_errors(resume: str = "nothing was written") -> Iterator[None]:
+    """Turns a user's mistake into one line and exit code 2; with FPO_TRACEBACK set, into a traceback.
+
+    `resume` says what became of the work when it is interrupted.
+    """
+    stopped = False
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
+
+    caught = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in caught}
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        # What it interrupts may raise something else: a module that is being imported an ImportError.
+        if stopped or isinstance(error, KeyboardInterrupt):
+            typer.echo(f"fpo: stopped; {resume}", err=True)
+            raise typer.Exit(130) from None
+        if os.environ.get("FPO_TRACEBACK") or not isinstance(error, USER_ERRORS):
+            raise
+        typer.echo(f"fpo: {one_line(error, resume)}", err=True)
+        raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def one_line(error: BaseException, go_on: str) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 from ..stages.chat import ChatFormat, load_template
 from ..stages.conversations import load_conversations
 from ..stages.models import check_vocabulary, choose_attention, find_model, load_model, load_tokenizer
-from ..stages.sft import RowConfig, SFTTrainer
+from ..stages.row_config import RowConfig
+from ..stages.sft import SFTTrainer
 from .config import RunConfig
 from .inputs import device_of, required
 from .progress import console

@@ -6,7 +6,7 @@ In: what a user sets. Out: `FPOConfig`, the settings of a `RowTrainer` and the o
 from dataclasses import dataclass, field
 
 from .methods import make_objective
-from .row_trainer import RowConfig
+from .row_config import RowConfig
 
 
 @dataclass

@@ -142,14 +142,7 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
             output_loading_info=True,
         )
         model, report = loaded
-        # transformers fills these at random
-        wrong = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
-        if wrong:
-            raise ValueError(
-                f"expected all weights of {type(model).__name__} in the sizes of config.json, found {len(wrong)} "
-                f"missing or of another size ({', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}); give a complete "
-                "causal language model"
-            )
+        _check_report(model, report)
         if attention == PACKED and not model._supports_sdpa:  # transformers cannot know on what it stands
             raise ValueError(
                 f"--attention: expected one that {type(model).__name__} has, found {PACKED}, which has no "
@@ -171,6 +164,17 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
         if hasattr(module, "attention_dropout"):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 (torch's type for a module's attributes)
     return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _check_report(model: "PreTrainedModel", report: dict[str, Any]) -> None:
+    """Refuses a model of which transformers filled weights at random."""
+    wrong = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if wrong:
+        raise ValueError(
+            f"expected all weights of {type(model).__name__} in the sizes of config.json, found {len(wrong)} "
+            f"missing or of another size ({', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}); give a complete "
+            "causal language model"
+        )
 
 
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":

@@ -142,6 +142,14 @@ def check_cache(cache: Cache, saes: Sequence[SiteSAE], recipe: Recipe, top_k: in
         )
 
 
+def _noise_of(cache: Cache) -> Noise:
+    """The cache's noise at the sites that it was opened with."""
+    noise = cache.manifest.noise
+    assert noise is not None, "a cache that holds pairs holds their noise"
+    numbers = [[site.site for site in cache.manifest.meaning.sites].index(name) for name in cache.sites]
+    return dataclasses.replace(noise, feature_mse=tuple(noise.feature_mse[i] for i in numbers))
+
+
 def check_parity(
     model: nn.Module,
     cache: Cache,
@@ -184,11 +192,7 @@ def check_parity(
         raise FloatingPointError(
             f"before the first step: {error}; start from a model whose weights are whole"
         ) from error
-    noise = cache.manifest.noise
-    assert noise is not None, "a cache that holds pairs holds their noise"
-    numbers = [[site.site for site in cache.manifest.meaning.sites].index(name) for name in cache.sites]
-    noise = dataclasses.replace(noise, feature_mse=tuple(noise.feature_mse[i] for i in numbers))
-    found, allowed = apart(measured, sample), tolerance(noise, recipe, sample)
+    found, allowed = apart(measured, sample), tolerance(_noise_of(cache), recipe, sample)
     checks = [("log-probs", "nats", *_farthest([n.logp for n in found], [n.logp for n in allowed]))]
     for site, sae in enumerate(saes):
         mse = _farthest([n.feature_mse[site] for n in found], [n.feature_mse[site] for n in allowed])

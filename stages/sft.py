@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 from .batches import ConversationCollator
 from .conversations import Conversations
 from .packing import Conversation, PackedRow
-from .row_trainer import RowConfig, RowTrainer
+from .row_config import RowConfig
+from .row_trainer import RowTrainer
 from .scoring import RowScores, row_multiple
 
 __all__ = ["RowConfig", "SFTTrainer"]

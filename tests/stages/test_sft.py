@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from fpo.stages.packing import Conversation, pack_conversations
-from fpo.stages.sft import RowConfig, SFTTrainer
+from fpo.stages.row_config import RowConfig
+from fpo.stages.sft import SFTTrainer
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import assert_same_gradients, calm_gemma2, calm_llama, few_examples, gradients
