@@ -1,4 +1,5 @@
 import gc
+import signal
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -6,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# A shell that starts the tests in its background has them ignore Ctrl-C, and with them all that they start and stop.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
