@@ -4,8 +4,10 @@ In: an `Example` or a conversation (turns or plain text), a tokenizer, optionall
 Out: the token ids of the prompt and of each answer, cut where the template puts the boundary.
 """
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -28,10 +30,17 @@ class TemplateRefusalError(ValueError):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: who speaks (`system`, `user`, `assistant`, …) and what is said."""
+    """One turn.
+
+    Attributes:
+        role: who speaks: `system`, `user`, `assistant`, `tool`, ….
+        content: what is said; empty where the turn has none, as one that only calls tools.
+        more: what else of the turn a template may read: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`, ….
+    """
 
     role: str
     content: str
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 Turns = tuple[Message, ...]
@@ -48,6 +57,7 @@ class Example:
         rejected: the other response, likewise.
         score_chosen: the annotator's score of the chosen response, if there is one.
         score_rejected: likewise.
+        tools: JSON schemas of the tools that the conversation may call; a template reads them.
     """
 
     prompt: Text
@@ -55,6 +65,7 @@ class Example:
     rejected: Text
     score_chosen: float | None = None
     score_rejected: float | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def one_answer_each(self) -> bool:
@@ -217,7 +228,7 @@ class ChatFormat:
             raise TemplateRefusalError(f"the chat template refuses the turns {roles}: {error}") from error
 
     def _apply(self, messages: Turns, answer_next: bool) -> str:
-        turns = [asdict(message) for message in messages]
+        turns = [{"role": message.role, "content": message.content, **message.more} for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 turns, chat_template=self.template, tokenize=False, add_generation_prompt=answer_next

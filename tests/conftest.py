@@ -15,6 +15,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="tries of tests/reliability as `make reliability` makes them")
+    parser.addoption("--write-results", action="store_true", help="tests/compatibility writes results/compatibility.md")
 
 
 @pytest.fixture(scope="session")
