@@ -19,6 +19,7 @@ import torch
 from ..cache.files import canonical_json, sha256_file, user_folder, write_atomically
 from ..cache.locks import locked
 from .attention import PACKED
+from .gguf_metadata import check_tensors, settle_config
 from .model_folder import check_model_folder
 from .reading import reading
 
@@ -128,10 +129,11 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
     """
     from transformers import AutoModelForCausalLM
 
+    config = _config(source)
     with reading(f"model {source.name}: transformers cannot load it"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
-            config=_config(source),  # without it one in config.json, code of a stranger's repository, goes before ours
+            config=config,  # without it one in config.json, code of a stranger's repository, goes before ours
             gguf_file=source.gguf_file,
             dtype=torch.float32,
             attn_implementation=attention,
@@ -148,7 +150,9 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
                 f"--attention: expected one that {type(model).__name__} has, found {PACKED}, which has no "
                 "soft-capping; leave the option out"
             )
-    if source.gguf_file:  # de-quantised while loading; transformers still calls it quantised and would not train it
+    if source.gguf_file:
+        check_tensors(model, source.folder / source.gguf_file, source.name)
+        # De-quantised while loading; transformers still calls it quantised and would not train it.
         model.hf_quantizer.remove_quantization_config(model)
     dtypes = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
     assert not dtypes, f"weights must be float32, found {dtypes}"
@@ -246,8 +250,7 @@ def choose_attention(requested: str, source: ModelSource, device: torch.device |
         return requested
     from transformers import AutoModelForCausalLM
 
-    with reading(f"model {source.name}: transformers cannot read its configuration"):
-        config = _config(source)
+    config = _config(source)
     model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None:
         raise ValueError(f"model {source.name}: expected a causal language model, found a {config.model_type}")
@@ -259,9 +262,13 @@ def choose_attention(requested: str, source: ModelSource, device: torch.device |
 def _config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(
-        source.folder, gguf_file=source.gguf_file, local_files_only=True, trust_remote_code=False
-    )
+    with reading(f"model {source.name}: transformers cannot read its configuration"):
+        config = AutoConfig.from_pretrained(
+            source.folder, gguf_file=source.gguf_file, local_files_only=True, trust_remote_code=False
+        )
+    if source.gguf_file:
+        settle_config(config, source.folder / source.gguf_file, source.name)
+    return config
 
 
 def autocast(recipe: Recipe, device: torch.device | str) -> torch.autocast:
