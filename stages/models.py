@@ -21,6 +21,7 @@ from ..cache.locks import locked
 from .attention import PACKED
 from .gguf_metadata import check_tensors, settle_config
 from .model_folder import check_model_folder
+from .randomness import silence_config, silence_modules
 from .reading import reading
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _download(name: str) -> Path:
 
 
 def load_model(source: ModelSource, *, attention: str, device: torch.device | str) -> "PreTrainedModel":
-    """Loads the model with fp32 weights, in eval mode, without dropout.
+    """Loads the model with fp32 weights, in eval mode, without anything random (`randomness.py`).
 
     The weights are fp32 under both recipes: at the learning rates of preference optimization a bf16 weight does not
     move. Compute runs in bf16 where autocast says so (`autocast`).
@@ -130,6 +131,7 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
     from transformers import AutoModelForCausalLM
 
     config = _config(source)
+    silence_config(config)  # a policy that drops out at random is not the reference it starts from
     with reading(f"model {source.name}: transformers cannot load it"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -162,11 +164,7 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
             f"model {source.name}: expected finite weights, found infinities in {len(infinite)} of them, as "
             f"{infinite[0]}; give another copy"
         )
-    for module in model.modules():  # a policy that drops out at random is not the reference it starts from
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (torch's type for a module's attributes)
+    silence_modules(model)
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 

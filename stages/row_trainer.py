@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
+from .randomness import check_repeats
 from .resuming import ResumingTrainer
 from .row_config import RowConfig
 from .saving import move_model, saving
@@ -140,7 +141,13 @@ class RowTrainer(ResumingTrainer):
     def train(  # type: ignore[override]  # the Trainer's other arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """Trains; see `Trainer.train`."""
+        """Trains; see `Trainer.train`.
+
+        Raises:
+            ValueError: the model is random in training mode (`check_repeats`).
+        """
+        model: Any = self.model
+        check_repeats(model, lambda: self.score(model, self._spare).token_logps_T)
         self._tokens, self._started = 0, time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
