@@ -16,7 +16,7 @@ from typing import Any
 from ..cache.manifest import Manifest, ShardReport
 from ..cache.store_writer import open_writer
 from .packing import PackedRow
-from .parity import difference
+from .parity import check_packings, difference
 from .preferences import Limits, Preferences, tokenize_pair
 from .reference import Reference, describe_meaning, describe_numerics, provenance
 from .scoring import check_model, measure_pairs
@@ -84,6 +84,7 @@ class ShardWorker:
 
         Raises:
             FloatingPointError: if a log-probability or a feature is not finite; names the pair and the site.
+            ValueError: if two packings differ by more than rounding explains (`check_packings`).
         """
         if self.writer.is_done(index):
             self._advance(len(self.writer.shard_range(index)), 0)
@@ -140,6 +141,8 @@ class ShardWorker:
         sample = min(len(pairs), max(2, math.ceil(len(pairs) / PAIRS_PER_SAMPLE)))
         another_packing = TOGETHER if rows_of_one.issuperset(range(sample)) else ALONE
         again = measure(pairs[:sample], token_budget=another_packing)
+        if sample:
+            check_packings(measured[:sample], again, self._reference.recipe)
         report = ShardReport(
             index=index,
             start=rows.start,
@@ -179,7 +182,8 @@ def precompute(
         The manifest; None if other workers still hold shards (whoever finishes last writes it).
 
     Raises:
-        ValueError: if the folder holds another cache (`IdentityError`), or no pair is left to score.
+        ValueError: if the folder holds another cache (`IdentityError`), no pair is left to score, or two packings of
+            a pair differ by more than rounding explains.
         OSError: if a store does not answer.
         FloatingPointError: if a log-probability or a feature is not finite; names the pair and the site.
     """

@@ -262,6 +262,31 @@ def test_a_feature_that_is_not_finite_names_its_site(world, tmp_path, monkeypatc
     assert content(tmp_path) == {}
 
 
+class OfTheRow(torch.nn.Module):
+    """Rotary frequencies that depend on how long the packed row is, as if every row were one sequence."""
+
+    def __init__(self, inner: Any, ordinary: int) -> None:
+        super().__init__()
+        self.inner, self.ordinary = inner, ordinary
+
+    def forward(self, x: Any, position_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        stretch = max(1.0, position_ids.shape[-1] / self.ordinary)
+        return self.inner(x, position_ids / stretch, *args, **kwargs)
+
+
+@pytest.mark.parametrize("token_budget", [1, 160])
+def test_a_model_whose_values_depend_on_the_packing_stops_stage_one(
+    write, reference, monkeypatch, tmp_path, token_budget
+):
+    decoder = reference.model.get_decoder()
+    monkeypatch.setitem(decoder._modules, "rotary_emb", OfTheRow(decoder.rotary_emb, 40))
+    with pytest.raises(
+        ValueError, match=r"\Aexpected a pair to mean the same in two packings, found [0-9a-f]{16}-\d+ "
+    ):
+        write(token_budget=token_budget)
+    assert content(tmp_path / "out") == {}
+
+
 def test_a_data_set_of_which_all_is_skipped_is_an_error_and_gives_no_cache(world, tmp_path):
     made = rows(2, 5)
     for row in made:
