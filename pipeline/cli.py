@@ -54,8 +54,8 @@ Command = Callable[[RunConfig, frozenset[str]], None]
 
 MODEL = ("model", "device", "attention", "dtype")
 TRAINING = (
-    *("epochs", "max_steps", "batch_size", "accumulation", "lr", "lr_scheduler", "warmup_steps", "optimizer"),
-    *("max_grad_norm", "token_budget", "activation_checkpointing", "seed", "resume"),
+    *("epochs", "max_steps", "batch_size", "accumulation", "lr", "lr_scheduler", "lr_scheduler_kwargs"),
+    *("warmup_steps", "optimizer", "max_grad_norm", "token_budget", "activation_checkpointing", "seed", "resume"),
     *("logging_steps", "save_steps", "snapshot_steps", "report_to", "push_to_hub"),
 )
 DATA = ("dataset", "dataset_config", "split", "chat_template", "limit", "drop_ties", "max_length", "max_prompt_length")

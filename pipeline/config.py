@@ -6,6 +6,7 @@ every output. A field's description is the option's help.
 
 import difflib
 import importlib.resources
+import json
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,22 @@ STORE_COMMANDS = (None, "precompute")
 
 # A folder, or text that is a URL: of `s3://bucket` a Path would make `s3:/bucket`.
 Place = Annotated[files.Place, BeforeValidator(lambda value: files.as_place(value) if type(value) is str else value)]
+
+
+def _mapping(value: Any) -> Any:
+    """A mapping, which on the command line is JSON."""
+    if not isinstance(value, str):
+        return value
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("expected each key once")
+        return found
+
+    try:
+        return json.loads(value, object_pairs_hook=once)
+    except ValueError as error:
+        raise ValueError(f"expected a mapping in JSON, as '{{\"min_lr\": 1e-8}}' ({error})") from error
 
 
 class RunConfig(BaseModel):
@@ -113,6 +130,10 @@ class RunConfig(BaseModel):
     accumulation: PositiveInt = Field(1, description="Batches per optimiser step that --batch-size is split into.")
     lr: PositiveFloat = Field(5e-7, description="Peak learning rate.")
     lr_scheduler: str = Field("constant_with_warmup", description="Schedule, by the Trainer's names.")
+    lr_scheduler_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_mapping)] = Field(
+        None,
+        description="The schedule's own settings in JSON: '{\"min_lr\": 1e-8}' (file: a mapping); default none.",
+    )
     warmup_steps: float = Field(150, ge=0, description="Linear warm-up, steps (below 1: share of all steps).")
     optimizer: Literal["adam", "rmsprop"] = Field("adam", description="Optimiser: adam or rmsprop.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off.")

@@ -17,13 +17,15 @@ from transformers import TrainerCallback
 from ..cache.files import remove_leftovers
 from ..cache.locks import Lock
 from ..stages.metrics import RunRecord
+from ..stages.schedules import is_endless
 from ..stages.snapshots import Snapshots
 from .config import RunConfig, to_yaml
 from .inputs import check_new, device_of
 from .plain_yaml import read_yaml
 from .progress import console
 
-# What a resumed run may change: where things are and what it tells meanwhile; with a constant schedule, its length.
+# What a resumed run may change: where things are and what it tells meanwhile; its length too,
+# unless the learning rates depend on it.
 RESUME_MAY_CHANGE = (
     *("resume", "cache", "eval_cache", "trust_hashes"),
     *("logging_steps", "save_steps", "eval_steps", "snapshot_steps", "report_to", "push_to_hub"),
@@ -59,6 +61,7 @@ def trainer_settings(config: RunConfig, given: frozenset[str]) -> dict[str, Any]
         "gradient_accumulation_steps": config.accumulation,
         "learning_rate": config.lr,
         "lr_scheduler_type": config.lr_scheduler,
+        "lr_scheduler_kwargs": config.lr_scheduler_kwargs,
         "warmup_steps": config.warmup_steps,
         "optim": {"adam": "adamw_torch_fused", "rmsprop": "rmsprop"}[config.optimizer],
         "weight_decay": 0.0,
@@ -107,7 +110,7 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
         raise ValueError(f"--resume: {record}: {error}") from error
     if not isinstance(before, dict):
         raise ValueError(f"--resume: expected the settings of a run in {record}, found {type(before).__name__}")
-    free = RESUME_MAY_CHANGE + (LENGTH if config.lr_scheduler.startswith("constant") else ())
+    free = RESUME_MAY_CHANGE + (LENGTH if is_endless(config.lr_scheduler, config.warmup_steps) else ())
     now = {**read_yaml(to_yaml(config).encode()), **identity}
     changed = [
         f"{key}: was {before.get(key)!r}, is {value!r}"

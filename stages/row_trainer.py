@@ -26,6 +26,7 @@ from .metrics import MetricsFile, PairMeans
 from .resuming import ResumingTrainer
 from .row_config import RowConfig
 from .saving import move_model, saving
+from .schedules import check_rates, own_length
 from .scoring import RowScores, attach_scoring, check_model
 from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
 
@@ -95,6 +96,19 @@ class RowTrainer(ResumingTrainer):
             plugin.mixed_precision_policy = None  # accelerate's would be pure bf16; `score_row` does its own autocast
             # Gradients that wait for the last accumulated batch would wait whole on every device.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Makes the schedule of the learning rate, once its rates over the whole run have been checked."""
+        args, settings = self.args, self.args.lr_scheduler_kwargs or {}
+        check_rates(
+            str(args.lr_scheduler_type.value),  # type: ignore[attr-defined]  # an enumeration by now
+            settings,
+            lr=args.learning_rate,
+            warmup_steps=args.get_warmup_steps(num_training_steps),
+            steps=num_training_steps,
+        )
+        with own_length(settings):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *others: Any, **settings: Any
