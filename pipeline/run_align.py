@@ -21,7 +21,16 @@ from ..stages.sites import check_fits
 from .config import RunConfig
 from .inputs import device_of, find_reference, required, saes_of_sites, sites_to_read, tokenizer_of_cache
 from .progress import console
-from .training import check_resume, last_checkpoint, missing_trackers, run_callbacks, sole_run, trainer_settings
+from .training import (
+    check_resume,
+    finish,
+    is_finished,
+    last_checkpoint,
+    missing_trackers,
+    run_callbacks,
+    sole_run,
+    trainer_settings,
+)
 
 # What a held-out split's cache may differ in.
 SPLIT_FIELDS = ("dataset", "split", "limit")
@@ -53,6 +62,8 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
     check_cache(cache, saes, config.dtype, config.top_k)
     identity = {"cache_fingerprint": meaning.fingerprint()}
     check_resume(config, out, identity)
+    if is_finished(config, out):
+        return
     policy = load_model(source, attention=attention, device=device)
     check_vocabulary(policy, tokenizer)
     for sae in saes:
@@ -154,7 +165,7 @@ def _with_lora(policy: Any, name: str, rank: int, seed: int) -> Any:
 def _save(config: RunConfig, trainer: Any, out: Path) -> None:
     if config.merge:
         trainer.model = trainer.model.merge_and_unload()
-    trainer.save_model(str(out))
+    finish(trainer, out)
     if trainer.is_world_process_zero():
         console.print(
             f"{out}: the {'adapter' if config.lora_r and not config.merge else 'model'}, run.yaml, metrics.jsonl"

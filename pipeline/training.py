@@ -14,14 +14,15 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..cache.files import remove_leftovers
+from ..cache.files import remove_leftovers, sync_files, write_atomically
 from ..cache.locks import Lock
 from ..stages.metrics import RunRecord
+from ..stages.saving import CONFIGS
 from ..stages.schedules import is_endless
 from ..stages.snapshots import Snapshots
 from .config import RunConfig, to_yaml
 from .inputs import check_new, device_of
-from .plain_yaml import read_yaml
+from .plain_yaml import read_yaml, write_yaml
 from .progress import console
 
 # What a resumed run may change: where things are and what it tells meanwhile; its length too,
@@ -31,6 +32,7 @@ RESUME_MAY_CHANGE = (
     *("logging_steps", "save_steps", "eval_steps", "snapshot_steps", "report_to", "push_to_hub"),
 )
 LENGTH = ("max_steps", "epochs")
+FINISHED = "finished"  # key of run.yaml
 
 VERSIONS = ("fpo", "torch", "transformers", "tokenizers", "datasets", "sae-lens")
 
@@ -104,12 +106,7 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
     for path in out.rglob("*"):
         if path.is_symlink():  # what is written there would be elsewhere
             raise ValueError(f"--resume: expected no link in {out}, found {path}; put what it stands for in its place")
-    try:
-        before = read_yaml(record.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"--resume: {record}: {error}") from error
-    if not isinstance(before, dict):
-        raise ValueError(f"--resume: expected the settings of a run in {record}, found {type(before).__name__}")
+    before = _read_record(record)
     free = RESUME_MAY_CHANGE + (LENGTH if is_endless(config.lr_scheduler, config.warmup_steps) else ())
     now = {**read_yaml(to_yaml(config).encode()), **identity}
     changed = [
@@ -119,6 +116,57 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
     ]
     if changed:
         raise ValueError(f"--resume: expected the settings of the run in {out}; {'; '.join(changed)}")
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    try:
+        found = read_yaml(record.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"--resume: {record}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--resume: expected the settings of a run in {record}, found {type(found).__name__}")
+    return found
+
+
+def is_finished(config: RunConfig, out: Path) -> bool:
+    """Whether the run that is to go on has nothing left to do; if so, says it.
+
+    That is what `finish` wrote into `run.yaml`, unless the run is to be longer now. Every rank looks for itself.
+
+    Raises:
+        ValueError: it is to be longer and has no checkpoint to go on from, or is to be uploaded only now.
+    """
+    record = out / "run.yaml"
+    if not config.resume or not record.exists():
+        return False
+    before = _read_record(record)
+    match before.get(FINISHED):
+        case {"step": int(step), "epoch": float(epoch)} if any((out / name).is_file() for name in CONFIGS):
+            reached = step >= config.max_steps if config.max_steps else epoch >= config.epochs
+        case _:
+            return False
+    if not reached and any(before.get(name) != getattr(config, name) for name in LENGTH):
+        if last_checkpoint(config) is None:
+            raise ValueError(f"--resume: expected a checkpoint to go on from in {out}, found none; give another --out")
+        return False
+    if config.push_to_hub and not before.get("push_to_hub"):
+        raise ValueError(f"--push-to-hub: the run in {out} is finished; upload it with `hf upload OWNER/NAME {out}`")
+    if os.environ.get("RANK", "0") == "0":
+        console.print(f"{out}: finished after {step} steps; nothing was left to do, and nothing was changed")
+    return True
+
+
+def finish(trainer: Any, out: Path) -> None:
+    """Saves what was trained and, once that is on disk, writes into `run.yaml` that the run is finished.
+
+    A run that goes on writes its `run.yaml` anew before anything else, without that.
+    """
+    trainer.save_model(str(out))
+    if trainer.is_world_process_zero():
+        sync_files(out)
+        record, state = out / "run.yaml", trainer.state
+        end = write_yaml({FINISHED: {"step": state.global_step, "epoch": float(state.epoch)}})
+        write_atomically(record, record.read_bytes() + end.encode())
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class RowTrainer(ResumingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[MetricsFile(), self._memory, *(callbacks or [])],
+            callbacks=[*(callbacks or []), MetricsFile(), self._memory],  # the run's record goes before its log
         )
         several = self.args.world_size > 1
         self._ranks = torch.distributed.new_group(backend="gloo") if several else None  # for counts alone
