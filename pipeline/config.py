@@ -59,6 +59,9 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(None, description="Causal LM: hub id, folder, .gguf file, or package:NAME/FILE.gguf.")
+    base: str | None = Field(
+        None, description="Model that the adapter given as --model belongs to; default the one that it names."
+    )
     dataset: str | None = Field(
         None, description="Preference data (sft: conversations): hub id, Parquet/JSON/JSONL file or folder."
     )
@@ -139,6 +142,11 @@ class RunConfig(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off.")
     activation_checkpointing: bool = Field(False, description="Recompute layers in backward: less memory, slower.")
     lora_r: PositiveInt | None = Field(None, description="Train a LoRA adapter of this rank (PEFT); default none.")
+    lora_alpha: PositiveFloat | None = Field(None, description="LoRA's α, over r the adapter's scale; default 2 r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, in training.")
+    lora_targets: tuple[str, ...] = Field(
+        (), description="Modules that get an adapter, as q_proj; default all linear ones but the head. Repeatable."
+    )
     merge: bool = Field(False, description="With --lora-r: save the merged model, not the adapter.")
     resume: bool = Field(False, description="Go on from the last checkpoint in --out.")
     allow_different_start: bool = Field(

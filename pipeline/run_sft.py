@@ -64,6 +64,7 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
         for line in skipped:
             console.print(line)
     model = load_model(source, attention=attention, device=device)
+    model.name_or_path = source.lasting_name
     check_vocabulary(model, tokenizer, chat.probe_ids)
     _stop_at(model, chat.end_id)
     tokenizer.chat_template = chat.template

@@ -14,16 +14,15 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..cache.files import remove_leftovers, sync_files, write_atomically
-from ..cache.locks import Lock
+from ..cache.files import remove_leftovers
 from ..stages.metrics import RunRecord
 from ..stages.saving import CONFIGS
 from ..stages.schedules import is_endless
 from ..stages.snapshots import Snapshots
 from .config import RunConfig, to_yaml
 from .inputs import check_new, device_of
-from .plain_yaml import read_yaml, write_yaml
 from .progress import console
+from .run_record import FINISHED, RECORD, differing, mark_finished, read_record, sole_writer
 
 # What a resumed run may change: where things are and what it tells meanwhile; its length too,
 # unless the learning rates depend on it.
@@ -32,7 +31,6 @@ RESUME_MAY_CHANGE = (
     *("logging_steps", "save_steps", "eval_steps", "snapshot_steps", "report_to", "push_to_hub"),
 )
 LENGTH = ("max_steps", "epochs")
-FINISHED = "finished"  # key of run.yaml
 
 VERSIONS = ("fpo", "torch", "transformers", "tokenizers", "datasets", "sae-lens")
 
@@ -93,7 +91,6 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
     """
     if os.environ.get("RANK", "0") != "0":  # the others may come when the first has already written
         return
-    record = out / "run.yaml"
     if out.is_dir():
         remove_leftovers(out)
     if not config.resume:
@@ -101,31 +98,14 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
             raise ValueError(f"--out: expected a new or empty folder, found files in {out}; pass --resume to go on")
         check_new(out)
         return
-    if not record.exists():
-        raise FileNotFoundError(f"--resume: expected a run in {out}, found no run.yaml; leave --resume out")
+    if not (out / RECORD).exists():
+        raise FileNotFoundError(f"--resume: expected a run in {out}, found no {RECORD}; leave --resume out")
     for path in out.rglob("*"):
         if path.is_symlink():  # what is written there would be elsewhere
             raise ValueError(f"--resume: expected no link in {out}, found {path}; put what it stands for in its place")
-    before = _read_record(record)
     free = RESUME_MAY_CHANGE + (LENGTH if is_endless(config.lr_scheduler, config.warmup_steps) else ())
-    now = {**read_yaml(to_yaml(config).encode()), **identity}
-    changed = [
-        f"{key}: was {before.get(key)!r}, is {value!r}"
-        for key, value in now.items()
-        if key not in free and before.get(key) != value
-    ]
-    if changed:
-        raise ValueError(f"--resume: expected the settings of the run in {out}; {'; '.join(changed)}")
-
-
-def _read_record(record: Path) -> dict[str, Any]:
-    try:
-        found = read_yaml(record.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"--resume: {record}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"--resume: expected the settings of a run in {record}, found {type(found).__name__}")
-    return found
+    if changed := differing(read_record(out, "--resume"), config, identity, free):
+        raise ValueError(f"--resume: expected the settings of the run in {out}; {changed}")
 
 
 def is_finished(config: RunConfig, out: Path) -> bool:
@@ -136,10 +116,9 @@ def is_finished(config: RunConfig, out: Path) -> bool:
     Raises:
         ValueError: it is to be longer and has no checkpoint to go on from, or is to be uploaded only now.
     """
-    record = out / "run.yaml"
-    if not config.resume or not record.exists():
+    if not config.resume or not (out / RECORD).exists():
         return False
-    before = _read_record(record)
+    before = read_record(out, "--resume")
     match before.get(FINISHED):
         case {"step": int(step), "epoch": float(epoch)} if any((out / name).is_file() for name in CONFIGS):
             reached = step >= config.max_steps if config.max_steps else epoch >= config.epochs
@@ -163,10 +142,7 @@ def finish(trainer: Any, out: Path) -> None:
     """
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
-        sync_files(out)
-        record, state = out / "run.yaml", trainer.state
-        end = write_yaml({FINISHED: {"step": state.global_step, "epoch": float(state.epoch)}})
-        write_atomically(record, record.read_bytes() + end.encode())
+        mark_finished(out, step=trainer.state.global_step, epoch=float(trainer.state.epoch))
 
 
 @contextmanager
@@ -179,19 +155,9 @@ def sole_run(config: RunConfig, out: Path, identity: Mapping[str, str]) -> Itera
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
-    lock = Lock(out)
-    try:
-        try:
-            alone = lock.take()
-        except OSError:  # NFS, for one, locks no folders: there nobody can tell
-            alone = True
-        if not alone:
-            raise ValueError(f"--out: another run is writing into {out}; wait for it, or give another folder")
+    with sole_writer(out):
         check_resume(config, out, identity)
         yield
-    finally:
-        lock.close()
 
 
 def last_checkpoint(config: RunConfig) -> str | None:

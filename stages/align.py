@@ -190,6 +190,20 @@ class FPOTrainer(RowTrainer):
         pairs = [pair for row in rows for pair in row.pairs()]
         return find_faults(score, pack(pairs, 1, row_multiple(self.policy)), self.saes)
 
+    def facts(self) -> dict[str, str]:
+        """The objective, the cache and the SAEs."""
+        objective, meaning = self.args.objective, self.train_cache.manifest.meaning
+        settings = (f"{name} = {getattr(objective, name)}" for name in objective.rule.defaults)
+        found = {
+            "method": f"{self.args.method}, {', '.join(settings)}",
+            "data": f"{len(self.train_cache)} pairs of split {meaning.split}",
+            "cache": f"fingerprint `{meaning.fingerprint()}`",
+        }
+        if self.saes:
+            found["constraint"] = ", ".join(f"{sae.site.name}, SAE {sae.sha256[:12]}" for sae in self.saes)
+            found["constraint"] += f", k = {self.args.top_k}"
+        return found
+
     def _logs_this_step(self) -> bool:
         step, every = self.state.global_step + 1, max(1, self.state.logging_steps)
         return step % every == 0 or (step == 1 and self.args.logging_first_step)

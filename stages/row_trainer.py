@@ -23,11 +23,12 @@ from transformers import TrainerCallback
 from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
+from .model_card import is_adapter, model_card, training_facts
 from .resuming import ResumingTrainer
 from .row_config import RowConfig
 from .saving import move_model, saving
 from .schedules import check_rates, own_length
-from .scoring import RowScores, attach_scoring, check_model
+from .scoring import RowScores, attach_scoring, causal_lm, check_model
 from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
 
 
@@ -67,6 +68,7 @@ class RowTrainer(ResumingTrainer):
             raise ValueError(f"model: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
         check_model(model)
         attach_scoring(model)
+        self._started_from = model  # merging takes another object
         self._means = {"train": PairMeans(), "eval": PairMeans()}
         self._tokens, self._started = 0, time.monotonic()
         self._losses: list[tuple[Any, Tensor]] = []
@@ -266,9 +268,26 @@ class RowTrainer(ResumingTrainer):
         with saving(folder):
             super()._save(str(new), state_dict)
             if self.args.should_save:
+                (new / "README.md").write_text(self.model_card())  # PEFT leaves one of blanks
                 # A pickle of the settings: nothing here reads it, and run.yaml holds them.
                 (new / "training_args.bin").unlink(missing_ok=True)
                 move_model(new, folder)
+
+    def model_card(self) -> str:
+        """The card of what is saved: what it stands on, how it was trained, and how it is loaded."""
+        started = causal_lm(self._started_from)
+        return model_card(
+            str(started.name_or_path),
+            self.facts() | training_facts(self.args, self._started_from),
+            adapter=is_adapter(self.model),
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: every saved model has its card."""
+
+    def facts(self) -> dict[str, str]:
+        """What a card says of the method, which comes first, and of what was learnt from."""
+        raise NotImplementedError
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with saving(Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from fpo.cache.reader import open_cache
-from fpo.pipeline import inputs, run_align, training
+from fpo.pipeline import inputs, run_align, run_record
 from fpo.stages.align import FPOTrainer
 from fpo.stages.methods import METHODS
 from fpo.stages.models import load_model
@@ -250,7 +250,7 @@ def test_a_run_killed_in_its_last_save_saves_and_trains_no_more(world, tmp_path,
 
             patch.setattr(FPOTrainer, "save_model", save_model)
         else:
-            patch.setattr(training, "sync_files", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(run_record, "sync_files", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
         assert world.align(run, **options).exit_code == 130
     steps = losses(run)
     ran(world.align(run, "--resume", **options))
