@@ -63,7 +63,7 @@ def differing(before: Mapping[str, Any], config: RunConfig, identity: Mapping[st
 
     An option that came after the record had its default.
     """
-    before = {**read_yaml(to_yaml(RunConfig()).encode()), **before}
+    before = {**read_yaml(to_yaml(RunConfig.model_validate({})).encode()), **before}
     now = {**read_yaml(to_yaml(config).encode()), **identity}
     return "; ".join(
         f"{key}: was {before.get(key)!r}, is {value!r}"
