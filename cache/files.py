@@ -103,6 +103,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
+def sync_files(folder: Path) -> None:
+    """Puts the files of a folder, not those below it, on disk; their names are there once one is written atomically."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with naming(path), path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes `data` to `path` such that a reader sees the old file or the new one, also after a crash."""
     with atomic_file(path) as file:

@@ -6,6 +6,7 @@ every output. A field's description is the option's help.
 
 import difflib
 import importlib.resources
+import json
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,12 +37,31 @@ STORE_COMMANDS = (None, "precompute")
 Place = Annotated[files.Place, BeforeValidator(lambda value: files.as_place(value) if type(value) is str else value)]
 
 
+def _mapping(value: Any) -> Any:
+    """A mapping, which on the command line is JSON."""
+    if not isinstance(value, str):
+        return value
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("expected each key once")
+        return found
+
+    try:
+        return json.loads(value, object_pairs_hook=once)
+    except ValueError as error:
+        raise ValueError(f"expected a mapping in JSON, as '{{\"min_lr\": 1e-8}}' ({error})") from error
+
+
 class RunConfig(BaseModel):
     """All settings; a command reads those that its `--help` lists."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(None, description="Causal LM: hub id, folder, .gguf file, or package:NAME/FILE.gguf.")
+    base: str | None = Field(
+        None, description="Model that the adapter given as --model belongs to; default the one that it names."
+    )
     dataset: str | None = Field(
         None, description="Preference data (sft: conversations): hub id, Parquet/JSON/JSONL file or folder."
     )
@@ -113,11 +133,20 @@ class RunConfig(BaseModel):
     accumulation: PositiveInt = Field(1, description="Batches per optimiser step that --batch-size is split into.")
     lr: PositiveFloat = Field(5e-7, description="Peak learning rate.")
     lr_scheduler: str = Field("constant_with_warmup", description="Schedule, by the Trainer's names.")
+    lr_scheduler_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_mapping)] = Field(
+        None,
+        description="The schedule's own settings in JSON: '{\"min_lr\": 1e-8}' (file: a mapping); default none.",
+    )
     warmup_steps: float = Field(150, ge=0, description="Linear warm-up, steps (below 1: share of all steps).")
     optimizer: Literal["adam", "rmsprop"] = Field("adam", description="Optimiser: adam or rmsprop.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off.")
     activation_checkpointing: bool = Field(False, description="Recompute layers in backward: less memory, slower.")
     lora_r: PositiveInt | None = Field(None, description="Train a LoRA adapter of this rank (PEFT); default none.")
+    lora_alpha: PositiveFloat | None = Field(None, description="LoRA's α, over r the adapter's scale; default 2 r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, in training.")
+    lora_targets: tuple[str, ...] = Field(
+        (), description="Modules that get an adapter, as q_proj; default all linear ones but the head. Repeatable."
+    )
     merge: bool = Field(False, description="With --lora-r: save the merged model, not the adapter.")
     resume: bool = Field(False, description="Go on from the last checkpoint in --out.")
     allow_different_start: bool = Field(

@@ -11,10 +11,12 @@ import torch
 from ..cache.files import Place
 from ..cache.manifest import Manifest, Meaning
 from ..cache.stores import fetch
+from ..stages.adapters import AdapterSource, find_policy
 from ..stages.models import ModelSource, default_device, find_model, load_tokenizer, tokenizer_sha256
 from ..stages.preferences import ChatFormat, Limits, Preferences, load_preferences, load_template
 from ..stages.sites import SiteSAE, load_sae, parse_site
 from .config import RunConfig
+from .run_record import RECORD, START_SHA256, read_record
 
 
 def required(config: RunConfig, *names: str) -> tuple[Any, ...]:
@@ -113,6 +115,23 @@ def tokenizer_of_cache(source: ModelSource, cache: Place, meaning: Meaning) -> A
             f"{found[:12]}); make a cache with this model"
         )
     return tokenizer
+
+
+def policy_of(name: str, base: str | None) -> ModelSource | AdapterSource:
+    """A model, or an adapter with its base model, which has to be the one that it was trained on.
+
+    Raises:
+        ValueError: as `find_policy`; if the record beside the adapter names another model.
+    """
+    source = find_policy(name, base)
+    if isinstance(source, AdapterSource) and (source.folder / RECORD).exists():
+        start = read_record(source.folder, f"adapter {name}").get(START_SHA256)
+        if start is not None and start != source.base.sha256:
+            raise ValueError(
+                f"--base: expected the model that the adapter {name} was trained on, found {source.base.name} (weight "
+                f"hashes {str(start)[:12]} and {source.base.sha256[:12]})"
+            )
+    return source
 
 
 def find_reference(config: RunConfig, meaning: Meaning) -> ModelSource:

@@ -19,6 +19,7 @@ from rich.table import Table
 from ..cache.files import atomic_file, write_atomically
 from ..cache.reader import Cache, open_cache
 from ..cache.schema import Pair
+from ..stages.adapters import AdapterSource, load_adapter
 from ..stages.answers import Question, read_questions, write_benchmark_answers
 from ..stages.chat import ChatFormat
 from ..stages.diversity import closing_token, distinct_prompts, sample_answers, sample_metrics
@@ -30,7 +31,6 @@ from ..stages.models import (
     autocast,
     check_vocabulary,
     choose_attention,
-    find_model,
     load_model,
     load_tokenizer,
 )
@@ -39,7 +39,16 @@ from ..stages.scoring import check_model
 from ..stages.sites import SiteSAE, check_fits
 from ..stages.token_bound import token_bound
 from .config import RunConfig, to_yaml
-from .inputs import check_new, device_of, find_reference, required, saes_of_sites, sites_to_read, tokenizer_of_cache
+from .inputs import (
+    check_new,
+    device_of,
+    find_reference,
+    policy_of,
+    required,
+    saes_of_sites,
+    sites_to_read,
+    tokenizer_of_cache,
+)
 from .progress import PairProgress, console
 
 # Options that say how a cache is measured, and how answers are generated.
@@ -58,7 +67,7 @@ class _Inputs:
     `prompts` holds a pair of each prompt that is to be sampled from.
     """
 
-    source: ModelSource
+    source: ModelSource | AdapterSource
     policy: Any
     attention: str
     chat: ChatFormat
@@ -151,24 +160,28 @@ def _temperature_set(config: RunConfig) -> bool:
 
 def _prepare(config: RunConfig) -> _Inputs:
     """Opens what the options name and checks that it belongs together."""
-    source = find_model(config.model)  # type: ignore[arg-type]
+    source = policy_of(config.model, config.base)  # type: ignore[arg-type]
+    weights, words = (source.base, source.tokenizer) if isinstance(source, AdapterSource) else (source, source)
     device = device_of(config)
-    attention = choose_attention(config.attention, source, device)
+    attention = choose_attention(config.attention, weights, device)
     cache, template, reference = None, None, None
     saes: list[SiteSAE] = []
     if config.cache is None:
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(words)
     else:
         sites = sites_to_read(config, config.cache) if config.sae else []
         cache = open_cache(config.cache, sites=sites, trust_hashes=config.trust_hashes)
         meaning = cache.manifest.meaning
         if not len(cache):
             raise ValueError(f"--cache: expected pairs to measure, found none in {config.cache}; make another cache")
-        tokenizer, template = tokenizer_of_cache(source, config.cache, meaning), meaning.chat_template
+        tokenizer, template = tokenizer_of_cache(words, config.cache, meaning), meaning.chat_template
         saes = saes_of_sites(config, sites, device)
         check_cache(cache, saes, config.dtype, config.top_k)
         reference = find_reference(config, meaning) if config.reference else None
-    policy = load_model(source, attention=attention, device=device)
+    if isinstance(source, AdapterSource):  # in the layers of its base model, which computes with it
+        policy = load_adapter(source, attention=attention, device=device).get_base_model()
+    else:
+        policy = load_model(source, attention=attention, device=device)
     check_model(policy)
     check_vocabulary(policy, tokenizer)
     for sae in saes:

@@ -15,7 +15,16 @@ from ..stages.sft import SFTTrainer
 from .config import RunConfig
 from .inputs import device_of, required
 from .progress import console
-from .training import check_resume, last_checkpoint, missing_trackers, run_callbacks, sole_run, trainer_settings
+from .training import (
+    check_resume,
+    finish,
+    is_finished,
+    last_checkpoint,
+    missing_trackers,
+    run_callbacks,
+    sole_run,
+    trainer_settings,
+)
 
 
 def run_sft(config: RunConfig, given: frozenset[str]) -> None:
@@ -40,6 +49,8 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
         )
     identity = {"model_sha256": source.sha256, "data_sha256": conversations.sha256}
     check_resume(config, out, identity)
+    if is_finished(config, out):
+        return
     skipped = [f"skipped {number}: {reason}" for reason, number in sorted(conversations.skipped.items())]
     if not len(conversations):
         raise ValueError(
@@ -53,6 +64,7 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
         for line in skipped:
             console.print(line)
     model = load_model(source, attention=attention, device=device)
+    model.name_or_path = source.lasting_name
     check_vocabulary(model, tokenizer, chat.probe_ids)
     _stop_at(model, chat.end_id)
     tokenizer.chat_template = chat.template
@@ -66,7 +78,7 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
         )
     with sole_run(config, out, identity):
         trainer.train(resume_from_checkpoint=last_checkpoint(config))
-        trainer.save_model(str(out))
+        finish(trainer, out)
     if args.process_index == 0:
         console.print(f"{out}: the model, run.yaml, metrics.jsonl")
 

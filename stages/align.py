@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..cache.manifest import Meaning
 from ..cache.reader import Cache
 from .batches import RowBatch, RowCollator
 from .finite import find_faults
 from .fpo_config import FPOConfig
 from .metrics import ParityLog
+from .models import choose_attention, find_model, load_model, load_tokenizer, tokenizer_sha256
 from .objectives import PairLosses, PairScores, pair_losses
 from .packing import PackedRow, pack
 from .parity import check_cache, check_parity
@@ -33,28 +35,31 @@ class FPOTrainer(RowTrainer):
     """Trains a policy on cached preference pairs.
 
     Args:
-        model: the policy, a causal LM or a PEFT model around one, weights in fp32.
+        model: the policy, a causal LM or a PEFT model around one, weights in fp32; or what `find_model` takes.
         args: the settings.
-        train_cache: the cache to train on, opened with the sites of `saes`.
-        eval_cache: a cache of another split that agrees with it otherwise.
-        saes: SAEs of the sites that the constraint reads, in the cache's order; empty for other methods.
+        train_dataset: the cache to train on, opened with the sites of `saes`.
+        eval_dataset: a cache of another split that agrees with it otherwise.
+        saes: SAEs of the sites that the constraint reads, in the cache's order; empty for other methods. They are
+            moved to the trainer's device.
         reference: a live reference, for methods whose constraint is the KL.
-        processing_class: the tokenizer that is saved beside the weights.
+        processing_class: the tokenizer that is saved beside the weights, with the cache's chat template; default that
+            of a model given by name.
         callbacks: as the Trainer's.
 
     Raises:
         ValueError: if the method lacks its SAEs or its reference, or was given one that it does not read; if weights
-            are not fp32; if a cache does not fit (`check_cache`); as `RowTrainer`.
+            are not fp32; if data are no cache; if a cache does not fit (`check_cache`, `with_template`); as
+            `RowTrainer`.
     """
 
     args: FPOConfig
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str,
         args: FPOConfig,
-        train_cache: Cache,
-        eval_cache: Cache | None = None,
+        train_dataset: Cache,
+        eval_dataset: Cache | None = None,
         saes: Sequence[SiteSAE] = (),
         reference: nn.Module | None = None,
         processing_class: Any = None,
@@ -65,17 +70,27 @@ class FPOTrainer(RowTrainer):
             raise ValueError(f"method {args.method}: expected {'SAEs' if divergence == 'features' else 'no SAE'}")
         if (divergence == "kl") != (reference is not None):
             raise ValueError(f"method {args.method}: expected {'a' if divergence == 'kl' else 'no'} live reference")
-        for cache in (train_cache, eval_cache):
+        for name, cache in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
             if cache is not None:
+                _check_is_cache(name, cache)
                 check_cache(cache, saes, args.recipe, args.top_k)
-        self.policy, self.train_cache, self.saes = model, train_cache, tuple(saes)
+        if isinstance(model, str):
+            source = find_model(model)
+            model = load_model(source, attention=choose_attention("auto", source, args.device), device=args.device)
+            model.name_or_path = source.lasting_name
+            processing_class = load_tokenizer(source) if processing_class is None else processing_class
+        if processing_class is not None:
+            with_template(processing_class, train_dataset.manifest.meaning, args.allow_different_start)
+        for sae in saes:
+            sae.sae.to(args.device)
+        self.policy, self.train_cache, self.saes = model, train_dataset, tuple(saes)
         self._constraint_step = -1
         super().__init__(
             model,
             args,
             data_collator=RowCollator(args.token_budget, row_multiple(model), tuple(sae.width for sae in self.saes)),
-            train_dataset=train_cache,
-            eval_dataset=eval_cache,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
         )
@@ -190,6 +205,20 @@ class FPOTrainer(RowTrainer):
         pairs = [pair for row in rows for pair in row.pairs()]
         return find_faults(score, pack(pairs, 1, row_multiple(self.policy)), self.saes)
 
+    def facts(self) -> dict[str, str]:
+        """The objective, the cache and the SAEs."""
+        objective, meaning = self.args.objective, self.train_cache.manifest.meaning
+        settings = (f"{name} = {getattr(objective, name)}" for name in objective.rule.defaults)
+        found = {
+            "method": f"{self.args.method}, {', '.join(settings)}",
+            "data": f"{len(self.train_cache)} pairs of split {meaning.split}",
+            "cache": f"fingerprint `{meaning.fingerprint()}`",
+        }
+        if self.saes:
+            found["constraint"] = ", ".join(f"{sae.site.name}, SAE {sae.sha256[:12]}" for sae in self.saes)
+            found["constraint"] += f", k = {self.args.top_k}"
+        return found
+
     def _logs_this_step(self) -> bool:
         step, every = self.state.global_step + 1, max(1, self.state.logging_steps)
         return step % every == 0 or (step == 1 and self.args.logging_first_step)
@@ -231,3 +260,36 @@ class FPOTrainer(RowTrainer):
                 self.score(model, self._spare)
         self.check_losses(losses, f"evaluation at step {self.state.global_step}")
         return torch.zeros((), device=self.args.device), None, None
+
+
+def _check_is_cache(name: str, data: Any) -> None:
+    """Refuses what TRL's trainers take: pairs without what the reference said of them."""
+    if not isinstance(data, Cache):
+        found = f"{type(data).__module__.split('.')[0]}.{type(data).__name__}"
+        raise ValueError(
+            f"{name}: expected a cache, found {found}; a cache holds preference pairs and what the reference said of "
+            "them: make it once with `fpo precompute --model … --dataset … --sae … --out CACHE` and open it with "
+            "fpo.open_cache('CACHE', sites=[sae.site.name])"
+        )
+
+
+def with_template(processing_class: Any, meaning: Meaning, allow_different_start: bool) -> None:
+    """Gives a tokenizer the cache's chat template, in which the policy learns.
+
+    Raises:
+        ValueError: if it is not the cache's tokenizer, or has a template of its own, unless that is allowed.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)  # of a processor
+    found = tokenizer_sha256(tokenizer)
+    if found != meaning.tokenizer:
+        raise ValueError(
+            f"processing_class: expected the cache's tokenizer, found another (hashes {meaning.tokenizer[:12]} and "
+            f"{found[:12]}); give that of the model that the cache was made with"
+        )
+    template = tokenizer.chat_template
+    if template is not None and template != meaning.chat_template and not allow_different_start:
+        raise ValueError(
+            "processing_class: expected the cache's chat template, found another: the policy would learn in a format "
+            "that it is not asked in; leave it to the trainer (chat_template = None), or make the cache with it"
+        )
+    tokenizer.chat_template = meaning.chat_template

@@ -47,6 +47,12 @@ class ModelSource:
     folder: Path
     gguf_file: str | None
 
+    @property
+    def lasting_name(self) -> str:
+        """What it can be found by later: a path whole, a hub id as it is."""
+        local = Path(self.name).expanduser()
+        return str(local.resolve()) if local.exists() else self.name
+
     @cached_property
     def sha256(self) -> str:
         """Hash of the weight files and the model's configuration: equal hashes mean the same model."""
@@ -67,6 +73,19 @@ def find_model(name: str) -> ModelSource:
         FileNotFoundError: if nothing of that name exists here and it cannot be a hub id.
         ValueError: if it is no model with safetensors weights (`check_model_folder`), or the hub cannot give it.
     """
+    source = find_files(name)
+    if source.gguf_file is None:
+        check_model_folder(source.folder, name)
+    return source
+
+
+def find_files(name: str) -> ModelSource:
+    """As `find_model`, whatever the folder holds.
+
+    Raises:
+        FileNotFoundError: as `find_model`.
+        ValueError: if the hub cannot give it.
+    """
     path = _packaged_file(name) if name.startswith("package:") else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -80,7 +99,6 @@ def find_model(name: str) -> ModelSource:
         )
     else:
         folder = _download(name)
-    check_model_folder(folder, name)
     return ModelSource(name, folder, None)
 
 

@@ -23,11 +23,13 @@ from transformers import TrainerCallback
 from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
+from .model_card import is_adapter, model_card, training_facts
 from .randomness import check_repeats
 from .resuming import ResumingTrainer
 from .row_config import RowConfig
 from .saving import move_model, saving
-from .scoring import RowScores, attach_scoring, check_model
+from .schedules import check_rates, own_length
+from .scoring import RowScores, attach_scoring, causal_lm, check_model
 from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
 
 
@@ -67,6 +69,7 @@ class RowTrainer(ResumingTrainer):
             raise ValueError(f"model: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
         check_model(model)
         attach_scoring(model)
+        self._started_from = model  # merging takes another object
         self._means = {"train": PairMeans(), "eval": PairMeans()}
         self._tokens, self._started = 0, time.monotonic()
         self._losses: list[tuple[Any, Tensor]] = []
@@ -78,7 +81,7 @@ class RowTrainer(ResumingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[MetricsFile(), self._memory, *(callbacks or [])],
+            callbacks=[*(callbacks or []), MetricsFile(), self._memory],  # the run's record goes before its log
         )
         several = self.args.world_size > 1
         self._ranks = torch.distributed.new_group(backend="gloo") if several else None  # for counts alone
@@ -97,6 +100,19 @@ class RowTrainer(ResumingTrainer):
             # Gradients that wait for the last accumulated batch would wait whole on every device.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Makes the schedule of the learning rate, once its rates over the whole run have been checked."""
+        args, settings = self.args, self.args.lr_scheduler_kwargs or {}
+        check_rates(
+            str(args.lr_scheduler_type.value),  # type: ignore[attr-defined]  # an enumeration by now
+            settings,
+            lr=args.learning_rate,
+            warmup_steps=args.get_warmup_steps(num_training_steps),
+            steps=num_training_steps,
+        )
+        with own_length(settings):
+            return super().create_scheduler(num_training_steps, optimizer)
+
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *others: Any, **settings: Any
     ) -> Any:
@@ -109,7 +125,7 @@ class RowTrainer(ResumingTrainer):
             ),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",  # there is nothing to copy to
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
@@ -259,9 +275,26 @@ class RowTrainer(ResumingTrainer):
         with saving(folder):
             super()._save(str(new), state_dict)
             if self.args.should_save:
+                (new / "README.md").write_text(self.model_card())  # PEFT leaves one of blanks
                 # A pickle of the settings: nothing here reads it, and run.yaml holds them.
                 (new / "training_args.bin").unlink(missing_ok=True)
                 move_model(new, folder)
+
+    def model_card(self) -> str:
+        """The card of what is saved: what it stands on, how it was trained, and how it is loaded."""
+        started = causal_lm(self._started_from)
+        return model_card(
+            str(started.name_or_path),
+            self.facts() | training_facts(self.args, self._started_from),
+            adapter=is_adapter(self.model),
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: every saved model has its card."""
+
+    def facts(self) -> dict[str, str]:
+        """What a card says of the method, which comes first, and of what was learnt from."""
+        raise NotImplementedError
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with saving(Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"):

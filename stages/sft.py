@@ -53,6 +53,13 @@ class SFTTrainer(RowTrainer):
             callbacks=callbacks,
         )
 
+    def facts(self) -> dict[str, str]:
+        """The conversations."""
+        found = {"method": "sft", "data": f"{len(self.train_dataset)} conversations"}  # type: ignore[arg-type]
+        if isinstance(self.train_dataset, Conversations):
+            found["data"] += f", SHA-256 {self.train_dataset.sha256[:12]}"
+        return found
+
     def score(self, model: nn.Module, row: PackedRow) -> RowScores:
         """Scores one row, inside the forward of what wraps the model."""
         return model(packed=row, saes=(), recipe=self.args.recipe)  # type: ignore[no-any-return]
