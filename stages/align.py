@@ -19,6 +19,7 @@ from .batches import RowBatch, RowCollator
 from .finite import find_faults
 from .fpo_config import FPOConfig
 from .metrics import ParityLog
+from .models import check_tokens
 from .objectives import PairLosses, PairScores, pair_losses
 from .packing import PackedRow, pack
 from .parity import check_cache, check_parity
@@ -68,6 +69,8 @@ class FPOTrainer(RowTrainer):
         for cache in (train_cache, eval_cache):
             if cache is not None:
                 check_cache(cache, saes, args.recipe, args.top_k)
+                name, token = cache.largest_token()
+                check_tokens(causal_lm(model), [(f"cache {cache.folder}, pair {name}", [token])], processing_class)
         self.policy, self.train_cache, self.saes = model, train_cache, tuple(saes)
         self._constraint_step = -1
         super().__init__(
