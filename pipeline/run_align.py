@@ -17,6 +17,7 @@ from ..stages.chat import ChatFormat, load_template
 from ..stages.methods import METHODS
 from ..stages.models import ModelSource, check_vocabulary, choose_attention, find_model, load_model
 from ..stages.parity import check_cache
+from ..stages.rehearsal import outside_decoder
 from ..stages.sites import check_fits
 from .config import RunConfig
 from .inputs import device_of, find_reference, required, saes_of_sites, sites_to_read, tokenizer_of_cache
@@ -148,7 +149,10 @@ def _with_lora(policy: Any, name: str, rank: int, seed: int) -> Any:
     if not Path(name).exists():
         policy.name_or_path = name  # the hub id, not this machine's copy: the adapter says what it belongs to
     torch.manual_seed(seed)  # half of an adapter starts at random, and the Trainer comes too late to seed it
-    return get_peft_model(policy, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    return get_peft_model(
+        policy,
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=outside_decoder(policy)),
+    )
 
 
 def _save(config: RunConfig, trainer: Any, out: Path) -> None:

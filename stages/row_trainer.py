@@ -24,9 +24,10 @@ from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
 from .randomness import check_repeats
+from .rehearsal import rehearse
 from .resuming import ResumingTrainer
 from .row_config import RowConfig
-from .saving import move_model, saving
+from .saving import copy_processor, move_model, saving
 from .scoring import RowScores, attach_scoring, check_model
 from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
 
@@ -144,10 +145,12 @@ class RowTrainer(ResumingTrainer):
         """Trains; see `Trainer.train`.
 
         Raises:
-            ValueError: the model is random in training mode (`check_repeats`).
+            ValueError: the model is random in training mode (`check_repeats`), or the end of the run would fail
+                (`rehearse`).
         """
         model: Any = self.model
         check_repeats(model, lambda: self.score(model, self._spare).token_logps_T)
+        rehearse(self)
         self._tokens, self._started = 0, time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -261,6 +264,8 @@ class RowTrainer(ResumingTrainer):
             if self.args.should_save:
                 # A pickle of the settings: nothing here reads it, and run.yaml holds them.
                 (new / "training_args.bin").unlink(missing_ok=True)
+                if self.processing_class is not None:
+                    copy_processor(self.processing_class, new)
                 move_model(new, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
