@@ -24,6 +24,7 @@ from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
 from .randomness import check_repeats
+from .reading import reading
 from .rehearsal import rehearse
 from .resuming import ResumingTrainer
 from .row_config import RowConfig
@@ -97,6 +98,15 @@ class RowTrainer(ResumingTrainer):
             plugin.mixed_precision_policy = None  # accelerate's would be pure bf16; `score_row` does its own autocast
             # Gradients that wait for the last accumulated batch would wait whole on every device.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository to upload to, when the Trainer is made.
+
+        Raises:
+            ValueError: the hub does not answer, or does not know who asks.
+        """
+        with reading("--push-to-hub: expected a hub to upload to, log in with `hf auth login` or leave it out"):
+            super().init_hf_repo(token, private)  # type: ignore[no-untyped-call]
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *others: Any, **settings: Any
