@@ -89,6 +89,14 @@ class Lists:
         """The items of row i, as a view."""
         return self.values[self._bounds[i] : self._bounds[i + 1]]
 
+    def largest(self) -> tuple[int, int]:
+        """The row of the largest item, and that item; (0, -1) where there is none."""
+        start, stop = int(self.offsets[0]), int(self.offsets[-1])
+        if start == stop:
+            return 0, -1
+        place = start + int(np.argmax(self.values[start:stop]))
+        return int(np.searchsorted(self.offsets, place, side="right")) - 1, int(self.values[place])
+
 
 class FeatureColumn:
     """The features of one side at one site, N rows without nulls.

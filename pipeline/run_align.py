@@ -18,6 +18,7 @@ from ..stages.methods import METHODS
 from ..stages.models import ModelSource, check_vocabulary, choose_attention, find_model, load_model
 from ..stages.parity import check_cache
 from ..stages.reading import reading
+from ..stages.rehearsal import outside_decoder
 from ..stages.sites import check_fits
 from .config import RunConfig
 from .inputs import device_of, find_reference, required, saes_of_sites, sites_to_read, tokenizer_of_cache
@@ -177,6 +178,7 @@ def _with_lora(policy: Any, config: RunConfig) -> Any:
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=config.lora_dropout,
         target_modules=list(config.lora_targets) or "all-linear",
+        exclude_modules=outside_decoder(policy),
     )
     with reading("--lora-targets: PEFT cannot put an adapter there"):
         return get_peft_model(policy, settings)

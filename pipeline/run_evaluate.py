@@ -29,6 +29,7 @@ from ..stages.methods import METHODS
 from ..stages.models import (
     ModelSource,
     autocast,
+    check_tokens,
     check_vocabulary,
     choose_attention,
     load_model,
@@ -186,6 +187,9 @@ def _prepare(config: RunConfig) -> _Inputs:
     check_vocabulary(policy, tokenizer)
     for sae in saes:
         check_fits(sae, policy)
+    if cache is not None:
+        name, token = cache.largest_token()
+        check_tokens(policy, [(f"cache {config.cache}, pair {name}", [token])], tokenizer)
     prompts = [] if cache is None else distinct_prompts(cache, config.prompts)
     longest = max((len(pair.prompt_ids) for pair in prompts), default=0)
     context = context_length(policy)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 import numpy as np
 
 from ..cache.files import write_atomically
-from ..stages.models import check_vocabulary, choose_attention, load_model
+from ..stages.models import check_tokens, check_vocabulary, choose_attention, load_model
 from ..stages.preferences import tokenize_pair
 from ..stages.saving import move_model
 from ..stages.sites import parse_site
@@ -40,6 +40,7 @@ def run_train_sae(config: RunConfig) -> None:
             continue
         for ids in (pair.chosen_ids, pair.rejected_ids):
             conversation = np.concatenate([pair.prompt_ids, ids])
+            check_tokens(model, [(f"row {row}", conversation)], chat.tokenizer)
             if conversation.tobytes() not in seen:  # prompts and answers repeat across pairs
                 seen.add(conversation.tobytes())
                 sequences.append(conversation)

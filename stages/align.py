@@ -20,7 +20,7 @@ from .batches import RowBatch, RowCollator
 from .finite import find_faults
 from .fpo_config import FPOConfig
 from .metrics import ParityLog
-from .models import choose_attention, find_model, load_model, load_tokenizer, tokenizer_sha256
+from .models import check_tokens, choose_attention, find_model, load_model, load_tokenizer, tokenizer_sha256
 from .objectives import PairLosses, PairScores, pair_losses
 from .packing import PackedRow, pack
 from .parity import check_cache, check_parity
@@ -79,6 +79,10 @@ class FPOTrainer(RowTrainer):
             model = load_model(source, attention=choose_attention("auto", source, args.device), device=args.device)
             model.name_or_path = source.lasting_name
             processing_class = load_tokenizer(source) if processing_class is None else processing_class
+        for cache in (train_dataset, eval_dataset):
+            if cache is not None:
+                name, token = cache.largest_token()
+                check_tokens(causal_lm(model), [(f"cache {cache.folder}, pair {name}", [token])], processing_class)
         if processing_class is not None:
             with_template(processing_class, train_dataset.manifest.meaning, args.allow_different_start)
         for sae in saes:

@@ -70,6 +70,14 @@ class Conversations:
         row = self._kept[i]
         return Conversation(np.asarray(row["ids"], np.int32), np.asarray(row["learnt"], np.bool_), self._raw_rows[i])
 
+    def largest_token(self) -> tuple[str, int]:
+        """The raw row that holds the largest token id, as "row N", and that id."""
+        ids = self._table.column("ids")
+        largest = pc.list_flatten(ids).to_numpy()
+        place = int(np.argmax(largest))
+        row = int(np.searchsorted(np.cumsum(pc.list_value_length(ids).to_numpy()), place, side="right"))
+        return f"row {row}", int(largest[place])
+
     @cached_property
     def sha256(self) -> str:
         """Hash of all lengths, ids and masks: equal hashes mean the same training data, however they were stored."""

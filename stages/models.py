@@ -8,13 +8,15 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..cache.files import canonical_json, sha256_file, user_folder, write_atomically
 from ..cache.locks import locked
@@ -231,6 +233,32 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
             f"expected a model that embeds every token of its tokenizer, found {known} embeddings and token {largest} "
             f"({tokenizer.convert_ids_to_tokens(largest)!r}); give the tokenizer that the model was trained with"
         )
+
+
+def check_tokens(
+    model: "PreTrainedModel",
+    named: Iterable[tuple[str, Sequence[int] | NDArray[np.int32]]],
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> None:
+    """Checks that the model has an embedding for every token of texts: a data set may write what no template does.
+
+    Args:
+        model: the model.
+        named: where each text comes from, and its token ids.
+        tokenizer: says which token it is.
+
+    Raises:
+        ValueError: it lacks one; names the text and the token.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    known = len(embeddings.weight)
+    for name, ids in named:
+        if len(ids) and (largest := int(np.max(ids))) >= known:
+            token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(largest)!r})"
+            raise ValueError(
+                f"{name}: expected tokens below {known}, which the model embeds, found {largest}{token}; take the "
+                "token out of the text, or give a model that embeds it"
+            )
 
 
 def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..cache.manifest import Manifest, ShardReport
 from ..cache.store_writer import open_writer
+from .models import check_tokens
 from .packing import PackedRow
 from .parity import check_packings, difference
 from .preferences import Limits, Preferences, tokenize_pair
@@ -105,7 +106,7 @@ class ShardWorker:
 
     def _write_shard(self, index: int) -> ShardReport:
         rows = self.writer.shard_range(index)
-        pairs, skipped = [], []
+        pairs, skipped, tokens = [], [], []
         counts: Counter[str] = Counter(ties=0, truncated_prompts=0, truncated_responses=0, scored_tokens=0)
         for raw_row in rows:
             example = self._preferences.example(raw_row)
@@ -114,10 +115,14 @@ class ShardWorker:
                 assert tokenized.skipped is not None
                 skipped.append((raw_row, tokenized.skipped))
                 continue
-            pairs.append(tokenized.pair)
+            pair = tokenized.pair
+            pairs.append(pair)
+            name = f"{self._preferences.source}, row {raw_row}"
+            tokens += [(name, ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
             counts["ties"] += tokenized.tie
             counts["truncated_prompts"] += tokenized.prompt_truncated
             counts["truncated_responses"] += tokenized.responses_truncated
+        check_tokens(self._reference.model, tokens, self._reference.chat.tokenizer)
         self._advance(len(skipped), 0)
 
         rows_of_one: set[int] = set()

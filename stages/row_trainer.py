@@ -25,9 +25,11 @@ from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
 from .model_card import is_adapter, model_card, training_facts
 from .randomness import check_repeats
+from .reading import reading
+from .rehearsal import rehearse
 from .resuming import ResumingTrainer
 from .row_config import RowConfig
-from .saving import move_model, saving
+from .saving import copy_processor, move_model, saving
 from .schedules import check_rates, own_length
 from .scoring import RowScores, attach_scoring, causal_lm, check_model
 from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
@@ -113,6 +115,15 @@ class RowTrainer(ResumingTrainer):
         with own_length(settings):
             return super().create_scheduler(num_training_steps, optimizer)
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository to upload to, when the Trainer is made.
+
+        Raises:
+            ValueError: the hub does not answer, or does not know who asks.
+        """
+        with reading("--push-to-hub: expected a hub to upload to, log in with `hf auth login` or leave it out"):
+            super().init_hf_repo(token, private)  # type: ignore[no-untyped-call]
+
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *others: Any, **settings: Any
     ) -> Any:
@@ -160,10 +171,12 @@ class RowTrainer(ResumingTrainer):
         """Trains; see `Trainer.train`.
 
         Raises:
-            ValueError: the model is random in training mode (`check_repeats`).
+            ValueError: the model is random in training mode (`check_repeats`), or the end of the run would fail
+                (`rehearse`).
         """
         model: Any = self.model
         check_repeats(model, lambda: self.score(model, self._spare).token_logps_T)
+        rehearse(self)
         self._tokens, self._started = 0, time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -278,6 +291,8 @@ class RowTrainer(ResumingTrainer):
                 (new / "README.md").write_text(self.model_card())  # PEFT leaves one of blanks
                 # A pickle of the settings: nothing here reads it, and run.yaml holds them.
                 (new / "training_args.bin").unlink(missing_ok=True)
+                if self.processing_class is not None:
+                    copy_processor(self.processing_class, new)
                 move_model(new, folder)
 
     def model_card(self) -> str:

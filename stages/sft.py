@@ -12,10 +12,11 @@ from transformers import TrainerCallback
 
 from .batches import ConversationCollator
 from .conversations import Conversations
+from .models import check_tokens
 from .packing import Conversation, PackedRow
 from .row_config import RowConfig
 from .row_trainer import RowTrainer
-from .scoring import RowScores, row_multiple
+from .scoring import RowScores, causal_lm, row_multiple
 
 __all__ = ["RowConfig", "SFTTrainer"]
 
@@ -44,6 +45,15 @@ class SFTTrainer(RowTrainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        if isinstance(conversations, Conversations):
+            name, token = conversations.largest_token()
+            check_tokens(causal_lm(model), [(name, [token])], processing_class)
+        else:
+            check_tokens(
+                causal_lm(model),
+                ((f"conversation {number}", one.ids) for number, one in enumerate(conversations)),
+                processing_class,
+            )
         super().__init__(
             model,
             args,
