@@ -122,7 +122,7 @@ def configured(
     "precompute",
     *MODEL,
     *DATA,
-    *("sae", "out", "keep_features", "token_budget", "shard_size"),
+    *("turns", "date", "sae", "out", "keep_features", "token_budget", "shard_size"),
     *("rank", "world_size", "engine", "workers", "repair"),
     resume="finished shards are kept: run the same command again to go on",
 )
@@ -161,7 +161,7 @@ def align(config: RunConfig, given: frozenset[str]) -> None:
     "sft",
     *MODEL,
     *(field for field in DATA if field not in ("drop_ties", "max_prompt_length")),
-    *("out", *TRAINING),
+    *("date", "out", *TRAINING),
     resume="--resume goes on from the last checkpoint",
 )
 def sft(config: RunConfig, given: frozenset[str]) -> None:

@@ -4,6 +4,7 @@ In: a file or profile name and the options given. Out: one frozen, validated `Ru
 every output. A field's description is the option's help.
 """
 
+import datetime
 import difflib
 import importlib.resources
 import json
@@ -35,6 +36,13 @@ STORE_COMMANDS = (None, "precompute")
 
 # A folder, or text that is a URL: of `s3://bucket` a Path would make `s3:/bucket`.
 Place = Annotated[files.Place, BeforeValidator(lambda value: files.as_place(value) if type(value) is str else value)]
+
+# YAML reads a day that is not quoted as one.
+Day = Annotated[
+    str,
+    BeforeValidator(lambda value: value.isoformat() if type(value) is datetime.date else value),
+    Field(pattern=r"^\d{4}-\d{2}-\d{2}$"),
+]
 
 
 def _mapping(value: Any) -> Any:
@@ -70,6 +78,11 @@ class RunConfig(BaseModel):
     chat_template: str | None = Field(
         None, description="Jinja file; default the tokenizer's, or Gemma's turns where it has none."
     )
+    date: Day | None = Field(
+        None,
+        description="Day that it is to a chat template that reads the clock, YYYY-MM-DD; default the day on which the "
+        "cache or run is begun.",
+    )
     sae: tuple[str, ...] = Field(
         (), description="SAE: release:sae_id, a folder that SAELens saved, or params.npz@site. Repeatable."
     )
@@ -83,6 +96,9 @@ class RunConfig(BaseModel):
     seed: int = Field(0, description="Seed of data order, initialisation and sampling.")
 
     limit: PositiveInt | None = Field(None, description="Use only the first N raw rows; default all.")
+    turns: Literal["all", "last"] = Field(
+        "all", description="Assistant turns that are learnt of a response of several: all or the last."
+    )
     drop_ties: bool = Field(False, description="Skip pairs whose scores are equal (default: kept and counted).")
     keep_features: PositiveInt | Literal["all"] = Field(
         512, description="Largest features kept per response and site, or 'all' that are not zero."

@@ -3,6 +3,7 @@
 In: a `RunConfig`. Out: opened data, tokenizer and SAEs, or one line that says what is wrong.
 """
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,27 @@ def load_saes(config: RunConfig, device: str) -> tuple[SiteSAE, ...]:
 def load_data(config: RunConfig) -> tuple[ModelSource, Preferences, ChatFormat, Limits]:
     """Where the model is, the preference data, how the model's tokenizer and template make tokens of it, and limits."""
     assert config.model is not None and config.dataset is not None
-    limits = Limits(config.max_length, config.max_prompt_length, config.drop_ties)
+    limits = Limits(config.max_length, config.max_prompt_length, config.drop_ties, config.turns)
     template = load_template(config.chat_template)
     preferences = load_preferences(config.dataset, split=config.split, config=config.dataset_config, limit=config.limit)
     source = find_model(config.model)
-    return source, preferences, ChatFormat(load_tokenizer(source), template), limits
+    return source, preferences, chat_of(config, load_tokenizer(source), template), limits
+
+
+def chat_of(config: RunConfig, tokenizer: Any, template: str | None) -> ChatFormat:
+    """The chat format on the day of `--date`, today by default.
+
+    Raises:
+        ValueError: there is no such day, or the template does not ask what day it is.
+    """
+    try:
+        day = None if config.date is None else datetime.date.fromisoformat(config.date)
+    except ValueError as error:
+        raise ValueError(f"--date: expected a day as YYYY-MM-DD, found {config.date}: {error}") from error
+    chat = ChatFormat(tokenizer, template, day)
+    if day is not None and chat.date is None:
+        raise ValueError("--date: the chat template does not read the clock; leave it out")
+    return chat
 
 
 def sites_to_read(config: RunConfig, cache: Place) -> list[str]:

@@ -5,6 +5,7 @@ measured pair, token and sample, and last, when all else is there, `metrics.json
 be refused is refused before anything is written.
 """
 
+import datetime
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -165,7 +166,7 @@ def _prepare(config: RunConfig) -> _Inputs:
     weights, words = (source.base, source.tokenizer) if isinstance(source, AdapterSource) else (source, source)
     device = device_of(config)
     attention = choose_attention(config.attention, weights, device)
-    cache, template, reference = None, None, None
+    cache, template, day, reference = None, None, None, None
     saes: list[SiteSAE] = []
     if config.cache is None:
         tokenizer = load_tokenizer(words)
@@ -176,6 +177,7 @@ def _prepare(config: RunConfig) -> _Inputs:
         if not len(cache):
             raise ValueError(f"--cache: expected pairs to measure, found none in {config.cache}; make another cache")
         tokenizer, template = tokenizer_of_cache(words, config.cache, meaning), meaning.chat_template
+        day = None if meaning.date is None else datetime.date.fromisoformat(meaning.date)
         saes = saes_of_sites(config, sites, device)
         check_cache(cache, saes, config.dtype, config.top_k)
         reference = find_reference(config, meaning) if config.reference else None
@@ -198,7 +200,8 @@ def _prepare(config: RunConfig) -> _Inputs:
             f"--max-new-tokens: expected prompt and answer within the model's {context} tokens, found a prompt of "
             f"{longest} and {config.max_new_tokens} more; lower it"
         )
-    return _Inputs(source, policy, attention, ChatFormat(tokenizer, template), cache, saes, reference, prompts)
+    chat = ChatFormat(tokenizer, template, day)
+    return _Inputs(source, policy, attention, chat, cache, saes, reference, prompts)
 
 
 def _write_answers(config: RunConfig, inputs: _Inputs, sampling: Sampling, total: int, out: Path) -> None:

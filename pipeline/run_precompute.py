@@ -111,6 +111,7 @@ def load_stage_one(config: RunConfig) -> tuple[Reference, Preferences, Limits, d
         "token_budget": config.token_budget,
         "shard_size": config.shard_size,
         "limit": config.limit,
+        "keep_date": config.date is None,
         "options": to_yaml(config.model_copy(update={"rank": None, "world_size": None})),  # the same for all workers
     }
     return Reference(source, model, chat, saes, config.dtype), preferences, limits, settings

@@ -5,15 +5,20 @@ template that it was tuned in, in `--out`, with `run.yaml` and `metrics.jsonl`. 
 anything is written.
 """
 
+import datetime
+from pathlib import Path
 from typing import Any
 
-from ..stages.chat import ChatFormat, load_template
+from accelerate.utils import broadcast_object_list
+
+from ..stages.chat import load_template
 from ..stages.conversations import load_conversations
 from ..stages.models import check_vocabulary, choose_attention, find_model, load_model, load_tokenizer
 from ..stages.row_config import RowConfig
 from ..stages.sft import SFTTrainer
 from .config import RunConfig
-from .inputs import device_of, required
+from .inputs import chat_of, device_of, required
+from .plain_yaml import read_yaml
 from .progress import console
 from .training import (
     check_resume,
@@ -31,11 +36,15 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
     """`fpo sft`."""
     name, dataset, out = required(config, "model", "dataset", "out")
     args = RowConfig(**trainer_settings(config, given))
+    config = _on_recorded_day(config, out)
     check_resume(config, out, {})  # once more below: tokenising takes its time
     template = load_template(config.chat_template)
     source = find_model(name)
     tokenizer = load_tokenizer(source)
-    chat = ChatFormat(tokenizer, template)
+    chat = chat_of(config, tokenizer, template)
+    if chat.date is not None:
+        (day,) = broadcast_object_list([chat.date.isoformat()])  # it may be midnight between two ranks
+        config, chat = config.model_copy(update={"date": day}), chat.on(datetime.date.fromisoformat(day))
     device = device_of(config)
     attention = choose_attention(config.attention, source, device)
     with args.main_process_first(desc="tokenising"):
@@ -81,6 +90,18 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
         finish(trainer, out)
     if args.process_index == 0:
         console.print(f"{out}: the model, run.yaml, metrics.jsonl")
+
+
+def _on_recorded_day(config: RunConfig, out: Path) -> RunConfig:
+    """The configuration with the day on which the run that is resumed was begun, unless it names one."""
+    record = out / "run.yaml"
+    if not config.resume or config.date is not None or not record.exists():
+        return config
+    try:
+        before = read_yaml(record.read_bytes())
+    except ValueError:  # `check_resume` says what is wrong
+        return config
+    return config.model_copy(update={"date": before.get("date") if isinstance(before, dict) else None})
 
 
 def _stop_at(model: Any, end_id: int) -> None:

@@ -7,6 +7,7 @@ skipped or cut. Tokenising is a `datasets.map`: it shows its progress, and the s
 
 import hashlib
 import importlib.metadata
+import json
 from collections import Counter
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,19 +19,26 @@ import pyarrow.compute as pc
 
 from ..cache.files import canonical_json, sha256_file, sha256_text
 from . import chat as chat_file
-from .chat import ChatFormat, TemplateRefusalError, Turns
+from . import cutting, rendering
+from .chat import ChatFormat, Turns, is_blank
 from .models import tokenizer_sha256
 from .packing import Conversation
 from .preferences import load_rows, read_text
+from .rendering import ANEW, EMPTY, LEFT_OUT, REFUSED, SHARED, SkipError, Tools
 
 CONVERSATION_SKIP_REASONS = (
     "no messages",
     "no assistant turn",
     "no turn before the first answer",
-    "empty answer",
-    "refused by the chat template",
+    EMPTY,
+    SHARED,
+    ANEW,
+    LEFT_OUT,
+    REFUSED,
     "no learnt token after truncation",
 )
+
+CODE = tuple(str(file) for file in (__file__, chat_file.__file__, cutting.__file__, rendering.__file__))
 
 FEATURES = datasets.Features(
     {
@@ -38,6 +46,7 @@ FEATURES = datasets.Features(
         "learnt": datasets.List(datasets.Value("bool")),
         "skipped": datasets.Value("string"),
         "truncated": datasets.Value("bool"),
+        "row": datasets.Value("int32"),
     }
 )
 
@@ -45,8 +54,10 @@ FEATURES = datasets.Features(
 class Conversations:
     """Tokenised conversations, in the order of their raw rows; those that were skipped have no number.
 
+    Where the template renders an answer otherwise once others follow, each answer is a conversation of its own.
+
     Attributes:
-        skipped: how many rows were skipped, by reason (`CONVERSATION_SKIP_REASONS`).
+        skipped: how many rows, or answers of a row, were skipped, by reason (`CONVERSATION_SKIP_REASONS`).
         truncated: how many conversations were cut at their end.
         tokens: tokens of all conversations.
         learnt_tokens: how many of them are the assistant's.
@@ -56,8 +67,8 @@ class Conversations:
         """Takes rows with the columns of `FEATURES`, empty lists where skipped; `load_conversations` makes them."""
         self._table = rows.data
         skipped = rows["skipped"][:]
-        self._raw_rows = [i for i, reason in enumerate(skipped) if reason is None]
-        self._kept = rows.select(self._raw_rows).with_format("numpy")
+        kept = [i for i, reason in enumerate(skipped) if reason is None]
+        self._kept = rows.select(kept).with_format("numpy")
         self.skipped = dict(Counter(reason for reason in skipped if reason is not None))
         self.truncated = sum(rows["truncated"][:])
         self.tokens = int(pc.sum(pc.list_value_length(self._table.column("ids"))).as_py() or 0)
@@ -68,7 +79,7 @@ class Conversations:
 
     def __getitem__(self, i: int) -> Conversation:
         row = self._kept[i]
-        return Conversation(np.asarray(row["ids"], np.int32), np.asarray(row["learnt"], np.bool_), self._raw_rows[i])
+        return Conversation(np.asarray(row["ids"], np.int32), np.asarray(row["learnt"], np.bool_), int(row["row"]))
 
     def largest_token(self) -> tuple[str, int]:
         """The raw row that holds the largest token id, as "row N", and that id."""
@@ -111,7 +122,7 @@ def load_conversations(
     Raises:
         FileNotFoundError: there is no such file, folder or hub data set.
         ValueError: as `load_preferences`; no column `messages`; a row that is malformed, with its number; a template
-            that does not only append, or closes answers in different ways.
+            that closes answers in different ways.
     """
     rows = load_rows(source, split, config, limit, what="conversations")
     if "messages" not in rows.column_names:
@@ -121,9 +132,10 @@ def load_conversations(
         raise ValueError(f"{source}: expected conversations in split {split!r}, found no row")
     try:
         tokenised = rows.map(
-            partial(_tokenised_row, chat=chat, max_length=max_length, source=source, split=split),
+            partial(_tokenised_rows, chat=chat, max_length=max_length, source=source, split=split),
             with_indices=True,
-            input_columns=["messages"],
+            batched=True,
+            input_columns=[name for name in ("messages", "tools") if name in rows.column_names],
             remove_columns=rows.column_names,
             features=FEATURES,
             new_fingerprint=_fingerprint(rows, chat, max_length),
@@ -135,8 +147,8 @@ def load_conversations(
 
 
 def tokenize_conversation(
-    turns: Turns, chat: ChatFormat, max_length: int
-) -> tuple[Conversation | None, str | None, bool]:
+    turns: Turns, chat: ChatFormat, max_length: int, tools: Tools = ()
+) -> tuple[list[Conversation], list[str], list[bool]]:
     """Tokenises one conversation.
 
     What stands after the last answer is left out: nothing is learnt from it.
@@ -145,23 +157,29 @@ def tokenize_conversation(
         turns: the conversation.
         chat: the chat format.
         max_length: tokens that are kept.
+        tools: schemas of the tools that may be called.
 
     Returns:
-        The conversation, or None and the reason to skip it; and whether its end was cut.
+        The conversation, or several where the template renders an answer otherwise once others follow; the reasons why
+        it, or answers of it, are skipped; for each conversation whether its end was cut.
 
     Raises:
-        ValueError: the template does not only append, or closes answers in different ways.
+        ValueError: the template closes answers in different ways.
     """
     if (reason := _reason_to_skip(turns)) is not None:
-        return None, reason, False
+        return [], [reason], []
     try:
-        ids, learnt = chat.conversation(turns)
-    except TemplateRefusalError:
-        return None, "refused by the chat template", False
-    if not any(learnt[:max_length]):
-        return None, "no learnt token after truncation", False
-    conversation = Conversation(np.asarray(ids[:max_length], np.int32), np.asarray(learnt[:max_length], np.bool_))
-    return conversation, None, len(ids) > max_length
+        lessons, reasons = chat.lessons(turns, tools)
+    except SkipError as error:
+        return [], [error.reason], []
+    found, truncated = [], []
+    for ids, learnt in lessons:
+        if not any(learnt[:max_length]):
+            reasons.append("no learnt token after truncation")
+            continue
+        found.append(Conversation(np.asarray(ids[:max_length], np.int32), np.asarray(learnt[:max_length], np.bool_)))
+        truncated.append(len(ids) > max_length)
+    return found, reasons, truncated
 
 
 def _reason_to_skip(turns: Turns) -> str | None:
@@ -172,23 +190,56 @@ def _reason_to_skip(turns: Turns) -> str | None:
         return "no assistant turn"
     if not any(message.content.strip() for message in turns[: roles.index("assistant")]):
         return "no turn before the first answer"
-    if any(message.role == "assistant" and not message.content.strip() for message in turns):
-        return "empty answer"
+    if any(message.role == "assistant" and is_blank(message) for message in turns):
+        return EMPTY
     return None
 
 
-def _tokenised_row(
-    messages: Any, row: int, *, chat: ChatFormat, max_length: int, source: str, split: str
-) -> dict[str, Any]:
-    try:
-        turns = read_text(messages, "messages")
-        if isinstance(turns, str) and turns:
-            raise ValueError(f"expected messages in 'messages', found text {turns!r:.80}")
-        found, skipped, truncated = tokenize_conversation(turns or (), chat, max_length)
-    except ValueError as error:
-        raise ValueError(f"{source}, row {row} of split {split!r}: {error}") from error
-    found = found or Conversation(np.zeros(0, np.int32), np.zeros(0, np.bool_))
-    return {"ids": found.ids, "learnt": found.learnt, "skipped": skipped, "truncated": truncated}
+def _tokenised_rows(
+    messages: list[Any],
+    *columns: Any,
+    chat: ChatFormat,
+    max_length: int,
+    source: str,
+    split: str,
+) -> dict[str, list[Any]]:
+    """Columns of `FEATURES` for some raw rows: one entry a conversation or reason to skip."""
+    *tools, rows = columns
+    made: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    for row, value, schemas in zip(rows, messages, tools[0] if tools else [None] * len(rows), strict=True):
+        try:
+            turns = read_text(value, "messages")
+            if isinstance(turns, str) and turns:
+                raise ValueError(f"expected messages in 'messages', found text {turns!r:.80}")
+            found, reasons, truncated = tokenize_conversation(turns or (), chat, max_length, _read_tools(schemas))
+        except ValueError as error:
+            raise ValueError(f"{source}, row {row} of split {split!r}: {error}") from error
+        for one, cut in zip(found, truncated, strict=True):
+            _add(made, ids=one.ids, learnt=one.learnt, skipped=None, truncated=cut, row=row)
+        for reason in reasons:
+            _add(
+                made, ids=np.zeros(0, np.int32), learnt=np.zeros(0, np.bool_), skipped=reason, truncated=False, row=row
+            )
+    return made
+
+
+def _add(columns: dict[str, list[Any]], **entry: Any) -> None:
+    for name, value in entry.items():
+        columns[name].append(value)
+
+
+def _read_tools(value: Any) -> Tools:
+    """The schemas in column `tools`, which may be JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"expected JSON in 'tools', found {value!r:.80}: {error}") from error
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise ValueError(f"expected a list of schemas in 'tools', found {value!r:.80}")
+    return tuple(value)
 
 
 def _fingerprint(rows: datasets.Dataset, chat: ChatFormat, max_length: int) -> str:
@@ -197,8 +248,9 @@ def _fingerprint(rows: datasets.Dataset, chat: ChatFormat, max_length: int) -> s
         "rows": rows._fingerprint,
         "tokenizer": tokenizer_sha256(chat.tokenizer),
         "template": chat.template,
+        "date": None if chat.date is None else chat.date.isoformat(),
         "max_length": max_length,
-        "code": [sha256_file(Path(str(file))) for file in (__file__, chat_file.__file__)],
+        "code": [sha256_file(Path(file)) for file in CODE],
         "versions": [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
     }
     return sha256_text(canonical_json(content))[:32]

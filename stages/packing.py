@@ -5,7 +5,7 @@ that restart after each prompt, the attention masks that keep pairs and response
 every response token is predicted. Packing is a pure function of (pairs, token budget). Conversations are packed end to
 end by the same rules; there the assistant's tokens are the ones that are predicted.
 
-Shapes: L positions of a row, T response tokens of a row, R responses of a row (two a pair: chosen, rejected; or one a
+Shapes: L positions of a row, T learnt tokens of a row, R responses of a row (two a pair: chosen, rejected; or one a
 conversation: its assistant turns together).
 """
 
@@ -50,10 +50,11 @@ class PackedRow:
         position_ids_L: int64, restart at 0 for each pair and after its prompt for its rejected response.
         pair_L: int64, which pair of the row a position belongs to; `PADDING` on padding.
         part_L: int64, `PROMPT`, `CHOSEN` or `REJECTED`.
-        sources_T: int64, the row position from which each response token is predicted: the last prompt position and
-            the response's own positions but the last. Chosen before rejected, pair by pair.
-        targets_T: int64, the response tokens, in the order of `sources_T`.
-        lengths: number of tokens of each response, R entries that sum to T.
+        sources_T: int64, the row position from which each learnt token is predicted: the last prompt position and
+            the response's own positions but the last; of a response of several turns only those before learnt tokens.
+            Chosen before rejected, pair by pair.
+        targets_T: int64, the learnt response tokens, in the order of `sources_T`.
+        lengths: number of learnt tokens of each response, R entries that sum to T.
         tokens: tokens of the row without padding.
     """
 
@@ -181,14 +182,16 @@ def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], pad_to: int) -> Pac
         positions.append(np.arange(prompt))
         part_of.append(np.full(prompt, PROMPT))
         last_prompt, start = start + prompt - 1, start + prompt
-        for part, response in ((CHOSEN, pair.chosen_ids), (REJECTED, pair.rejected_ids)):
+        sides = ((CHOSEN, pair.chosen_ids, pair.chosen_learnt), (REJECTED, pair.rejected_ids, pair.rejected_learnt))
+        for part, response, spans in sides:
             length = response.size
             assert length > 0, "a response has at least one token"
             tokens.append(response)
             positions.append(np.arange(prompt, prompt + length))
             part_of.append(np.full(length, part))
-            sources.append(np.concatenate(([last_prompt], np.arange(start, start + length - 1))))
-            targets.append(response)
+            learnt = np.concatenate([np.arange(*span) for span in spans.reshape(-1, 2)])
+            sources.append(np.concatenate(([last_prompt], np.arange(start, start + length - 1)))[learnt])
+            targets.append(response[learnt])
             start += length
         pair_of.append(np.full(prompt + pair.chosen_ids.size + pair.rejected_ids.size, number))
     return _row(

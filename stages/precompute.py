@@ -5,6 +5,8 @@ A shard is a range of raw rows and the unit of work: it is written whole or not 
 any moment and run again, and several workers can share a folder.
 """
 
+import dataclasses
+import datetime
 import functools
 import math
 import time
@@ -47,6 +49,7 @@ class ShardWorker:
         limit: int | None = None,
         options: str | None = None,
         repair: bool = False,
+        keep_date: bool = False,
         on_pairs: Callable[[int, int], None] | None = None,
     ) -> None:
         """Opens the cache's place, which may hold shards of an earlier, interrupted run.
@@ -62,6 +65,8 @@ class ShardWorker:
             limit: how many raw rows were asked for, for the fingerprint; None for all.
             options: the text of `run.yaml`; None for no such file.
             repair: as `open_writer`'s.
+            keep_date: whether a template that reads the clock is to show the day on which the cache was begun, if it
+                was, in place of the reference's.
             on_pairs: called with (raw rows, scored tokens) after each piece of work, (rows, 0) for a finished shard.
 
         Raises:
@@ -70,7 +75,10 @@ class ShardWorker:
         check_model(reference.model)
         meaning = describe_meaning(reference, preferences, limits, keep_features=keep_features, limit=limit)
         numerics = describe_numerics(reference.model, token_budget, shard_size)
-        self.writer = open_writer(out, meaning, numerics, len(preferences), repair=repair)
+        self.writer = open_writer(out, meaning, numerics, len(preferences), repair=repair, keep_date=keep_date)
+        if (begun := self.writer.meaning.date) != meaning.date:
+            assert begun is not None, "whether the template reads the clock is the template's"
+            reference = dataclasses.replace(reference, chat=reference.chat.on(datetime.date.fromisoformat(begun)))
         if options is not None:
             self.writer.write_options(options)
         self._reference, self._preferences, self._limits = reference, preferences, limits

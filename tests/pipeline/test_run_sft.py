@@ -112,9 +112,10 @@ def test_the_first_loss_is_that_of_the_base_model_on_the_answers_and_what_was_re
     total, count, tokens = 0.0, 0, 0
     for row in datasets.load_dataset("json", data_files=str(folder / "chat.jsonl"), split="train"):
         turns = tuple(Message(**message) for message in row["messages"])
-        found, _, _ = tokenize_conversation(turns, chat, 64)
-        if found is None:
+        kept, _, _ = tokenize_conversation(turns, chat, 64)
+        if not kept:
             continue
+        (found,) = kept
         ids, learnt = torch.from_numpy(found.ids).long(), torch.from_numpy(found.learnt)
         with torch.no_grad():
             logps = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1], -1)

@@ -94,7 +94,8 @@ def test_no_raw_row_is_lost(world):
     assert len(cache) == RAW_ROWS - len(SKIPPED)
     kept = [int(cache[i].pair.pair_id.split("-")[1]) for i in range(len(cache))]
     assert kept == [row for row in range(RAW_ROWS) if row not in SKIPPED]
-    scored = sum(len(ids) for i in range(len(cache)) for ids in list(vars(cache[i].pair).values())[1:])
+    pairs = [cache[i].pair for i in range(len(cache))]
+    scored = sum(len(ids) for pair in pairs for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
     assert manifest.counts["scored_tokens"] == scored
 
 
