@@ -43,7 +43,10 @@ class RunConfig(BaseModel):
 
     model: str | None = Field(None, description="Causal LM: hub id, folder, .gguf file, or package:NAME/FILE.gguf.")
     dataset: str | None = Field(
-        None, description="Preference data (sft: conversations): hub id, Parquet/JSON/JSONL file or folder."
+        None, description="Preference data (sft: conversations): hub id, Parquet/JSON/JSONL/CSV/TSV file, or folder."
+    )
+    map: tuple[str, ...] = Field(
+        (), description="Rename a column of the data: NEW=OLD, as chosen=preferred. Repeatable."
     )
     dataset_config: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train_prefs", description="Split of the data set (UltraChat's for sft is train_sft).")

@@ -1,13 +1,14 @@
 """Chat data to conversations whose assistant turns are to be learnt.
 
-In: a hub id with configuration and split, or a local Parquet, JSON or JSONL file or folder, with UltraChat-200K's
-column `messages`; a chat format and a length. Out: token ids with a mask of the assistant's tokens, and what was
+In: a hub id with configuration and split, or a local file or folder, with a column `messages` or `conversations`; a
+chat format and a length. Out: token ids with a mask of the assistant's tokens, and what was
 skipped or cut. Tokenising is a `datasets.map`: it shows its progress, and the same data are tokenised once.
 """
 
 import hashlib
 import importlib.metadata
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ..cache.files import canonical_json, sha256_file, sha256_text
+from . import boundary, shapes
 from . import chat as chat_file
+from . import turns as turns_file
 from .chat import ChatFormat, TemplateRefusalError, Turns
 from .models import tokenizer_sha256
 from .packing import Conversation
-from .preferences import load_rows, read_text
+from .raw_rows import load_rows, parse_row
+from .shapes import check_readable, conversation_column, read_conversation
 
 CONVERSATION_SKIP_REASONS = (
     "no messages",
@@ -40,6 +44,10 @@ FEATURES = datasets.Features(
         "truncated": datasets.Value("bool"),
     }
 )
+
+
+# What a row becomes depends on these files.
+CODE = [__file__, *(module.__file__ for module in (boundary, chat_file, shapes, turns_file))]
 
 
 class Conversations:
@@ -89,6 +97,7 @@ def load_conversations(
     max_length: int,
     config: str | None = None,
     limit: int | None = None,
+    renames: Sequence[str] = (),
 ) -> Conversations:
     """Opens chat data and tokenises it.
 
@@ -99,30 +108,35 @@ def load_conversations(
         max_length: tokens of a conversation; its end is cut.
         config: the hub data set's configuration; local data has none.
         limit: keep only the first so many raw rows.
+        renames: `NEW=OLD`: the column OLD is called NEW.
 
     Raises:
         FileNotFoundError: there is no such file, folder or hub data set.
-        ValueError: as `load_preferences`; no column `messages`; a row that is malformed, with its number; a template
-            that does not only append, or closes answers in different ways.
+        ValueError: as `load_preferences`; no column with conversations; a row that is malformed, with its number; a
+            template that does not only append, or closes answers in different ways.
     """
-    rows = load_rows(source, split, config, limit, what="conversations")
-    if "messages" not in rows.column_names:
-        found = ", ".join(map(repr, rows.column_names))
-        raise ValueError(f"{source}: found columns {found}, expected 'messages' as lists of 'role' and 'content'")
-    if not len(rows):
-        raise ValueError(f"{source}: expected conversations in split {split!r}, found no row")
+    rows = load_rows(source, split, config, limit, "conversations", renames)
     try:
-        tokenised = rows.map(
-            partial(_tokenised_row, chat=chat, max_length=max_length, source=source, split=split),
-            with_indices=True,
-            input_columns=["messages"],
-            remove_columns=rows.column_names,
-            features=FEATURES,
-            new_fingerprint=_fingerprint(rows, chat, max_length),
-            desc="tokenising",
-        )
-    except UnicodeDecodeError as error:  # while it decodes a row
-        raise ValueError(f"{source}: expected UTF-8, found {error}") from error
+        conversation_column(rows.columns)
+        check_readable(rows.columns)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    tokenised = rows.data.map(
+        partial(
+            _tokenised_row,
+            columns=tuple(rows.columns),
+            chat=chat,
+            max_length=max_length,
+            source=source,
+            split=split,
+        ),
+        with_indices=True,
+        input_columns=["row"],
+        remove_columns=["row"],
+        features=FEATURES,
+        new_fingerprint=_fingerprint(rows.data, chat, max_length),
+        desc="tokenising",
+    )
     return Conversations(tokenised)
 
 
@@ -170,14 +184,12 @@ def _reason_to_skip(turns: Turns) -> str | None:
 
 
 def _tokenised_row(
-    messages: Any, row: int, *, chat: ChatFormat, max_length: int, source: str, split: str
+    text: str, row: int, *, columns: Sequence[str], chat: ChatFormat, max_length: int, source: str, split: str
 ) -> dict[str, Any]:
     try:
-        turns = read_text(messages, "messages")
-        if isinstance(turns, str) and turns:
-            raise ValueError(f"expected messages in 'messages', found text {turns!r:.80}")
-        found, skipped, truncated = tokenize_conversation(turns or (), chat, max_length)
-    except ValueError as error:
+        turns, _ = read_conversation(parse_row(text), columns)
+        found, skipped, truncated = tokenize_conversation(turns, chat, max_length)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}, row {row} of split {split!r}: {error}") from error
     found = found or Conversation(np.zeros(0, np.int32), np.zeros(0, np.bool_))
     return {"ids": found.ids, "learnt": found.learnt, "skipped": skipped, "truncated": truncated}
@@ -190,7 +202,7 @@ def _fingerprint(rows: datasets.Dataset, chat: ChatFormat, max_length: int) -> s
         "tokenizer": tokenizer_sha256(chat.tokenizer),
         "template": chat.template,
         "max_length": max_length,
-        "code": [sha256_file(Path(str(file))) for file in (__file__, chat_file.__file__)],
+        "code": [sha256_file(Path(str(file))) for file in CODE],
         "versions": [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
     }
     return sha256_text(canonical_json(content))[:32]
