@@ -58,7 +58,10 @@ TRAINING = (
     *("warmup_steps", "optimizer", "max_grad_norm", "token_budget", "activation_checkpointing", "seed", "resume"),
     *("logging_steps", "save_steps", "snapshot_steps", "report_to", "push_to_hub"),
 )
-DATA = ("dataset", "dataset_config", "split", "chat_template", "limit", "drop_ties", "max_length", "max_prompt_length")
+DATA = (
+    *("dataset", "map", "dataset_config", "split", "chat_template"),
+    *("limit", "drop_ties", "max_length", "max_prompt_length"),
+)
 
 
 def _option(name: str) -> inspect.Parameter:

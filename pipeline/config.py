@@ -71,7 +71,10 @@ class RunConfig(BaseModel):
         None, description="Model that the adapter given as --model belongs to; default the one that it names."
     )
     dataset: str | None = Field(
-        None, description="Preference data (sft: conversations): hub id, Parquet/JSON/JSONL file or folder."
+        None, description="Preference data (sft: conversations): hub id, Parquet/JSON/JSONL/CSV/TSV file, or folder."
+    )
+    map: tuple[str, ...] = Field(
+        (), description="Rename a column of the data: NEW=OLD, as chosen=preferred. Repeatable."
     )
     dataset_config: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train_prefs", description="Split of the data set (UltraChat's for sft is train_sft).")

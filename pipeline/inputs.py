@@ -69,7 +69,9 @@ def load_data(config: RunConfig) -> tuple[ModelSource, Preferences, ChatFormat, 
     assert config.model is not None and config.dataset is not None
     limits = Limits(config.max_length, config.max_prompt_length, config.drop_ties, config.turns)
     template = load_template(config.chat_template)
-    preferences = load_preferences(config.dataset, split=config.split, config=config.dataset_config, limit=config.limit)
+    preferences = load_preferences(
+        config.dataset, split=config.split, config=config.dataset_config, limit=config.limit, renames=config.map
+    )
     source = find_model(config.model)
     return source, preferences, chat_of(config, load_tokenizer(source), template), limits
 

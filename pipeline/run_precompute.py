@@ -31,25 +31,26 @@ def run_precompute(config: RunConfig) -> None:
         found = f"{world_size} workers" if config.engine == "local" else f"--engine {config.engine}"
         raise ValueError(f"--repair: expected one worker, which reads every shard, found {found}; start one process")
     if config.engine == "local":
-        manifest, tokens_per_second = _run_worker(config, out, rank, world_size)
+        manifest, guessed, tokens_per_second = _run_worker(config, out, rank, world_size)
     elif world_size > 1:
         raise ValueError(f"--engine: ray starts its workers itself, found {world_size} of them; start one process")
     else:
-        manifest, tokens_per_second = _run_pool(config, out), 0.0
+        (manifest, guessed), tokens_per_second = _run_pool(config, out), 0.0
     if manifest is None:
         console.print("shards of this cache are still with other workers; whoever finishes last writes the manifest")
         return
-    _print_totals(manifest, out, tokens_per_second)
+    _print_totals(manifest, out, guessed, tokens_per_second)
 
 
-def _run_worker(config: RunConfig, out: Place, rank: int, world_size: int) -> tuple[Manifest | None, float]:
+def _run_worker(config: RunConfig, out: Place, rank: int, world_size: int) -> tuple[Manifest | None, int, float]:
+    """The manifest if this worker finished last, how many prompts are guessed, and tokens a second."""
     if config.workers is not None:
         raise ValueError(
             "--workers: only --engine ray reads it; leave it out, or start several processes with torchrun"
         )
     reference, preferences, limits, settings = load_stage_one(config)
     if config.repair:
-        return _repair(reference, preferences, limits, out, settings), 0.0
+        return _repair(reference, preferences, limits, out, settings), preferences.guessed_prompts, 0.0
     with PairProgress(len(preferences)) as progress:
         manifest = precompute(
             reference,
@@ -61,7 +62,7 @@ def _run_worker(config: RunConfig, out: Place, rank: int, world_size: int) -> tu
             on_pairs=progress.advance,
             **settings,
         )
-    return manifest, progress.tokens_per_second
+    return manifest, preferences.guessed_prompts, progress.tokens_per_second
 
 
 def _repair(
@@ -88,7 +89,7 @@ def _repair(
     return manifest
 
 
-def _run_pool(config: RunConfig, out: Place) -> Manifest:
+def _run_pool(config: RunConfig, out: Place) -> tuple[Manifest, int]:
     try:
         from .ray_pool import run_pool
     except ModuleNotFoundError as error:
@@ -117,7 +118,7 @@ def load_stage_one(config: RunConfig) -> tuple[Reference, Preferences, Limits, d
     return Reference(source, model, chat, saes, config.dtype), preferences, limits, settings
 
 
-def _print_totals(manifest: Manifest, out: Place, tokens_per_second: float) -> None:
+def _print_totals(manifest: Manifest, out: Place, guessed: int, tokens_per_second: float) -> None:
     counts = manifest.counts
     console.print(
         f"{out}: {manifest.num_pairs} pairs in {len(manifest.shards)} shards, {manifest.num_bytes / 1e6:.1f} MB "
@@ -131,6 +132,10 @@ def _print_totals(manifest: Manifest, out: Place, tokens_per_second: float) -> N
     )
     for reason, number in sorted(manifest.skipped.items()):
         console.print(f"skipped {number}: {reason}")
+    if guessed:
+        console.print(
+            f"guessed prompts {guessed}: no column holds them, so each is the beginning that both texts share"
+        )
     if manifest.noise:
         mse = ", ".join(f"{value:.2g}" for value in manifest.noise.feature_mse)
         console.print(f"noise between two packings: log-probs {manifest.noise.logp:.2g} nats, D_F {mse}")

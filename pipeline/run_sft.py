@@ -55,6 +55,7 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
             max_length=config.max_length,
             config=config.dataset_config,
             limit=config.limit,
+            renames=config.map,
         )
     identity = {"model_sha256": source.sha256, "data_sha256": conversations.sha256}
     check_resume(config, out, identity)

@@ -1,14 +1,14 @@
 """Chat data to conversations whose assistant turns are to be learnt.
 
-In: a hub id with configuration and split, or a local Parquet, JSON or JSONL file or folder, with UltraChat-200K's
-column `messages`; a chat format and a length. Out: token ids with a mask of the assistant's tokens, and what was
+In: a hub id with configuration and split, or a local file or folder, with a column `messages` or `conversations`; a
+chat format and a length. Out: token ids with a mask of the assistant's tokens, and what was
 skipped or cut. Tokenising is a `datasets.map`: it shows its progress, and the same data are tokenised once.
 """
 
 import hashlib
 import importlib.metadata
-import json
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ..cache.files import canonical_json, sha256_file, sha256_text
+from . import boundary, cutting, rendering, shapes
 from . import chat as chat_file
-from . import cutting, rendering
+from . import turns as turns_file
 from .chat import ChatFormat, Turns, is_blank
 from .models import tokenizer_sha256
 from .packing import Conversation
-from .preferences import load_rows, read_text
+from .raw_rows import load_rows, parse_row
 from .rendering import ANEW, EMPTY, LEFT_OUT, REFUSED, SHARED, SkipError, Tools
+from .shapes import check_readable, conversation_column, read_conversation
 
 CONVERSATION_SKIP_REASONS = (
     "no messages",
@@ -38,8 +40,6 @@ CONVERSATION_SKIP_REASONS = (
     "no learnt token after truncation",
 )
 
-CODE = tuple(str(file) for file in (__file__, chat_file.__file__, cutting.__file__, rendering.__file__))
-
 FEATURES = datasets.Features(
     {
         "ids": datasets.List(datasets.Value("int32")),
@@ -49,6 +49,10 @@ FEATURES = datasets.Features(
         "row": datasets.Value("int32"),
     }
 )
+
+
+# What a row becomes depends on these files.
+CODE = [__file__, *(module.__file__ for module in (boundary, chat_file, cutting, rendering, shapes, turns_file))]
 
 
 class Conversations:
@@ -108,6 +112,7 @@ def load_conversations(
     max_length: int,
     config: str | None = None,
     limit: int | None = None,
+    renames: Sequence[str] = (),
 ) -> Conversations:
     """Opens chat data and tokenises it.
 
@@ -118,31 +123,36 @@ def load_conversations(
         max_length: tokens of a conversation; its end is cut.
         config: the hub data set's configuration; local data has none.
         limit: keep only the first so many raw rows.
+        renames: `NEW=OLD`: the column OLD is called NEW.
 
     Raises:
         FileNotFoundError: there is no such file, folder or hub data set.
-        ValueError: as `load_preferences`; no column `messages`; a row that is malformed, with its number; a template
-            that closes answers in different ways.
+        ValueError: as `load_preferences`; no column with conversations; a row that is malformed, with its number; a
+            template that closes answers in different ways.
     """
-    rows = load_rows(source, split, config, limit, what="conversations")
-    if "messages" not in rows.column_names:
-        found = ", ".join(map(repr, rows.column_names))
-        raise ValueError(f"{source}: found columns {found}, expected 'messages' as lists of 'role' and 'content'")
-    if not len(rows):
-        raise ValueError(f"{source}: expected conversations in split {split!r}, found no row")
+    rows = load_rows(source, split, config, limit, "conversations", renames)
     try:
-        tokenised = rows.map(
-            partial(_tokenised_rows, chat=chat, max_length=max_length, source=source, split=split),
-            with_indices=True,
-            batched=True,
-            input_columns=[name for name in ("messages", "tools") if name in rows.column_names],
-            remove_columns=rows.column_names,
-            features=FEATURES,
-            new_fingerprint=_fingerprint(rows, chat, max_length),
-            desc="tokenising",
-        )
-    except UnicodeDecodeError as error:  # while it decodes a row
-        raise ValueError(f"{source}: expected UTF-8, found {error}") from error
+        conversation_column(rows.columns)
+        check_readable(rows.columns)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    tokenised = rows.data.map(
+        partial(
+            _tokenised_rows,
+            columns=tuple(rows.columns),
+            chat=chat,
+            max_length=max_length,
+            source=source,
+            split=split,
+        ),
+        with_indices=True,
+        batched=True,
+        input_columns=["row"],
+        remove_columns=["row"],
+        features=FEATURES,
+        new_fingerprint=_fingerprint(rows.data, chat, max_length),
+        desc="tokenising",
+    )
     return Conversations(tokenised)
 
 
@@ -196,23 +206,22 @@ def _reason_to_skip(turns: Turns) -> str | None:
 
 
 def _tokenised_rows(
-    messages: list[Any],
-    *columns: Any,
+    texts: list[str],
+    numbers: list[int],
+    *,
+    columns: Sequence[str],
     chat: ChatFormat,
     max_length: int,
     source: str,
     split: str,
 ) -> dict[str, list[Any]]:
     """Columns of `FEATURES` for some raw rows: one entry a conversation or reason to skip."""
-    *tools, rows = columns
     made: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    for row, value, schemas in zip(rows, messages, tools[0] if tools else [None] * len(rows), strict=True):
+    for row, text in zip(numbers, texts, strict=True):
         try:
-            turns = read_text(value, "messages")
-            if isinstance(turns, str) and turns:
-                raise ValueError(f"expected messages in 'messages', found text {turns!r:.80}")
-            found, reasons, truncated = tokenize_conversation(turns or (), chat, max_length, _read_tools(schemas))
-        except ValueError as error:
+            turns, tools = read_conversation(parse_row(text), columns)
+            found, reasons, truncated = tokenize_conversation(turns, chat, max_length, tools)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{source}, row {row} of split {split!r}: {error}") from error
         for one, cut in zip(found, truncated, strict=True):
             _add(made, ids=one.ids, learnt=one.learnt, skipped=None, truncated=cut, row=row)
@@ -228,20 +237,6 @@ def _add(columns: dict[str, list[Any]], **entry: Any) -> None:
         columns[name].append(value)
 
 
-def _read_tools(value: Any) -> Tools:
-    """The schemas in column `tools`, which may be JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"expected JSON in 'tools', found {value!r:.80}: {error}") from error
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError(f"expected a list of schemas in 'tools', found {value!r:.80}")
-    return tuple(value)
-
-
 def _fingerprint(rows: datasets.Dataset, chat: ChatFormat, max_length: int) -> str:
     """Names the result by all that it depends on; the library's own would overlook changes of the code."""
     content = {
@@ -250,7 +245,7 @@ def _fingerprint(rows: datasets.Dataset, chat: ChatFormat, max_length: int) -> s
         "template": chat.template,
         "date": None if chat.date is None else chat.date.isoformat(),
         "max_length": max_length,
-        "code": [sha256_file(Path(file)) for file in CODE],
+        "code": [sha256_file(Path(str(file))) for file in CODE],
         "versions": [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
     }
     return sha256_text(canonical_json(content))[:32]

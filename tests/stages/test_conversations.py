@@ -289,7 +289,7 @@ def test_the_same_data_are_tokenised_once_and_others_again(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([{"role": "user", "content": None}], "'role' and 'content' as text in 'messages'"),
+        ([{"role": "user", "content": 3}], "'role' and 'content' as text in 'messages'"),
         ([{"role": "user", "text": "Hello"}], "'role' and 'content' as text in 'messages'"),
     ],
 )
@@ -307,13 +307,10 @@ def test_a_column_of_another_type_is_an_error(tmp_path, value):
         load(write(tmp_path / "a.jsonl", [{"messages": value}]))
 
 
-def test_mistakes_in_the_source_are_one_line(tmp_path, monkeypatch):
+def test_mistakes_in_the_source_are_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"\Aexpected conversations at [^\n]*none.jsonl[^\n]*\Z"):
         load(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match=r"\A[^\n]*found columns 'chosen', 'rejected', expected 'messages'[^\n]*\Z"):
         load(write(tmp_path / "a.jsonl", [{"chosen": "a", "rejected": "b"}]))
     with pytest.raises(ValueError, match="at least 1 row, found 0"):
         load(write(tmp_path / "b.jsonl", [messages(TWO)]), limit=0)
-    monkeypatch.setattr(conversations, "load_rows", lambda *_, **__: datasets.Dataset.from_dict({"messages": []}))
-    with pytest.raises(ValueError, match=r"expected conversations in split 'train_sft', found no row"):
-        load(tmp_path / "b.jsonl")
