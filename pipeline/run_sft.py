@@ -5,13 +5,15 @@ template that it was tuned in, in `--out`, with `run.yaml` and `metrics.jsonl`. 
 anything is written.
 """
 
+from functools import partial
 from typing import Any
 
 from ..stages.chat import ChatFormat, load_template
 from ..stages.conversations import load_conversations
-from ..stages.models import check_vocabulary, choose_attention, find_model, load_model, load_tokenizer
+from ..stages.models import attentions_to_try, check_vocabulary, find_model, load_model, load_tokenizer
 from ..stages.row_config import RowConfig
 from ..stages.sft import SFTTrainer
+from ..stages.supported import load_supported
 from .config import RunConfig
 from .inputs import device_of, required
 from .progress import console
@@ -37,7 +39,7 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
     tokenizer = load_tokenizer(source)
     chat = ChatFormat(tokenizer, template)
     device = device_of(config)
-    attention = choose_attention(config.attention, source, device)
+    attentions = attentions_to_try(config.attention, source, device)
     with args.main_process_first(desc="tokenising"):
         conversations = load_conversations(
             dataset,
@@ -63,7 +65,7 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
         )
         for line in skipped:
             console.print(line)
-    model = load_model(source, attention=attention, device=device)
+    model = load_supported(partial(load_model, source, device=device), attentions, console.print)
     model.name_or_path = source.lasting_name
     check_vocabulary(model, tokenizer, chat.probe_ids)
     _stop_at(model, chat.end_id)
