@@ -165,13 +165,23 @@ def _first(output: Any) -> Any:
 
 
 def _is(found: Any, expected: Tensor) -> bool:
-    return isinstance(found, Tensor) and found.shape == expected.shape and torch.equal(found, expected)
+    return isinstance(found, Tensor) and found.shape == expected.shape and _near(found, expected, 0.0)
+
+
+def _near(found: Tensor, expected: Tensor, allowed: float) -> bool:
+    """Whether two tensors differ by no more; what is not finite is no difference, it is named when pairs are scored."""
+    off = (found - expected).abs()
+    return not bool((off[off.isfinite()] > allowed).any())
+
+
+def _largest(values: Tensor) -> float:
+    return float(torch.where(values.isfinite(), values.abs(), 0.0).max())
 
 
 def _close(found: Tensor, expected: Tensor, of: Tensor) -> bool:
     """Whether two tensors are the same up to rounding, and to `TOLERANCE` of `of`'s largest entry."""
-    rounding = 8 * torch.finfo(found.dtype).eps * float(expected.abs().max())
-    return float((found - expected).abs().max()) <= TOLERANCE * float(of.abs().max()) + rounding
+    rounding = 8 * torch.finfo(found.dtype).eps * _largest(expected)
+    return _near(found, expected, TOLERANCE * _largest(of) + rounding)
 
 
 def _mlp_out(layer: nn.Module, calls: list[_Seen]) -> str | None:
@@ -183,7 +193,7 @@ def _mlp_out(layer: nn.Module, calls: list[_Seen]) -> str | None:
     for number, (name, added) in enumerate(parts):
         if any("Attention" in type(part).__name__ for part in layer.get_submodule(name).modules()):
             continue
-        smaller = [min(added, other, key=lambda x: float(x.abs().max())) for _, other in parts[:number]]
+        smaller = [min(added, other, key=_largest) for _, other in parts[:number]]
         for (_, other), small in zip(parts[:number], smaller, strict=True):
             if _close(entered + other + added, left, small):
                 return name
@@ -231,7 +241,7 @@ def _head(model: Any, last: list[Any]) -> tuple[float, float | None]:
 
 def _same(found: Tensor, expected: Tensor) -> bool:
     """Whether two tensors are the same up to the rounding of a product."""
-    return torch.allclose(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()), equal_nan=True)
+    return _near(found, expected, 2e-6 * _largest(expected))
 
 
 def _is_number(value: Any) -> bool:

@@ -221,8 +221,8 @@ def _row(inner: Any, shapes: Sequence[Sequence[int]], seed: int) -> tuple[Packed
     pairs, sequences = [], []
     for number, sizes in enumerate(shapes):
         parts = probe_ids(inner, sum(sizes), 10 * seed + number).split(list(sizes))
-        arrays = [part.cpu().numpy().astype(np.int32) for part in parts]
-        pairs.append(Pair(pair_id(*arrays, number), *arrays))
+        prompt, chosen, rejected = (part.cpu().numpy().astype(np.int32) for part in parts)
+        pairs.append(Pair(pair_id(prompt, chosen, rejected, number), prompt, chosen, rejected))
         for response in parts[1:]:
             sequences.append((torch.cat([parts[0], response]), slice(sizes[0] - 1, sizes[0] + len(response) - 1)))
     (row,) = pack(pairs, sum(map(sum, shapes)), row_multiple(inner))

@@ -65,7 +65,6 @@ _WINDOWS = {"use_sliding_window": True, "layer_types": ["sliding_attention", "fu
 _SET_WHERE_OFF = ("sliding_window", "pad_token_id")
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_nb_functions": 1},
     "cohere": {"logit_scale": 0.5},
     "cohere2": {"logit_scale": 0.5},
     "cohere_compass_text": {
@@ -132,10 +131,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(kind: str) -> Any:
-    """The configuration of a tiny model of this type."""
+def tiny_config(kind: str, **settings: Any) -> Any:
+    """The configuration of a tiny model of this type, with settings beside those of the tiny ones."""
     config_class: Any = CONFIG_MAPPING[kind]
-    return _shrunk(config_class, SPECIAL.get(kind, {}))
+    return _shrunk(config_class, SPECIAL.get(kind, {}) | settings)
 
 
 def _shrunk(config_class: Any, special: dict[str, Any]) -> Any:

@@ -1,11 +1,20 @@
-"""One architecture in the product and in plain transformers: the comparison behind the matrix of models."""
+"""Every causal architecture of the installed transformers, tiny and random: right, or refused in one line.
 
-import warnings
+Each goes through the product's own loading, and what it says of random pairs, packed and alone, is held against plain
+transformers, each sequence by itself under the model's own forward pass: log-probabilities, activations at all sites,
+gradients of all weights.
+"""
+
+import re
+import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from fpo.stages.anatomy import anatomy
 from fpo.stages.models import attentions_to_try, find_model
 from fpo.stages.packing import pack
@@ -13,13 +22,16 @@ from fpo.stages.scoring import run_body, run_head
 from fpo.stages.sites import Site, capture_sites, module_at
 from fpo.stages.supported import load_supported
 from pairs import random_pair
-from tiny_architectures import tiny_config, tiny_model
+from tiny_architectures import ARCHITECTURES, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 # Beside fp32's rounding, which differs between packed and separate rows: relative to the largest entry of a tensor.
 LOGPS, ACTS, GRADIENTS = 2e-5, 2e-5, 2e-4
 SHAPES = ((9, 14, 5), (1, 1, 20), (20, 3, 3))
+
+
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
 @dataclass
@@ -35,14 +47,12 @@ class Verdict:
     wrong: list[str] = field(default_factory=list)
 
 
-def judge(kind: str, folder: Path) -> Verdict:
+def judge(kind: str, folder: Path, **settings: Any) -> Verdict:
     """Builds, saves, loads and compares; what our own code raises as a traceback is raised here too."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            saved = tiny_model(tiny_config(kind))
-            saved(input_ids=torch.arange(3, 20)[None])
-            saved.save_pretrained(folder)
+        saved = tiny_model(tiny_config(kind, **settings))
+        saved(input_ids=torch.arange(3, 20)[None])
+        saved.save_pretrained(folder)
     except Exception as error:  # noqa: BLE001 (whatever keeps an architecture from being built)
         return Verdict(kind, not_built=f"{type(error).__name__}: {' '.join(str(error).split())}")
     try:
@@ -156,3 +166,103 @@ def _is_added(model: Any, site: Site) -> bool:
 
 def _shifted(output: Any, shift: float) -> Any:
     return (output[0] + shift, *output[1:]) if isinstance(output, tuple) else output + shift
+
+
+def _reason(verdict: Verdict) -> str:
+    """The first words of a refusal, without numbers that a rounding may change."""
+    found = verdict.refusal.partition(", found ")[2].partition(";")[0]
+    if found == "others":
+        found = "logits that are not its head's output, scaled and soft-capped"
+    return re.sub(r" that differ by .*", " that differ", found)[:70].replace("|", "/")
+
+
+def _table(verdicts: list[Verdict]) -> str:
+    rows = []
+    for verdict in verdicts:
+        if verdict.not_built:
+            rows.append([verdict.kind, "", "", "", f"not built: {verdict.not_built.partition(':')[0]}"])
+        elif verdict.refusal:
+            rows.append([verdict.kind, "", "", "", f"refused: {_reason(verdict)}"])
+        else:
+            hooks = ["yes" if known else "refused" for known in (verdict.resid_post, verdict.mlp_out)]
+            rows.append([verdict.kind, verdict.attention, *hooks, "right" if not verdict.wrong else "WRONG"])
+    counts = Counter(row[-1].partition(":")[0] for row in rows)
+    head = [
+        f"{len(rows)} causal architectures in transformers {transformers.__version__}: {counts['right']} score as plain",
+        f"transformers does, {counts['refused']} are refused in one line, {counts['not built']} cannot be built tiny and",
+        f"offline and were not tried, {counts['WRONG']} are wrong in silence.",
+        "",
+        "Tiny random models, fp32, CPU, windows of 8 tokens exceeded. `attention` is what `--attention auto` takes; a",
+        "site is `refused` where no module of a layer computes it.",
+        "",
+        "| type | attention | resid_post | mlp_out | verdict |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+# Settings that change what is computed, beside those that the tiny configurations have.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Falcon with ALiBi": ("falcon", {"alibi": True}),
+    "Falcon of the new form": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "Falcon, MLP after attention": ("falcon", {"parallel_attn": False}),
+    "GPT-NeoX, MLP after attention": ("gpt_neox", {"use_parallel_residual": False}),
+    "GPT-2 with scaled attention": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False}),
+    "MPT with learnt positions": ("mpt", {"attn_config": {"alibi": False}}),
+    "OPT with a projected embedding": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "StableLM, side by side": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "Gemma-3, both ways": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "Gemma-3 with a soft-cap": ("gemma3_text", {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 3.0}),
+    "Llama, yarn": ("llama", {"rope_parameters": _YARN}),
+    "Llama, linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "Llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "Mistral without a window": ("mistral", {"sliding_window": None}),
+    "DeepSeek-V3, yarn": ("deepseek_v3", {"rope_parameters": _YARN}),
+    "BERT as a decoder": ("bert", {"is_decoder": True}),
+    "BART as a decoder": ("bart", {"is_decoder": True, "is_encoder_decoder": False}),
+    "GPT-BigCode, many queries": ("gpt_bigcode", {"multi_query": False}),
+    "Phi with norms": ("phi", {"qk_layernorm": True, "partial_rotary_factor": 0.5}),
+    "Command-R+": ("cohere", {"use_qk_norm": True}),
+    "Qwen-2, a window in every layer": ("qwen2", {"layer_types": ["sliding_attention"] * 2}),
+}
+REFUSED = {
+    "Falcon with ALiBi",
+    "MPT with learnt positions",
+    "Gemma-3, both ways",
+    "BERT as a decoder",
+    "BART as a decoder",
+}
+
+# One or two of each way of building a model; the whole list is slow.
+FAMILIES = ["cohere", "falcon", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neo", "gpt_oss", "granite", "llama", "mamba", "marian", "mistral", "mixtral", "mpt", "nemotron", "olmo2", "opt", "phi", "phi3", "qwen2_moe", "qwen3", "stablelm"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, about configurations that nobody uses
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_is_right_or_refused(kind, tmp_path):
+    verdict = judge(kind, tmp_path)
+    assert not verdict.not_built
+    assert not verdict.wrong
+    assert bool(verdict.refusal) == (kind in ("gpt_neo", "mamba", "marian", "mpt"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_setting_is_right_or_refused(name, tmp_path):
+    kind, settings = VARIANTS[name]
+    verdict = judge(kind, tmp_path, **settings)
+    assert not verdict.not_built
+    assert not verdict.wrong
+    assert bool(verdict.refusal) == (name in REFUSED), verdict.refusal
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_architecture_is_right_or_refused(committed_section):
+    verdicts = []
+    for kind in ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as folder:
+            verdicts.append(judge(kind, Path(folder)))
+    assert {verdict.kind: verdict.wrong for verdict in verdicts if verdict.wrong} == {}
+    assert sum(not verdict.refusal and not verdict.not_built for verdict in verdicts) > 95
+    committed_section("Models", _table(verdicts))
