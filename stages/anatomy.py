@@ -77,7 +77,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     if len(outer or lists) != 1:
         raise ValueError(
             f"model {model.config.model_type}: expected one list of {number} layers in {type(decoder).__name__}, found "
-            f"{len(outer or lists)}; this architecture is not supported"
+            f"{len(outer or lists)} such lists; this architecture is not supported"
         )
     found: nn.ModuleList = (outer or lists)[0]
     return found
@@ -85,7 +85,8 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 def probe_ids(model: Any, tokens: int, seed: int) -> Tensor:
     """Random token ids [tokens] on the model's device, of ordinary tokens: special ones tend to come first."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # either may have rows to spare
+    vocabulary = min(end.weight.shape[0] for end in ends)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (tokens,), generator=generator)
     return ids.to(next(model.parameters()).device)
