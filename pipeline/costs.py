@@ -74,7 +74,7 @@ class Task:
 
     @property
     def attention(self) -> str:
-        """The implementation that `choose_attention` takes."""
+        """The implementation that `attentions_to_try` begins with."""
         if self.config.attention != "auto":
             return self.config.attention
         if self.rates.cuda and self.shape.flex:

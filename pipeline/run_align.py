@@ -4,6 +4,7 @@ In: a `RunConfig`, and which options were given on the command line. Out: a mode
 `run.yaml` and `metrics.jsonl`. What can be refused is refused before anything is written.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from ..cache.reader import Cache, open_cache
 from ..stages.align import FPOConfig, FPOTrainer
 from ..stages.chat import ChatFormat, load_template
 from ..stages.methods import METHODS
-from ..stages.models import ModelSource, check_vocabulary, choose_attention, find_model, load_model
+from ..stages.models import ModelSource, attentions_to_try, check_vocabulary, find_model, load_model
 from ..stages.parity import check_cache
 from ..stages.reading import reading
 from ..stages.rehearsal import outside_decoder
+from ..stages.scoring import causal_lm
 from ..stages.sites import check_fits
+from ..stages.supported import load_supported
 from .config import RunConfig
 from .inputs import device_of, find_reference, required, saes_of_sites, sites_to_read, tokenizer_of_cache
 from .progress import console
@@ -60,14 +63,14 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
         eval_cache = open_cache(config.eval_cache, sites=sites, trust_hashes=config.trust_hashes)
         _check_same_but_split(config, eval_cache, cache)
     device = device_of(config)
-    attention = choose_attention(config.attention, source, device)
+    attentions = attentions_to_try(config.attention, source, device)
     saes = saes_of_sites(config, sites, device)
     check_cache(cache, saes, config.dtype, config.top_k)
     identity = {"cache_fingerprint": meaning.fingerprint()}
     check_resume(config, out, identity)
     if is_finished(config, out):
         return
-    policy = load_model(source, attention=attention, device=device)
+    policy = load_supported(partial(load_model, source, device=device), attentions, console.print)
     policy.name_or_path = source.lasting_name
     check_vocabulary(policy, tokenizer)
     for sae in saes:
@@ -76,7 +79,8 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
         policy = _with_lora(policy, config)
     reference = None
     if divergence == "kl":
-        reference = load_model(find_reference(config, meaning), attention=attention, device=device)
+        load = partial(load_model, find_reference(config, meaning), device=device)
+        reference = load_supported(load, (causal_lm(policy).config._attn_implementation,))
     with missing_trackers():
         trainer = FPOTrainer(
             policy,

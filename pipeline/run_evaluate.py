@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,16 @@ from ..stages.generate import Sampling, context_length
 from ..stages.methods import METHODS
 from ..stages.models import (
     ModelSource,
+    attentions_to_try,
     autocast,
     check_tokens,
     check_vocabulary,
-    choose_attention,
     load_model,
     load_tokenizer,
 )
 from ..stages.parity import check_cache
-from ..stages.scoring import check_model
 from ..stages.sites import SiteSAE, check_fits
+from ..stages.supported import load_supported
 from ..stages.token_bound import token_bound
 from .config import RunConfig, to_yaml
 from .inputs import (
@@ -71,7 +72,6 @@ class _Inputs:
 
     source: ModelSource | AdapterSource
     policy: Any
-    attention: str
     chat: ChatFormat
     cache: Cache | None
     saes: list[SiteSAE]
@@ -165,7 +165,7 @@ def _prepare(config: RunConfig) -> _Inputs:
     source = policy_of(config.model, config.base)  # type: ignore[arg-type]
     weights, words = (source.base, source.tokenizer) if isinstance(source, AdapterSource) else (source, source)
     device = device_of(config)
-    attention = choose_attention(config.attention, weights, device)
+    attentions = attentions_to_try(config.attention, weights, device)
     cache, template, day, reference = None, None, None, None
     saes: list[SiteSAE] = []
     if config.cache is None:
@@ -181,11 +181,13 @@ def _prepare(config: RunConfig) -> _Inputs:
         saes = saes_of_sites(config, sites, device)
         check_cache(cache, saes, config.dtype, config.top_k)
         reference = find_reference(config, meaning) if config.reference else None
-    if isinstance(source, AdapterSource):  # in the layers of its base model, which computes with it
-        policy = load_adapter(source, attention=attention, device=device).get_base_model()
-    else:
-        policy = load_model(source, attention=attention, device=device)
-    check_model(policy)
+
+    def load(attention: str) -> Any:
+        if isinstance(source, AdapterSource):  # in the layers of its base model, which computes with it
+            return load_adapter(source, attention=attention, device=device).get_base_model()
+        return load_model(source, attention=attention, device=device)
+
+    policy = load_supported(load, attentions, console.print)
     check_vocabulary(policy, tokenizer)
     for sae in saes:
         check_fits(sae, policy)
@@ -201,7 +203,7 @@ def _prepare(config: RunConfig) -> _Inputs:
             f"{longest} and {config.max_new_tokens} more; lower it"
         )
     chat = ChatFormat(tokenizer, template, day)
-    return _Inputs(source, policy, attention, chat, cache, saes, reference, prompts)
+    return _Inputs(source, policy, chat, cache, saes, reference, prompts)
 
 
 def _write_answers(config: RunConfig, inputs: _Inputs, sampling: Sampling, total: int, out: Path) -> None:
@@ -230,7 +232,8 @@ def _measure_pairs(config: RunConfig, inputs: _Inputs, cache: Cache, out: Path) 
     policy, reference = inputs.policy, None
     if inputs.reference is not None:
         same = inputs.reference.sha256 == inputs.source.sha256
-        reference = policy if same else load_model(inputs.reference, attention=inputs.attention, device=policy.device)
+        load = partial(load_model, inputs.reference, device=policy.device)
+        reference = policy if same else load_supported(load, (policy.config._attn_implementation,))
     with PairProgress(len(cache), "evaluate") as progress:
         columns = measure_policy(
             policy,

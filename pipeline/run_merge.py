@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..stages.adapters import AdapterSource, load_adapter, merged
 from ..stages.model_card import card_of_merged
-from ..stages.models import choose_attention, load_tokenizer
+from ..stages.models import load_tokenizer
 from ..stages.saving import move_model, saving
 from .inputs import check_new, policy_of
 from .progress import console
@@ -22,7 +22,7 @@ def run_merge(run: str, out: Path, base: str | None) -> None:
     if not isinstance(source, AdapterSource):
         raise ValueError(f"expected an adapter to merge in {source.folder}, found a model; it can be used as it is")
     tokenizer = load_tokenizer(source.tokenizer)
-    model = merged(load_adapter(source, attention=choose_attention("auto", source.base, "cpu"), device="cpu"))
+    model = merged(load_adapter(source, attention="eager", device="cpu"))
     with sole_writer(out):
         check_new(out)
         new = out / ".new"

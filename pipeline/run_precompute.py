@@ -5,16 +5,18 @@ anything is written. Several workers may share a cache: ranks of torchrun or SLU
 actors of Ray.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..cache.files import Place
 from ..cache.manifest import Manifest
-from ..stages.models import check_vocabulary, choose_attention, load_model
+from ..stages.models import attentions_to_try, check_vocabulary, load_model
 from ..stages.precompute import precompute, repair
 from ..stages.preferences import Limits, Preferences
 from ..stages.reference import Reference
 from ..stages.sites import check_fits
+from ..stages.supported import load_supported
 from .config import RunConfig, to_yaml
 from .inputs import check_folder, device_of, load_data, load_saes, required
 from .progress import PairProgress, console
@@ -103,7 +105,9 @@ def load_stage_one(config: RunConfig) -> tuple[Reference, Preferences, Limits, d
     device = device_of(config)
     take_own_gpu(device)
     saes = load_saes(config, device)
-    model = load_model(source, attention=choose_attention(config.attention, source, device), device=device)
+    model = load_supported(
+        partial(load_model, source, device=device), attentions_to_try(config.attention, source, device), console.print
+    )
     check_vocabulary(model, chat.tokenizer, chat.probe_ids)
     for sae in saes:
         check_fits(sae, model)

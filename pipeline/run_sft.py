@@ -6,6 +6,7 @@ anything is written.
 """
 
 import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from accelerate.utils import broadcast_object_list
 
 from ..stages.chat import load_template
 from ..stages.conversations import load_conversations
-from ..stages.models import check_vocabulary, choose_attention, find_model, load_model, load_tokenizer
+from ..stages.models import attentions_to_try, check_vocabulary, find_model, load_model, load_tokenizer
 from ..stages.row_config import RowConfig
 from ..stages.sft import SFTTrainer
+from ..stages.supported import load_supported
 from .config import RunConfig
 from .inputs import chat_of, device_of, required
 from .plain_yaml import read_yaml
@@ -46,7 +48,7 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
         (day,) = broadcast_object_list([chat.date.isoformat()])  # it may be midnight between two ranks
         config, chat = config.model_copy(update={"date": day}), chat.on(datetime.date.fromisoformat(day))
     device = device_of(config)
-    attention = choose_attention(config.attention, source, device)
+    attentions = attentions_to_try(config.attention, source, device)
     with args.main_process_first(desc="tokenising"):
         conversations = load_conversations(
             dataset,
@@ -73,7 +75,7 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
         )
         for line in skipped:
             console.print(line)
-    model = load_model(source, attention=attention, device=device)
+    model = load_supported(partial(load_model, source, device=device), attentions, console.print)
     model.name_or_path = source.lasting_name
     check_vocabulary(model, tokenizer, chat.probe_ids)
     _stop_at(model, chat.end_id)

@@ -2,6 +2,7 @@
 
 In: a cache, a policy, the SAEs of the chosen sites (and a live reference for the methods whose constraint is the KL).
 Out: a `transformers.Trainer` that trains any objective of `objectives.py`, logs under TRL's names, and refuses to start
+from functools import partial
 from a policy that is not the cache's reference.
 
 Shapes: R responses of a packed row, B pairs of a packed row (R = 2B, chosen and rejected in turn).
@@ -16,17 +17,19 @@ from transformers import TrainerCallback
 
 from ..cache.manifest import Meaning
 from ..cache.reader import Cache
+from .anatomy import decoder_layers
 from .batches import RowBatch, RowCollator
 from .finite import find_faults
 from .fpo_config import FPOConfig
 from .metrics import ParityLog
-from .models import check_tokens, choose_attention, find_model, load_model, load_tokenizer, tokenizer_sha256
+from .models import attentions_to_try, check_tokens, find_model, load_model, load_tokenizer, tokenizer_sha256
 from .objectives import PairLosses, PairScores, pair_losses
 from .packing import PackedRow, pack
 from .parity import check_cache, check_parity
 from .row_trainer import RowTrainer
 from .scoring import RowScores, causal_lm, live_reference, row_multiple, score_row
 from .sites import SiteSAE
+from .supported import load_supported
 
 __all__ = ["FPOConfig", "FPOTrainer"]
 
@@ -76,7 +79,9 @@ class FPOTrainer(RowTrainer):
                 check_cache(cache, saes, args.recipe, args.top_k)
         if isinstance(model, str):
             source = find_model(model)
-            model = load_model(source, attention=choose_attention("auto", source, args.device), device=args.device)
+            model = load_supported(
+                partial(load_model, source, device=args.device), attentions_to_try("auto", source, args.device)
+            )
             model.name_or_path = source.lasting_name
             processing_class = load_tokenizer(source) if processing_class is None else processing_class
         for cache in (train_dataset, eval_dataset):
@@ -239,7 +244,7 @@ class FPOTrainer(RowTrainer):
         if self.state.global_step == 0 and not self.args.allow_different_start:
             self._means["train"].add({"constraint/grad_ratio": losses.loss.new_zeros(())})
             return
-        layers = causal_lm(self.policy).get_decoder().layers
+        layers = decoder_layers(causal_lm(self.policy))
         layer = layers[min((sae.site.layer for sae in self.saes), default=len(layers) - 1)]
         weights = [weight for weight in layer.parameters() if weight.requires_grad]
         if not weights:

@@ -274,11 +274,12 @@ def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
-def choose_attention(requested: str, source: ModelSource, device: torch.device | str) -> str:
-    """The attention implementation: the one requested, or the fastest that is right for this model and device.
+def attentions_to_try(requested: str, source: ModelSource, device: torch.device | str) -> tuple[str, ...]:
+    """The attention implementation requested, or all that this model has and this device runs, the fastest first.
 
-    Packed rows need a mask of their own, which eager and flex_attention take, or are taken apart again by "packed".
-    Flex has no backward on CPU; "packed" stands on sdpa, which has no soft-capping, so that Gemma-2 has neither.
+    Whether one is right for the model is tried once it is loaded (`load_supported`). Packed rows need a mask of their
+    own, which eager and flex_attention take, or are taken apart again by "packed". Flex has no backward on CPU;
+    "packed" stands on sdpa, which has no soft-capping, so that Gemma-2 has neither.
 
     Args:
         requested: "auto" or an implementation.
@@ -286,21 +287,20 @@ def choose_attention(requested: str, source: ModelSource, device: torch.device |
         device: where it will run.
 
     Raises:
-        ValueError: if flex_attention is requested on CPU.
+        ValueError: if flex_attention is requested on CPU; if it is no causal language model.
     """
     if requested == "flex_attention" and torch.device(device).type == "cpu":
         raise ValueError("--attention: flex_attention has no backward on CPU; leave the option out, or take eager")
     if requested != "auto":
-        return requested
+        return (requested,)
     from transformers import AutoModelForCausalLM
 
     config = _config(source)
     model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None:
         raise ValueError(f"model {source.name}: expected a causal language model, found a {config.model_type}")
-    if torch.device(device).type == "cuda" and model_class._supports_flex_attn:
-        return "flex_attention"
-    return PACKED if model_class._supports_sdpa else "eager"
+    flex = torch.device(device).type == "cuda" and model_class._supports_flex_attn
+    return (*(["flex_attention"] * flex), *([PACKED] * model_class._supports_sdpa), "eager")
 
 
 def _config(source: ModelSource) -> Any:

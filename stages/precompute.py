@@ -22,7 +22,8 @@ from .packing import PackedRow
 from .parity import check_packings, difference
 from .preferences import Limits, Preferences, tokenize_pair
 from .reference import Reference, describe_meaning, describe_numerics, provenance
-from .scoring import check_model, measure_pairs
+from .scoring import measure_pairs
+from .supported import check_model
 
 # One pair for so many, and at least two a shard, are measured a second time in another packing, for the cache's noise.
 PAIRS_PER_SAMPLE = 256

@@ -31,8 +31,9 @@ from .resuming import ResumingTrainer
 from .row_config import RowConfig
 from .saving import copy_processor, move_model, saving
 from .schedules import check_rates, own_length
-from .scoring import RowScores, attach_scoring, causal_lm, check_model
+from .scoring import RowScores, attach_scoring, causal_lm
 from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
+from .supported import check_model
 
 
 class RowTrainer(ResumingTrainer):
