@@ -2,13 +2,13 @@
 
 In: a cache, a policy, the SAEs of the chosen sites (and a live reference for the methods whose constraint is the KL).
 Out: a `transformers.Trainer` that trains any objective of `objectives.py`, logs under TRL's names, and refuses to start
-from functools import partial
 from a policy that is not the cache's reference.
 
 Shapes: R responses of a packed row, B pairs of a packed row (R = 2B, chosen and rejected in turn).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
