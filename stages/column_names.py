@@ -81,6 +81,6 @@ def unknown_columns(wanted: Collection[str], columns: Collection[str]) -> str:
     found = ", ".join(map(repr, columns))
     options = [f"--map {option(new, known_as(new, columns) or 'COLUMN')}" for new in wanted if new not in columns]
     return (
-        f"found columns {found}, expected {', '.join(map(repr, wanted))}, which is the nearest of the shapes in "
-        f"docs/data.md; rename columns with {' '.join(options)}"
+        f"found columns {found}, expected {', '.join(map(repr, wanted))}, the nearest of the shapes in docs/data.md; "
+        f"rename columns with {' '.join(options)}"
     )

@@ -147,29 +147,32 @@ def _json_rows(path: Path) -> Iterator[Row]:
             return
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield _object(_parsed(line, f"line {number}"), f"line {number}")
+                yield _object(_parsed(line.rstrip(b"\r\n"), number), f"line {number}")
 
 
 def _json_array(content: bytes) -> Iterator[Row]:
-    rows = _parsed(content, "the file")
+    rows = _parsed(content, 1)
     if not isinstance(rows, list):
         raise ValueError(f"expected an array of objects, found {type(rows).__name__}")
     for number, row in enumerate(rows):
         yield _object(row, f"row {number}")
 
 
-def _parsed(content: bytes, where: str) -> Any:
+def _parsed(content: bytes, line: int) -> Any:
     try:
         text = content.decode()
         found = json.loads(text, object_pairs_hook=_without_repeats)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no character
     except RecursionError:
-        raise ValueError(f"{where}: expected JSON, found it nested too deep") from None
+        raise ValueError(f"line {line}: expected JSON, found it nested too deep") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: expected UTF-8, found {error}") from None
+        raise ValueError(f"line {line}: expected UTF-8, found {error}") from None
+    except json.JSONDecodeError as error:
+        where = f"line {line + error.lineno - 1}, column {error.colno}"
+        raise ValueError(f"{where}: expected JSON, found none ({error.msg})") from None
     except ValueError as error:
-        raise ValueError(f"{where}: expected a JSON object, found {' '.join(str(error).split())}") from None
+        raise ValueError(f"line {line}: expected JSON, found {error}") from None
     return found
 
 

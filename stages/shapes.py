@@ -132,10 +132,13 @@ def check_readable(columns: Mapping[str, str | None]) -> None:
         ValueError: naming the column.
     """
     for name, kind in columns.items():
-        if kind is not None and (plain_name(name) in PARTS or name in {*SIDES, *SIDES.values(), *SCORES}):
+        if kind is None:
+            continue
+        if name in {*SIDES, *SIDES.values(), *SCORES}:
+            raise ValueError(f"expected text, messages or numbers in {name!r}, found {kind}; store it so")
+        if plain_name(name) in PARTS:
             raise ValueError(
-                f"expected text, messages or numbers in {name!r}, found {kind}; leave it out with "
-                f"--map {option('unused', name)}"
+                f"expected text or messages in {name!r}, found {kind}; leave it out with --map {option('unused', name)}"
             )
 
 
@@ -252,9 +255,11 @@ def _history(row: Row) -> Turns:
 def _with_system(turns: Turns, row: Row) -> Turns:
     """The turns after what `system` says."""
     system = read_text(row.get("system"), "system")
+    if not system or not turns:
+        return turns
     if not isinstance(system, str):
         raise ValueError("expected text in 'system', found messages")
-    if not system.strip() or not turns:
+    if not system.strip():
         return turns
     if turns[0].role != "system":
         return (Message("system", system), *turns)

@@ -85,9 +85,9 @@ def read_tools(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
     Raises:
         ValueError: it is no list of them, nor JSON of one.
     """
-    found = parsed(value) if isinstance(value, str) and value.strip() else value
-    if not found:
+    if not value or (isinstance(value, str) and not value.strip()):
         return ()
+    found = parsed(value) if isinstance(value, str) else value
     tools = []
     for tool in found if isinstance(found, list) else [found]:
         tool = _without_nulls(parsed(tool) if isinstance(tool, str) else tool)
