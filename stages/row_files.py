@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -123,8 +123,8 @@ def check_packing(path: Path) -> None:
                 raise ValueError(f"expected at most {limit} bytes once it is unpacked, found more; unpack it yourself")
 
 
-def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix.lower() == GZIP else path.open("rb")
+def _opened(path: Path) -> "io.BufferedReader[Any]":
+    return io.BufferedReader(gzip.GzipFile(path)) if path.suffix.lower() == GZIP else path.open("rb")
 
 
 # JSON.
@@ -244,8 +244,8 @@ def _is_plain(kind: pa.DataType) -> bool:
         return all(_is_plain(field.type) for field in kind)
     if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return _is_plain(kind.value_type)
-    text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    return text or types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_null(kind)
+    text = (types.is_string, types.is_large_string, types.is_string_view)
+    return any(of(kind) for of in (*text, types.is_integer, types.is_floating, types.is_boolean, types.is_null))
 
 
 # Files that `datasets` leaves beside its data.

@@ -169,11 +169,12 @@ def read_pair(row: Row, columns: Collection[str]) -> Read:
     else:
         parts = _guessed(row, chosen, rejected)
         guessed = bool(parts[0].strip())
-    if isinstance(parts[0], tuple):
-        parts = (_with_system(parts[0], row), *parts[1:])
-    example = Example(*parts, *[_score(row, name) for name in SCORES], tools=_tools(row))
-    _check_said(row, example.prompt, example.chosen, used={*shape.columns, "system", "tools"})
-    return Read(example, guessed)
+    prompt, chosen, rejected = parts
+    if isinstance(prompt, tuple):
+        prompt = _with_system(prompt, row)
+    score_chosen, score_rejected = (_score(row, name) for name in SCORES)
+    _check_said(row, prompt, chosen, used={*shape.columns, "system", "tools"})
+    return Read(Example(prompt, chosen, rejected, score_chosen, score_rejected, _tools(row)), guessed)
 
 
 def conversation_column(columns: Collection[str]) -> str:

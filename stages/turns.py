@@ -118,7 +118,7 @@ def _message(value: Any, name: str) -> Message:
     role_key, content_key = ("from", "value") if of_sharegpt else ("role", "content")
     if not isinstance(message, dict) or not isinstance(message.get(role_key), str):
         raise ValueError(f"expected messages with 'role' and 'content' as text in {name!r}, found {value!r:.80}")
-    said = message[role_key]
+    said: str = message[role_key]
     role = ROLES.get(said.strip().lower(), said)
     if of_sharegpt and said.strip().lower() not in ROLES:
         raise ValueError(f"expected one of {', '.join(ROLES)} as 'from' in {name!r}, found {said!r:.80}")
@@ -130,9 +130,11 @@ def _message(value: Any, name: str) -> Message:
         more["tool_calls"] = [message["function_call"]]
     if content_key not in message and not more:
         raise ValueError(f"expected messages with 'role' and 'content' as text in {name!r}, found {value!r:.80}")
+    if role == "assistant" and message.get("weight") == 0:
+        raise ValueError(f"expected answers that are all learnt in {name!r}, found one of OpenAI's 'weight' 0")
     content = _content(message.get(content_key), name, value)
     if said.strip().lower() in CALLS:
-        more["tool_calls"], content = parsed(content), ""
+        return Message(role, "", more | {"tool_calls": _calls(parsed(content), name)})
     if "tool_calls" in more:
         more["tool_calls"] = _calls(more["tool_calls"], name)
     return Message(role, content, more)

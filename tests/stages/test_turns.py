@@ -118,6 +118,7 @@ def test_tools_have_one_form_however_they_are_stored(stored):
         ([{"role": "user", "content": [{"type": "tool_use", "text": "a"}]}], "found a part of type 'tool_use'"),
         ([{"role": "user", "content": "a", "images": ["b"]}], "found 'images' in one of 'user'"),
         ([{"role": "assistant", "tool_calls": [{"id": "1"}]}], "calls of tools with a name"),
+        ([{"role": "assistant", "content": "a", "weight": 0}], "found one of OpenAI's 'weight' 0"),
         ([{"from": "function_call", "value": "search()"}], "calls of tools with a name"),
     ],
 )
