@@ -48,6 +48,8 @@ def read_text(value: Any, name: str) -> Text:
         return value or ""
     if not isinstance(value, list | dict):
         raise ValueError(f"expected text or messages in {name!r}, found {type(value).__name__}")
+    if isinstance(value, dict) and isinstance(value.get("role", value.get("from")), list):
+        value = _by_message(value, name)
     return tuple(_message(message, name) for message in (value if isinstance(value, list) else [value]))
 
 
@@ -67,16 +69,16 @@ def from_json(text: Any, name: str) -> Any:
 
 
 def parsed(text: str) -> Any:
-    """The list or object that a text holds as JSON; None if it holds none."""
-    if not text.lstrip().startswith(("[", "{")):
+    """The list or object that a text holds as JSON, perhaps as a text in JSON once more; None if it holds none."""
+    if not re.match(r'\s*"?\s*[\[{]', text):
         return None
     try:
         found = json.loads(text)
         if "\\ud" in text.lower():
             json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no character
-        return found
     except (ValueError, RecursionError):
         return None
+    return parsed(found) if isinstance(found, str) else found
 
 
 def read_tools(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
@@ -103,6 +105,14 @@ def read_tools(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
             tool = tool | {"function": function | {"parameters": parameters}}
         tools.append(tool)
     return tuple(tools)
+
+
+def _by_message(columns: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Messages of which each field is a list, as `datasets` stores a `Sequence` of them."""
+    lists = {key: values for key, values in columns.items() if values is not None}
+    if not all(isinstance(values, list) for values in lists.values()) or len(set(map(len, lists.values()))) > 1:
+        raise ValueError(f"expected fields of messages as lists of one length in {name!r}, found {columns!r:.80}")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
 def _is_message(value: Any) -> bool:

@@ -92,9 +92,10 @@ def test_a_copy_is_ignored_only_where_it_is_one():
         assert pair(base | {"messages": copy}).example == expected
     for other in (said(USER, NO), said(YES), said(USER, YES, USER), said(Message("user", "Else"), YES)):
         assert "'messages'" in refused(base | {"messages": other})
-    for copy in ("the capital of France", ASKED.upper(), f" {ASKED}\n"):
+    for copy in ("the capital of France", ASKED.upper(), f" {ASKED}\n", f"\u201c{ASKED}\u201d"):
         assert pair(base | {"question": copy}).example == expected
-    assert "'question'" in refused(base | {"question": "And of Spain?"})
+    for other in ("And of Spain?", "!!", "What is the capital of France, and of Spain?"):
+        assert "'question'" in refused(base | {"question": other})
     assert "text of the prompt among the turns" in refused({"prompt": "And of Spain?", **lists(USER)})
     dialogues = {"chosen": f"\n\nHuman: {ASKED}\n\nAssistant: a", "rejected": f"\n\nHuman: {ASKED}\n\nAssistant: b"}
     assert pair({"prompt": ASKED, **dialogues}).example.prompt == (USER,)

@@ -28,9 +28,11 @@ def test_every_form_of_a_turn_says_the_same(told, data):
     sharegpt = [{"from": SPEAKERS[turn.role], "value": turn.content} for turn in told]
     nulls = [one | {"from": None, "value": None, "tool_calls": None, "name": None} for one in openai]
     in_parts = [one | {"content": part(one["content"])} for one in openai]
+    assert read_text({key: [one[key] for one in openai] for key in ("role", "content")}, "a") == told
     for form in (openai, sharegpt, nulls, in_parts, [json.dumps(one) for one in openai]):
         assert read_text(form, "a") == told
         assert read_text(from_json(json.dumps(form), "a"), "a") == told
+        assert read_text(from_json(json.dumps(json.dumps(form)), "a"), "a") == told
     assert read_text(openai[0], "a") == told[:1]
 
 
@@ -110,6 +112,8 @@ def test_tools_have_one_form_however_they_are_stored(stored):
     [
         (3, "expected text or messages in 'a', found int"),
         ([3], "'role' and 'content' as text in 'a', found 3"),
+        ({"role": ["user"], "content": ["a", "b"]}, "as lists of one length in 'a'"),
+        ({"role": ["user"], "content": "a"}, "as lists of one length in 'a'"),
         ([{"role": "user"}], "'role' and 'content' as text"),
         ([{"role": "user", "content": 3}], "'role' and 'content' as text"),
         ([{"role": None, "content": "a"}], "'role' and 'content' as text"),
