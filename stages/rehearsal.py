@@ -116,8 +116,8 @@ def _bytes_to_come(trainer: Any) -> int:
     args = trainer.args
     trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     saved = trained if hasattr(trainer.model, "peft_config") else list(trainer.model.parameters())
-    weights = sum(weight.numel() * weight.element_size() for weight in saved)
-    state = sum(weight.numel() for weight in trained) * STATE_BYTES.get(
+    weights: int = sum(weight.numel() * weight.element_size() for weight in saved)
+    state: int = sum(weight.numel() for weight in trained) * STATE_BYTES.get(
         str(getattr(args.optim, "value", args.optim)), 0
     )
     if str(getattr(args.save_strategy, "value", args.save_strategy)) != "steps":
@@ -127,9 +127,10 @@ def _bytes_to_come(trainer: Any) -> int:
         args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(trainer.train_dataset) / batch)
     )
     every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
-    made = math.ceil(steps / every)
-    kept = min(made, args.save_total_limit or made)
-    return max(min(made, kept + 1) * (weights + state), kept * (weights + state) + weights)
+    made: int = math.ceil(steps / every)
+    kept: int = min(made, args.save_total_limit or made)
+    checkpoint = weights + state
+    return int(max(min(made, kept + 1) * checkpoint, kept * checkpoint + weights))
 
 
 def _save(trainer: Any, folder: Path) -> None:

@@ -123,7 +123,7 @@ class RowTrainer(ResumingTrainer):
             ValueError: the hub does not answer, or does not know who asks.
         """
         with reading("--push-to-hub: expected a hub to upload to, log in with `hf auth login` or leave it out"):
-            super().init_hf_repo(token, private)  # type: ignore[no-untyped-call]
+            super().init_hf_repo(token, private)
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *others: Any, **settings: Any
