@@ -24,7 +24,7 @@ from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
 from .model_card import is_adapter, model_card, training_facts
-from .randomness import check_repeats
+from .randomness import check_repeats, policy_mode
 from .reading import reading
 from .rehearsal import rehearse
 from .resuming import ResumingTrainer
@@ -176,7 +176,8 @@ class RowTrainer(ResumingTrainer):
                 (`rehearse`).
         """
         model: Any = self.model
-        check_repeats(model, lambda: self.score(model, self._spare).token_logps_T)
+        checkpointing = self.args.activation_checkpointing
+        check_repeats(model, lambda: self.score(model, self._spare).token_logps_T, checkpointing=checkpointing)
         rehearse(self)
         self._tokens, self._started = 0, time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -190,7 +191,7 @@ class RowTrainer(ResumingTrainer):
         gradients over ranks, which the factor `num_processes` undoes.
         """
         assert num_items_in_batch is not None
-        model.train()
+        policy_mode(model, checkpointing=self.args.activation_checkpointing)
         rows: Any = self._prepare_inputs(inputs)["rows"]
         scale = self.accelerator.num_processes / num_items_in_batch
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
