@@ -33,11 +33,13 @@ SAMPLING: dict[str, Any] = {
 STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "rmsprop": 4}
 
 
-def rehearse(trainer: Any) -> None:
+def rehearse(trainer: Any, *, resumed: bool) -> None:
     """Does on rank 0, without the weights, what the end of a run does.
 
     Args:
         trainer: a `RowTrainer`.
+        resumed: whether it goes on from a checkpoint, whose model and tokenizer were saved as the last ones will be:
+            then nothing is written.
 
     Raises:
         ValueError: something could not be saved or read back, or a tracker could not be started.
@@ -55,9 +57,10 @@ def rehearse(trainer: Any) -> None:
     with saving(out):
         out.mkdir(parents=True, exist_ok=True)
         check_space(trainer, out)
-        with temporary_folder(out) as folder, reading("model: transformers cannot save it and read it back"):
-            _save(trainer, folder)
-            _read_back(folder, tokenizer)
+        if not resumed:
+            with temporary_folder(out) as folder, reading("model: transformers cannot save it and read it back"):
+                _save(trainer, folder)
+                _read_back(folder, tokenizer)
     _start_trackers(trainer)
 
 

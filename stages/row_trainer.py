@@ -178,7 +178,7 @@ class RowTrainer(ResumingTrainer):
         model: Any = self.model
         checkpointing = self.args.activation_checkpointing
         check_repeats(model, lambda: self.score(model, self._spare).token_logps_T, checkpointing=checkpointing)
-        rehearse(self)
+        rehearse(self, resumed=bool(resume_from_checkpoint))
         self._tokens, self._started = 0, time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

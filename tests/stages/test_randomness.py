@@ -116,14 +116,12 @@ def test_what_is_random_and_has_to_train_stops_before_the_first_step(tmp_path):
     assert not policy.training
 
 
-@pytest.mark.parametrize(
-    ("settings", "by_hand", "runs"), [({}, False, 1), ({"activation_checkpointing": True}, False, 2), ({}, True, 2)]
-)
-def test_activations_are_computed_again_where_that_is_asked_for(tmp_path, settings, by_hand, runs):
+@pytest.mark.parametrize(("asked", "by_hand", "runs"), [(False, False, 1), (True, False, 2), (False, True, 2)])
+def test_activations_are_computed_again_where_that_is_asked_for(tmp_path, asked, by_hand, runs):
     policy = calm_gemma2()
     if by_hand:
         policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    trained = trainer(tmp_path, policy, cache_of(tmp_path / "cache", calm_gemma2()), **settings)
+    trained = trainer(tmp_path, policy, cache_of(tmp_path / "cache", calm_gemma2()), activation_checkpointing=asked)
     count: list[int] = []
     policy.model.layers[1].mlp.register_forward_hook(lambda *_: count.append(1) if torch.is_grad_enabled() else None)
     trained.train()
