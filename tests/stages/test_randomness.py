@@ -30,6 +30,7 @@ RANDOM: dict[str, dict[str, Any]] = {
         **{"max_position_embeddings": 256, "dropout": 0.3, "activation_dropout": 0.2, "layerdrop": 0.5, **TOKENS},
     },
     "mixtral": {**GROUPED, "router_jitter_noise": 0.5, "num_local_experts": 4, "attention_dropout": 0.2, **TOKENS},
+    "phimoe": {**GROUPED, "router_jitter_noise": 0.3, "num_local_experts": 4, "attention_dropout": 0.2, **TOKENS},
     "gpt2": {
         **{"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, **TOKENS},
         **{"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3},
@@ -68,6 +69,16 @@ def trainer(folder: Path, policy: Any, cache: Cache, **settings: Any) -> FPOTrai
         **{"save_strategy": "no", "disable_tqdm": True, **settings},
     )
     return FPOTrainer(policy, args, cache)
+
+
+@pytest.mark.parametrize("architecture", RANDOM)
+def test_evaluation_computes_what_it_computes_in_transformers(tmp_path, architecture):
+    """PhiMoE's `router_jitter_noise` is a threshold there, and no noise."""
+    model = load_model(find_model(saved(tmp_path, architecture)), attention="eager", device="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32).eval()
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
