@@ -125,7 +125,7 @@ def configured(
     "precompute",
     *MODEL,
     *DATA,
-    *("turns", "date", "sae", "out", "keep_features", "token_budget", "shard_size"),
+    *("turns", "date", "sae", "allow_poor_sae", "out", "keep_features", "token_budget", "shard_size"),
     *("rank", "world_size", "engine", "workers", "repair"),
     resume="finished shards are kept: run the same command again to go on",
 )
