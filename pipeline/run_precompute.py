@@ -15,6 +15,7 @@ from ..stages.models import attentions_to_try, check_vocabulary, load_model
 from ..stages.precompute import precompute, repair
 from ..stages.preferences import Limits, Preferences
 from ..stages.reference import Reference
+from ..stages.sae_quality import check_fit, first_pairs, fit_on_pairs
 from ..stages.sites import check_fits
 from ..stages.supported import load_supported
 from .config import RunConfig, to_yaml
@@ -51,6 +52,9 @@ def _run_worker(config: RunConfig, out: Place, rank: int, world_size: int) -> tu
             "--workers: only --engine ray reads it; leave it out, or start several processes with torchrun"
         )
     reference, preferences, limits, settings = load_stage_one(config)
+    for sae, fit in zip(reference.saes, reference.fits, strict=False):
+        if rank == 0:
+            console.print(f"{sae.site.name}: {fit}")
     if config.repair:
         return _repair(reference, preferences, limits, out, settings), preferences.guessed_prompts, 0.0
     with PairProgress(len(preferences)) as progress:
@@ -119,7 +123,12 @@ def load_stage_one(config: RunConfig) -> tuple[Reference, Preferences, Limits, d
         "keep_date": config.date is None,
         "options": to_yaml(config.model_copy(update={"rank": None, "world_size": None})),  # the same for all workers
     }
-    return Reference(source, model, chat, saes, config.dtype), preferences, limits, settings
+    pairs = first_pairs(model, preferences, chat, limits)
+    fits = fit_on_pairs(model, pairs, saes, config.dtype, token_budget=config.token_budget) if pairs else []
+    if not config.allow_poor_sae:
+        for sae, fit in zip(saes, fits, strict=False):
+            check_fit(sae, fit)
+    return Reference(source, model, chat, saes, config.dtype, tuple(fits)), preferences, limits, settings
 
 
 def _print_totals(manifest: Manifest, out: Place, guessed: int, tokens_per_second: float) -> None:

@@ -6,9 +6,10 @@ its numbers) and a line of its provenance.
 
 import datetime
 import importlib.metadata
+import math
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..cache.manifest import Meaning, Numerics, SiteMeaning
 from ..cache.schema import FORMAT_VERSION
 from .models import ModelSource, Recipe, tokenizer_sha256
 from .preferences import SKIP_REASONS, ChatFormat, Limits, Preferences
+from .sae_quality import SAEFit
 from .sites import SiteSAE
 
 
@@ -31,6 +33,7 @@ class Reference:
         chat: tokenizer and chat template.
         saes: the SAEs of the sites to read, in the cache's order.
         recipe: the compute recipe.
+        fits: of each SAE on the first pairs of the data; empty if it was not measured.
     """
 
     source: ModelSource
@@ -38,6 +41,7 @@ class Reference:
     chat: ChatFormat
     saes: tuple[SiteSAE, ...]
     recipe: Recipe
+    fits: tuple[SAEFit, ...] = ()
 
 
 def describe_numerics(model: Any, token_budget: int, shard_size: int) -> Numerics:
@@ -90,6 +94,10 @@ def provenance(
         "host": platform.node(),
         "model": reference.source.name,
         "saes": [sae.spec for sae in reference.saes],
+        "sae_fits": [
+            {name: value if math.isfinite(value) else None for name, value in asdict(fit).items()}
+            for fit in reference.fits
+        ],
         "dataset": preferences.source,
         "shards": shards,
         "scored_tokens": tokens,

@@ -105,7 +105,7 @@ class RowTrainer(ResumingTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Makes the schedule of the learning rate, once its rates over the whole run have been checked."""
-        args, settings = self.args, self.args.lr_scheduler_kwargs or {}
+        args, settings = self.args, self.args.schedule_settings
         check_rates(
             str(args.lr_scheduler_type.value),  # type: ignore[attr-defined]  # an enumeration by now
             settings,
