@@ -25,7 +25,7 @@ from .chat import ChatFormat, Turns, is_blank
 from .models import tokenizer_sha256
 from .packing import Conversation
 from .raw_rows import load_rows, parse_row
-from .rendering import ANEW, EMPTY, LEFT_OUT, REFUSED, SHARED, SkipError, Tools
+from .rendering import ANEW, EMPTY, LEFT_OUT, OPENING, REFUSED, SHARED, SkipError, Tools
 from .shapes import check_readable, conversation_column, read_conversation
 
 CONVERSATION_SKIP_REASONS = (
@@ -35,6 +35,7 @@ CONVERSATION_SKIP_REASONS = (
     EMPTY,
     SHARED,
     ANEW,
+    OPENING,
     LEFT_OUT,
     REFUSED,
     "no learnt token after truncation",
