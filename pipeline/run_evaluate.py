@@ -109,6 +109,8 @@ def run_evaluate(config: RunConfig, given: frozenset[str]) -> None:
     record: dict[str, Any] = {"model_sha256": inputs.source.sha256}
     if inputs.cache is not None:
         record["cache_fingerprint"] = inputs.cache.manifest.meaning.fingerprint()
+    if inputs.chat.date is not None:
+        record["date"] = inputs.chat.date.isoformat()
     versions = {name: importlib.metadata.version(name) for name in ("fpo", "torch", "transformers", "sae-lens")}
     write_atomically(out / "run.yaml", to_yaml(config, record | {"versions": versions}).encode())
     if inputs.cache is None:

@@ -125,13 +125,20 @@ SENTENCEPIECE = {
 
 
 @cache
-def mistral(version: str) -> PreTrainedTokenizerBase:
-    """One of mistral-common's SentencePiece models, as transformers loads it from a model's folder."""
+def mistral(version: str, legacy: bool | None = None) -> PreTrainedTokenizerBase:
+    """One of mistral-common's SentencePiece models, as transformers loads it from a model's folder.
+
+    By Llama's class texts begin with a space; after a special token too if it is `legacy`.
+    """
     assert MISTRAL is not None
     with TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copy(MISTRAL / "data" / SENTENCEPIECE[version], folder / "tokenizer.model")
-        (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+        kind = "mistral" if legacy is None else "llama"
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        if legacy is not None:
+            settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "bos_token": "<s>", "eos_token": "</s>"}
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -158,6 +165,9 @@ def _zoo() -> Iterator[tuple[str, Callable[[], PreTrainedTokenizerBase]]]:
     if MISTRAL is not None:
         for version in SENTENCEPIECE:
             yield f"mistral-common {version}", lambda version=version: mistral(version)
+        yield "mistral-common v1, Llama's class", lambda: mistral("v1", False)
+        yield "mistral-common v1, Llama's class, legacy", lambda: mistral("v1", True)
+        yield "mistral-common v3, Llama's class, legacy", lambda: mistral("v3", True)
         yield "mistral-common v1, slow", slow
     if SMOLLM2 is not None:
         yield "SmolLM2", smollm2
