@@ -91,8 +91,8 @@ class Conversations:
         ids = self._table.column("ids")
         largest = pc.list_flatten(ids).to_numpy()
         place = int(np.argmax(largest))
-        row = int(np.searchsorted(np.cumsum(pc.list_value_length(ids).to_numpy()), place, side="right"))
-        return f"row {row}", int(largest[place])
+        number = int(np.searchsorted(np.cumsum(pc.list_value_length(ids).to_numpy()), place, side="right"))
+        return f"row {self._table.column('row')[number].as_py()}", int(largest[place])
 
     @cached_property
     def sha256(self) -> str:

@@ -125,7 +125,7 @@ def test_the_first_loss_is_that_of_the_base_model_on_the_answers_and_what_was_re
     assert losses(run)[0] == pytest.approx(total / count, rel=1e-5)
     said = capsys.readouterr().out.splitlines()
     assert f"11 conversations, {tokens} tokens, {count} of them learnt; truncated conversations 2" in said
-    for reason in ("no assistant turn", "empty answer", "no learnt token after truncation"):
+    for reason in ("no assistant turn", "empty response", "no learnt token after truncation"):
         assert f"skipped 1: {reason}" in said
 
 
