@@ -33,6 +33,8 @@ def print_info(place: Path | str) -> None:
     line("skipped", ", ".join(f"{reason} {n}" for reason, n in sorted(manifest.skipped.items())) or "none")
     line("ties", f"{counts['ties']} ({'dropped' if meaning.drop_ties else 'kept'})")
     line("truncated", f"{counts['truncated_prompts']} prompts, {counts['truncated_responses']} responses")
+    if meaning.date is not None:
+        line("date", f"{meaning.date} to the chat template, which reads the clock")
     line("lengths", f"prompt up to {meaning.max_prompt_length}, with response up to {meaning.max_length} tokens")
     kept = "all" if meaning.keep_features is None else meaning.keep_features
     line("features kept", f"{kept} a response and site")

@@ -111,15 +111,16 @@ def run_evaluate(config: RunConfig, given: frozenset[str]) -> None:
     identity = {"command": "evaluate", "model_sha256": inputs.source.sha256}
     if inputs.cache is not None:
         identity["cache_fingerprint"] = inputs.cache.manifest.meaning.fingerprint()
+    day = {} if inputs.chat.date is None else {"date": inputs.chat.date.isoformat()}
     with sole_writer(out):
         _check_out(config, out, identity)
         _remove_interrupted(out)
         versions = {name: importlib.metadata.version(name) for name in ("fpo", "torch", "transformers", "sae-lens")}
-        write_atomically(out / RECORD, to_yaml(config, identity | {"versions": versions}).encode())
+        write_atomically(out / RECORD, to_yaml(config, identity | day | {"versions": versions}).encode())
         if questions:
             _write_answers(config, inputs, sampling, sum(len(question.prompts) for question in questions), out)
         if inputs.cache is not None:
-            metrics = _measure(config, inputs, inputs.cache, sampling, out, identity)
+            metrics = _measure(config, inputs, inputs.cache, sampling, out, identity | day)
             _print_metrics(metrics)
         mark_finished(out)
     if inputs.cache is not None:
@@ -153,7 +154,7 @@ def _check_out(config: RunConfig, out: Path, identity: Mapping[str, str]) -> Non
     found = read_record(out, "--out") if (out / RECORD).is_file() else {}
     if found.get("command") != "evaluate" or FINISHED in found:
         check_new(out)
-    if changed := differing(found, config, identity, ("out", "trust_hashes")):
+    if changed := differing(found, config, identity, ("out", "trust_hashes", "date")):
         raise ValueError(
             f"--out: expected the settings of the interrupted evaluation in {out}; {changed}; give another folder, or "
             "empty it"
