@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..cache.schema import Pair, pair_id
 from .anatomy import anatomy, decoder_layers, probe_ids, quiet
@@ -73,7 +74,7 @@ def check_model(model: nn.Module) -> None:
 
 def load_supported(
     load: Callable[..., Any], attentions: Sequence[str], tell: Callable[[str], None] | None = None
-) -> Any:
+) -> PreTrainedModel:
     """Loads a model under the first of some attention implementations that is right for it.
 
     Args:
@@ -84,7 +85,8 @@ def load_supported(
     Raises:
         ValueError: as `load`; if the model is right under none.
     """
-    model, reasons = None, []
+    model: PreTrainedModel | None = None
+    reasons = []
     for attention in attentions:
         try:
             if model is None:  # a class may lack what its flags promise, and is loaded again under another
@@ -99,6 +101,7 @@ def load_supported(
             reasons.append(f"not {attention}: {error}")
     if reasons and tell is not None:
         tell(f"attention: {attention}; {'; '.join(reasons)}")
+    assert model is not None, "there is an attention to try"
     return model
 
 

@@ -1,11 +1,12 @@
 """What `check_model` lets pass is right; what it refuses, it refuses in one line that says what would be wrong."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from fpo.stages import supported
-from fpo.stages.models import attentions_to_try, find_model
+from fpo.stages.models import attentions_to_try, find_model, load_model
 from fpo.stages.supported import check_model, load_supported
 from pairs import calm_gemma2, calm_llama
 from tiny import randomize, tiny_family, tiny_gemma2, tiny_llama
@@ -142,7 +143,8 @@ def test_a_window_of_the_real_size_that_is_not_heeded_is_found():
 def test_attention_falls_back_to_what_is_right_and_says_so(tmp_path, config):
     made(config).save_pretrained(tmp_path)
     source, lines = find_model(str(tmp_path)), []
-    model = load_supported(source, attentions_to_try("auto", source, "cpu"), "cpu", lines.append)
+    load = partial(load_model, source, device="cpu")
+    model = load_supported(load, attentions_to_try("auto", source, "cpu"), lines.append)
     used = model.config._attn_implementation
     assert (used == "packed") == (not lines)
     for line in lines:
@@ -150,7 +152,7 @@ def test_attention_falls_back_to_what_is_right_and_says_so(tmp_path, config):
         assert "\n" not in line
     if used == "eager":
         with pytest.raises(ValueError, match=r"\Amodel [^\n]+\Z"):
-            load_supported(source, ("packed",), "cpu")
+            load_supported(load, ("packed",))
     ids = torch.arange(3, 20)[None]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
