@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 # `attn_pdrop`, `hidden_dropout_prob`, `layerdrop`, `router_jitter_noise`, `moe_jitter_eps`, …
 RANDOM = re.compile(r"drop|jitter", re.IGNORECASE)
+# Of these some are read in evaluation, too, where they are no noise but a threshold (PhiMoE's routers).
+NOISE = re.compile(r"jitter", re.IGNORECASE)
 # PEFT's own dropout is before the adapter alone, and there because somebody asked for it.
 ASKED_FOR = "lora_dropout"
 
 
 def silence_config(config: Any) -> None:
-    """Sets every number of a configuration that makes a model random to 0, in its parts too.
+    """Sets every number of a configuration that makes a model drop something at random to 0, in its parts too.
 
     Args:
         config: of transformers; changed in place. The model that is built of it is saved with it.
@@ -29,18 +31,45 @@ def silence_config(config: Any) -> None:
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
             silence_config(value)
-        elif RANDOM.search(name) and _is_positive(value):
+        elif RANDOM.search(name) and not NOISE.search(name) and _is_positive(value):
             setattr(config, name, 0.0)
 
 
 def silence_modules(model: nn.Module) -> None:
-    """Sets every number of a model's modules that makes them random to 0: some are not in the configuration."""
+    """Sets every number of a model's modules that makes them random to 0: some are not in the configuration.
+
+    Noise on routers goes where evaluation computes the same without it. Where it does not, it is a part of the model,
+    and whether training is random is `check_repeats`' to say.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if RANDOM.search(name) and _is_positive(value):
+            if RANDOM.search(name) and not NOISE.search(name) and _is_positive(value):
                 setattr(module, name, 0.0)
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    holders: list[Any] = [*model.modules(), *configs.values()]
+    noise = [
+        (holder, name, value)
+        for holder in holders
+        for name, value in list(vars(holder).items())
+        if NOISE.search(name) and _is_positive(value)
+    ]
+    if noise:
+        with_it = _evaluated(model)
+        for holder, name, _ in noise:
+            setattr(holder, name, 0.0)
+        if not torch.equal(_evaluated(model), with_it):
+            for holder, name, value in noise:
+                setattr(holder, name, value)
+
+
+@torch.no_grad()
+def _evaluated(model: Any) -> Tensor:
+    """Logits of a few tokens in evaluation mode."""
+    ids = torch.arange(1, 33, device=next(model.parameters()).device)[None]
+    logits: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 def _is_positive(value: Any) -> bool:

@@ -146,8 +146,8 @@ def _fault_of(attempt: Callable[[int], str | None]) -> str | None:
 
 def _try_whole(inner: Any, sites: Sequence[Site], seed: int) -> str | None:
     """Some short pairs in one row, through the whole model, with windows that they exceed."""
-    row, sequences = _row(inner, SHORT, seed)
     with _window(inner, WINDOW):
+        row, sequences = _row(inner, SHORT, seed)
         hidden_TD, acts = run_body(inner, row, sites)
         logps_T, _ = run_head(inner, hidden_TD, row.targets_T)
         expected_logps, expected_acts = [], []

@@ -30,6 +30,7 @@ RANDOM: dict[str, dict[str, Any]] = {
         **{"max_position_embeddings": 256, "dropout": 0.3, "activation_dropout": 0.2, "layerdrop": 0.5, **TOKENS},
     },
     "mixtral": {**GROUPED, "router_jitter_noise": 0.5, "num_local_experts": 4, "attention_dropout": 0.2, **TOKENS},
+    "phimoe": {**GROUPED, "router_jitter_noise": 0.3, "num_local_experts": 4, "attention_dropout": 0.2, **TOKENS},
     "gpt2": {
         **{"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, **TOKENS},
         **{"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3},
@@ -71,6 +72,22 @@ def trainer(folder: Path, policy: Any, cache: Cache) -> FPOTrainer:
 
 
 @pytest.mark.parametrize("architecture", RANDOM)
+def test_evaluation_computes_what_it_computes_in_transformers(tmp_path, architecture):
+    model = load_model(find_model(saved(tmp_path, architecture)), attention="eager", device="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32).eval()
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+def test_routers_that_draw_lots_in_training_stop_before_the_first_step(tmp_path):
+    """PhiMoE's noise is a threshold in evaluation, and its training samples experts whatever it is."""
+    model = load_model(find_model(saved(tmp_path / "model", "phimoe")), attention="eager", device="cpu")
+    with pytest.raises(ValueError, match=r"log-probs that differ by .* from one seed to another"):
+        trainer(tmp_path, model, cache_of(tmp_path / "cache", model)).train()
+
+
+@pytest.mark.parametrize("architecture", sorted(RANDOM.keys() - {"phimoe"}))
 def test_every_loss_is_log_2_where_nothing_is_learnt(tmp_path, architecture):
     model = load_model(find_model(saved(tmp_path / "model", architecture)), attention="eager", device="cpu")
     trained = trainer(tmp_path, model, cache_of(tmp_path / "cache", model))
