@@ -105,6 +105,26 @@ def load_supported(
     return model
 
 
+def check_length(model: Any, max_length: int) -> None:
+    """Checks that a model that learnt its positions one by one (GPT-2, OPT) has learnt as many as texts may have.
+
+    Raises:
+        ValueError: it has not.
+    """
+    config, words = model.config.get_text_config(decoder=True), model.get_input_embeddings()
+    longest = getattr(config, "max_position_embeddings", None)
+    tables = [
+        part.num_embeddings
+        for part in model.get_decoder().modules()
+        if isinstance(part, nn.Embedding) and part is not words
+    ]
+    if longest is not None and max_length > longest and any(0 <= rows - longest <= 2 for rows in tables):
+        raise ValueError(
+            f"--max-length: expected at most {longest}, the positions that the model has learnt, found {max_length}; "
+            "lower it"
+        )
+
+
 def _check_head(inner: Any) -> None:
     """Refuses adapters on the output head: its own weight and bias are what scoring reads, and what gets gradients."""
     head = inner.get_output_embeddings()
