@@ -32,7 +32,7 @@ ACTS_TOLERANCE = 1e-3
 SHORT = ((7, 12, 6), (1, 5, 13))
 WINDOW = 4
 # For what acts beyond a distance that no configuration names (GPT-Neo's 256): through the first layers alone.
-LONG = (9, 300, 290)
+LONG = (9, 300, 10)
 # A router that two roundings send to two experts differs in one draw of tokens, a fault in all.
 DRAWS = 3
 
