@@ -17,7 +17,7 @@ from ..stages.preferences import Limits, Preferences
 from ..stages.reference import Reference
 from ..stages.sae_quality import check_fit, first_pairs, fit_on_pairs
 from ..stages.sites import check_fits
-from ..stages.supported import load_supported
+from ..stages.supported import check_length, load_supported
 from .config import RunConfig, to_yaml
 from .inputs import check_folder, device_of, load_data, load_saes, required
 from .progress import PairProgress, console
@@ -113,6 +113,7 @@ def load_stage_one(config: RunConfig) -> tuple[Reference, Preferences, Limits, d
         partial(load_model, source, device=device), attentions_to_try(config.attention, source, device), console.print
     )
     check_vocabulary(model, chat.tokenizer, chat.probe_ids)
+    check_length(model, limits.max_length)
     for sae in saes:
         check_fits(sae, model)
     settings = {

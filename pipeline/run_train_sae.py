@@ -16,7 +16,7 @@ from ..stages.models import attentions_to_try, check_tokens, check_vocabulary, l
 from ..stages.preferences import tokenize_pair
 from ..stages.saving import move_model
 from ..stages.sites import parse_site
-from ..stages.supported import load_supported
+from ..stages.supported import check_length, load_supported
 from ..stages.train_sae import train_sae
 from .config import RunConfig, to_yaml
 from .inputs import check_folder, device_of, load_data, required
@@ -37,6 +37,7 @@ def run_train_sae(config: RunConfig) -> None:
         partial(load_model, source, device=device), attentions_to_try(config.attention, source, device), console.print
     )
     check_vocabulary(model, chat.tokenizer, chat.probe_ids)
+    check_length(model, limits.max_length)
     sequences, seen = [], set()
     for row in range(len(preferences)):
         pair = tokenize_pair(preferences.example(row), row, chat, limits).pair
