@@ -116,7 +116,7 @@ class Lab:
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """The raw rows of the training data."""
-        return [json.loads(line) for line in self.world.data.read_text().splitlines()]
+        return lines_of(self.world.data)
 
     @cached_property
     def other(self) -> Path:
@@ -193,7 +193,7 @@ class Lab:
         result = self.call(command, out, **options)
         said = [line for line in result.stderr.splitlines() if line.startswith("fpo: ")]  # beside progress bars
         assert (result.exit_code, len(said)) == (2, 1), result.output
-        assert not out.exists()
+        assert not out.exists() or not any(out.iterdir())
         return said[0]
 
 
@@ -201,6 +201,11 @@ def tokens(text: str) -> list[int]:
     """Token ids of text in which the special tokens are written out."""
     ids: list[int] = gemma()(text, add_special_tokens=False).input_ids
     return ids
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def in_turns(question: str) -> str:

@@ -1,6 +1,5 @@
 """Checks of the options that say what is read, how it becomes tokens, and what the cache keeps of it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from fpo.cache.reader import verify
 from pairs import score_alone
-from seams.lab import SMALL, Lab, Run, by_hand, in_turns, plain_model, tokens, watched_passes
+from seams.lab import SMALL, Lab, Run, by_hand, in_turns, lines_of, plain_model, tokens, watched_passes
 from seams.of_training import conversations
 from seams.options import effect
 from seams.oracle import likelihood
@@ -57,7 +56,7 @@ def batch(command: str, number: int) -> dict[str, Any]:
 
 
 def heldout(lab: Lab) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in lab.world.heldout.read_text().splitlines()]
+    return lines_of(lab.world.heldout)
 
 
 @effect(DATA, "dataset")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fpo.stages.sites import load_sae
 from safetensors.torch import load_file
-from seams.lab import Lab, Run, plain_model
+from seams.lab import Lab, Run, lines_of, plain_model
 from seams.options import effect
 from seams.oracle import DEFAULTS, Objective, losses
 from tiny import save_tiny_sae
@@ -172,7 +172,7 @@ def allow_different_start(lab: Lab, command: str) -> None:
 def eval_cache(lab: Lab, command: str) -> None:
     """At the end every pair of it is measured under the method's loss, by the weights of the end."""
     made = lab.run("precompute", dataset=lab.world.heldout, split="test", limit=None).folder
-    held = [json.loads(line) for line in lab.world.heldout.read_text().splitlines()]
+    held = lines_of(lab.world.heldout)
     run = lab.run(command, method="fpo", eval_cache=made, max_steps=2, lr=1e-2, beta=0.5, alpha=3.0)
     (line,) = (line for line in run.log if "eval_loss" in line)
     with torch.no_grad():
