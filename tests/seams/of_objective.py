@@ -4,20 +4,17 @@ The second step's log line is compared with the loss, its terms and its gradient
 that the first step left.
 """
 
-import json
 import shutil
 from typing import Any
 
 import pytest
 import torch
 from fpo.stages.sites import load_sae
-from safetensors.torch import load_file
 from seams.lab import Lab, Run, lines_of, plain_model
 from seams.options import effect
 from seams.oracle import DEFAULTS, Objective, losses
 from tiny import save_tiny_sae
 from tiny_world import SITES
-from torch import Tensor
 
 # β and α at which the constraint is no small part of loss and gradient.
 STRONG = {"dpo": {}, "simpo": {}, "tdpo1": {"beta": 0.5}, "tdpo2": {"beta": 0.5, "alpha": 3.0}}
@@ -57,7 +54,8 @@ def method(lab: Lab, command: str) -> None:
     for name in DEFAULTS:
         assert_second_step(lab, name)
         if name != "simpo":  # whose default margin is told from none by the first loss already
-            assert lab.run(command, method=name, max_steps=2, **STRONG[name]).steps[0]["rewards/margins"] == 0
+            first = lab.run(command, method=name, max_steps=2, **STRONG[name]).steps[0]
+            assert (first["rewards/margins"], first["rewards/accuracies"]) == (0, 0.5)  # a tie is one half
     # Without settings: the method's own.
     for name in DEFAULTS:
         run = lab.run(command, method=name, max_steps=2, lr=1e-2)
@@ -195,51 +193,6 @@ def eval_steps(lab: Lab, command: str) -> None:
     run = lab.run(command, eval_cache=lab.small_cache, eval_steps=2, max_steps=5)
     assert [line["step"] for line in run.log if "eval_loss" in line] == [2, 4, 5]
     assert "--eval-steps" in lab.refused(command, eval_steps=2)
-
-
-def merged_by_hand(lab: Lab, run: Run, scale: float) -> dict[str, Tensor]:
-    """The base's weights with scale · B A added to every linear layer of the decoder."""
-    weights, parts = run.weights(0), load_file(run.folder / "adapter_model.safetensors")
-    names = [name for name in parts if name.endswith("lora_A.weight")]
-    assert len(names) == 4 * 7 == len(parts) / 2  # q, k, v, o, gate, up and down of four layers
-    for name in names:
-        change = parts[name.replace("lora_A", "lora_B")] @ parts[name]
-        assert float(change.abs().max()) > 1e-4
-        weights[name.removeprefix("base_model.model.").replace("lora_A.", "")] += scale * change
-    return weights
-
-
-@effect("align", "lora_r")
-def lora_r(lab: Lab, command: str) -> None:
-    """An adapter of this rank on every linear layer, of scale α/r = 2 in the file and in training; no whole model."""
-    for rank in (2, 5):
-        first, run = (lab.run(command, lora_r=rank, lr=1e-2, max_steps=steps) for steps in (1, 2))
-        config = json.loads((run.folder / "adapter_config.json").read_text())
-        assert (config["r"], config["lora_alpha"]) == (rank, 2 * rank)
-        assert {
-            part.shape[0]
-            for name, part in load_file(run.folder / "adapter_model.safetensors").items()
-            if "lora_A" in name
-        } == {rank}
-        assert not (run.folder / "model.safetensors").exists()
-        policy = plain_model(lab.world.gemma)
-        policy.load_state_dict(merged_by_hand(lab, first, 2.0), strict=False)
-        with torch.no_grad():
-            values = losses(Objective("dpo"), policy, plain_model(lab.world.gemma), lab.pairs())
-        for name in ("loss", "logps/chosen", "logps/rejected"):
-            assert run.steps[1][name] == pytest.approx(values[name].mean().item(), rel=1e-3), name
-
-
-@effect("align", "merge")
-def merge(lab: Lab, command: str) -> None:
-    """The base's weights plus α/r B A, by hand."""
-    adapter = lab.run(command, lora_r=2, lr=1e-2, max_steps=2)
-    merged = lab.run(command, lora_r=2, lr=1e-2, max_steps=2, merge=True)
-    assert not (merged.folder / "adapter_model.safetensors").exists()
-    weights = merged.weights(2)
-    for name, expected in merged_by_hand(lab, adapter, 2.0).items():
-        torch.testing.assert_close(weights[name], expected, rtol=1e-5, atol=1e-6)
-    assert "--merge" in lab.refused(command, merge=True)
 
 
 @effect("align, evaluate", "trust_hashes")

@@ -1,5 +1,6 @@
 """Checks of the options by which `align` and `sft` train: optimiser, schedule, batches, memory, order, length."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from transformers import get_scheduler
 
 TRAINING = "align, sft"
 LAYERS = 4  # of the world's models
+
+# Of the way that training went; rounding makes up to a tenth of it, and another β₂ of Adam five times as much.
+NEAR = 4e-4
 
 
 def loss_of(lab: Lab, command: str) -> Callable[[Any], Tensor]:
@@ -81,7 +85,7 @@ def optimizer(lab: Lab, command: str) -> None:
     for name, plainly in (("adam", torch.optim.Adam), ("rmsprop", torch.optim.RMSprop)):
         run = lab.run(command, optimizer=name, lr=1e-4, max_steps=3, max_grad_norm=0)
         expected = plain(lab, command, 3, lr=1e-4, clip=0.0, optimiser=plainly)
-        assert distance(run.weights(3), expected[-1].weights, run.weights(0)) < 0.02
+        assert distance(run.weights(3), expected[-1].weights, run.weights(0)) < NEAR
 
 
 @effect(TRAINING, "max_grad_norm")
@@ -98,19 +102,21 @@ def max_grad_norm(lab: Lab, command: str) -> None:
     # At the default of 1 a gradient that is longer is clipped, and a shorter one is left.
     run = lab.run(command, max_steps=3)
     expected = plain(lab, command, 3)
-    assert run.logged("grad_norm") == pytest.approx([step.norm for step in expected], rel=2e-2)
-    assert distance(run.weights(3), expected[-1].weights, run.weights(0)) < 0.02
+    assert run.logged("grad_norm") == pytest.approx([step.norm for step in expected], rel=1e-3)
+    assert distance(run.weights(3), expected[-1].weights, run.weights(0)) < NEAR
 
 
 # Schedules.
 
 
-def assert_schedule(lab: Lab, command: str, steps: int, warmup: int, schedule: str, **options: Any) -> None:
+def assert_schedule(
+    lab: Lab, command: str, steps: int, warmup: int, schedule: str, settings: Any = None, **options: Any
+) -> None:
     """Rates as transformers makes them, in the log and in the weights."""
     run = lab.run(command, max_steps=steps, lr_scheduler=schedule, **options)
     (weight,) = torch.nn.Linear(1, 1, bias=False).parameters()
     optimizer = torch.optim.SGD([weight], lr=1e-3)
-    scheduler, rates = get_scheduler(schedule, optimizer, warmup, steps), []
+    scheduler, rates = get_scheduler(schedule, optimizer, warmup, steps, settings), []
     for _ in range(steps):
         rates.append(scheduler.get_last_lr()[0])
         optimizer.step()
@@ -120,8 +126,8 @@ def assert_schedule(lab: Lab, command: str, steps: int, warmup: int, schedule: s
         # Adam's steps are about as long as its rate.
         median = float(torch.cat([value.flatten() for value in run.moved(number).values()]).abs().median())
         assert 0.2 * rate <= median <= 1.5 * rate, (number, rate, median)
-    expected = plain(lab, command, steps, schedule=schedule, warmup=warmup)
-    assert distance(run.weights(steps), expected[-1].weights, run.weights(0)) < 0.02
+    expected = plain(lab, command, steps, schedule=schedule, warmup=warmup, settings=settings)
+    assert distance(run.weights(steps), expected[-1].weights, run.weights(0)) < NEAR
 
 
 @effect(TRAINING, "lr_scheduler")
@@ -130,6 +136,15 @@ def lr_scheduler(lab: Lab, command: str) -> None:
         assert_schedule(lab, command, 4, 1, schedule, warmup_steps=1)
     constant = lab.run(command, max_steps=2, lr_scheduler="constant", warmup_steps=None)
     assert constant.logged("learning_rate") == [1e-3, 1e-3]
+
+
+@effect(TRAINING, "lr_scheduler_kwargs")
+def lr_scheduler_kwargs(lab: Lab, command: str) -> None:
+    """The schedule's own settings, as transformers takes them; others are refused."""
+    for name, settings in (("cosine_with_min_lr", {"min_lr": 6e-4}), ("polynomial", {"power": 3.0, "lr_end": 1e-4})):
+        options = {"lr_scheduler_kwargs": json.dumps(settings), "warmup_steps": 1}
+        assert_schedule(lab, command, 4, 1, name, settings, **options)
+    assert "--lr-scheduler-kwargs" in lab.refused(command, lr_scheduler_kwargs='{"min_lr": 1e-4}')
 
 
 @effect(TRAINING, "warmup_steps")

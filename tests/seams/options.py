@@ -22,7 +22,7 @@ FILE = "file"
 
 
 def effect(commands: str, *options: str) -> Callable[[Check], Check]:
-    """Registers a check of these options of these commands (several are separated by commas)."""
+    """Registers a check of these options of these commands (several are separated by commas), where they have them."""
 
     def register(check: Check) -> Check:
         for command in commands.split(", "):
