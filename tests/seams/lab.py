@@ -213,6 +213,18 @@ def in_turns(question: str) -> str:
     return f"<bos><start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n"
 
 
+def bracket_template(opening: str = "") -> str:
+    """A chat template of other turns, after an opening of its own."""
+    turn = "[{{ m['role'] }}]{{ '\\n' }}{{ m['content'] }}<end_of_turn>"
+    asked = "{% if add_generation_prompt %}{{ '[assistant]\\n' }}{% endif %}"
+    return "{{ bos_token }}" + opening + "{% for m in messages %}" + turn + "{% endfor %}" + asked
+
+
+def in_brackets(question: str, opening: str = "") -> str:
+    """A prompt in that template, with the opening of the answer."""
+    return f"<bos>{opening}[user]\n{question}<end_of_turn>[assistant]\n"
+
+
 def by_hand(
     rows: Sequence[dict[str, Any]],
     *,

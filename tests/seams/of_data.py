@@ -9,7 +9,19 @@ import pytest
 import torch
 from fpo.cache.reader import verify
 from pairs import score_alone
-from seams.lab import SMALL, Lab, Run, by_hand, in_turns, lines_of, plain_model, tokens, watched_passes
+from seams.lab import (
+    SMALL,
+    Lab,
+    Run,
+    bracket_template,
+    by_hand,
+    in_brackets,
+    in_turns,
+    lines_of,
+    plain_model,
+    tokens,
+    watched_passes,
+)
 from seams.of_training import conversations
 from seams.options import effect
 from seams.oracle import likelihood
@@ -121,15 +133,9 @@ def by_length(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @effect(DATA, "chat_template")
 def chat_template(lab: Lab, command: str) -> None:
-    text = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<end_of_turn>{% endfor %}"
-    text += "{% if add_generation_prompt %}[assistant] {% endif %}"
-    path = lab.folder / f"{command}.jinja"
+    text, path = bracket_template(), lab.folder / f"{command}.jinja"
     path.write_text(text)
-
-    def render(question: str) -> str:
-        return f"<bos>[user] {question}<end_of_turn>[assistant] "
-
-    run = assert_read(lab, command, lab.rows[:SMALL], chat_template=path, limit=SMALL, render=render)
+    run = assert_read(lab, command, lab.rows[:SMALL], chat_template=path, limit=SMALL, render=in_brackets)
     if command == "sft":
         assert (run.folder / "chat_template.jinja").read_text() == text
     if command == "precompute":
@@ -294,3 +300,70 @@ def repair(lab: Lab, command: str) -> None:
     assert lab.call(command, folder, shard_size=1, repair=True).exit_code == 0
     assert verify(folder) == []
     assert files(folder / "data") == before
+
+
+# Shapes of rows, and the clock.
+
+
+@effect(DATA, "map")
+def renamed(lab: Lab, command: str) -> None:
+    """A column of another name is read as the one that it is said to be."""
+    rows = lab.rows[:SMALL]
+    if command == "sft":
+        made, mapping = [{"talk": row["chosen"]} for row in rows], ("messages=talk",)
+    else:
+        made = [{"good": row["chosen"], "bad": row["rejected"]} for row in rows]
+        mapping = ("chosen=good", "rejected=bad")
+    path = write_rows(lab.new("renamed.jsonl"), made)
+    assert_read(lab, command, rows, dataset=path, map=mapping, limit=SMALL)
+    turned = ("chosen=bad", "rejected=good")
+    if command == "precompute":
+        sides = [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+        assert_read(lab, command, sides, dataset=path, map=turned, limit=SMALL)
+    assert lab.refused(command, dataset=path)
+    assert "--map" in lab.refused(command, dataset=path, map="chosen=nothing")
+
+
+@effect("precompute, sft", "date")
+def date(lab: Lab, command: str) -> None:
+    """The day that a template which asks for it is told."""
+    path = lab.folder / f"{command}-clock.jinja"
+    path.write_text(bracket_template("{{ strftime_now('%d %b %Y') }}"))
+    for day, shown in (("2024-02-29", "29 Feb 2024"), ("2031-12-01", "01 Dec 2031")):
+
+        def render(question: str, shown: str = shown) -> str:
+            return in_brackets(question, shown)
+
+        options = {"chat_template": path, "date": day, "limit": SMALL}
+        assert_read(lab, command, lab.rows[:SMALL], render=render, **options)
+    assert "--date" in lab.refused(command, chat_template=path, date="yesterday")
+
+
+@effect("precompute", "turns")
+def turns(lab: Lab, command: str) -> None:
+    """Of a response of two answers both are learnt, or the last: what is summed up and what is pooled over."""
+    asked, more = "What is the capital?", "And the other?"
+    answers = {"chosen": ("It is Paris.", "It is Lyon, I think."), "rejected": ("Lyon is it.", "Paris.")}
+    rows = [{}]
+    for side, (first, last) in answers.items():
+        said = [("user", asked), ("assistant", first), ("user", more), ("assistant", last)]
+        rows[0][side] = [{"role": role, "content": content} for role, content in said]
+    path = write_rows(lab.new("turns.jsonl"), rows)
+    model, found = plain_model(lab.world.gemma), {}
+    for which in ("all", "last"):
+        run = lab.run(command, dataset=path, turns=which, limit=None, max_length=200, max_prompt_length=100)
+        (row,) = run.open()
+        for side, (first, last) in answers.items():
+            prompt, opening = tokens(in_turns(asked)), tokens(in_turns(more)[len("<bos>") :])
+            texts = [tokens(f"{text}<end_of_turn>") for text in (first, last)]
+            between = tokens("\n")
+            ids = torch.tensor([*prompt, *texts[0], *between, *opening, *texts[1]])
+            with torch.no_grad():
+                logps = torch.log_softmax(model(input_ids=ids[None]).logits[0].float(), -1)[:-1]
+            each = logps.gather(1, ids[1:, None]).squeeze(1).double()
+            parts_of = [each[len(prompt) - 1 :][: len(texts[0])], each[len(each) - len(texts[1]) :]]
+            expected = sum(float(part.sum()) for part in (parts_of if which == "all" else parts_of[1:]))
+            assert getattr(row.pair, f"{side}_ids").tolist() == ids[len(prompt) :].tolist()
+            assert getattr(row, side).logp == pytest.approx(expected, rel=1e-5)
+            found[which, side] = expected
+    assert found["all", "chosen"] != pytest.approx(found["last", "chosen"], rel=0.01)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fpo.stages.sites import load_sae
-from seams.lab import Lab, Run, lines_of, plain_model
+from seams.lab import Lab, Run, bracket_template, lines_of, plain_model
 from seams.options import effect
 from seams.oracle import DEFAULTS, Objective, losses
 from tiny import save_tiny_sae
@@ -211,9 +211,7 @@ def trust_hashes(lab: Lab, command: str) -> None:
 @effect("align", "chat_template")
 def chat_template(lab: Lab, command: str) -> None:
     """It has to be the cache's, and is saved with the model."""
-    text = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<end_of_turn>{% endfor %}"
-    text += "{% if add_generation_prompt %}[assistant] {% endif %}"
-    path = lab.folder / "template.jinja"
+    text, path = bracket_template(), lab.folder / "template.jinja"
     path.write_text(text)
     assert "--chat-template" in lab.refused(command, chat_template=path)
     made = lab.run("precompute", chat_template=path).folder
