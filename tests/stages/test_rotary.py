@@ -1,7 +1,6 @@
 """Sequences whose rotary frequencies depend on their length score as a fresh model scores each of them alone."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from pairs import (
     random_pair,
     random_pairs,
     score_alone,
+    swapped,
 )
 from tiny import randomize, tiny_llama
 from torch import Tensor
@@ -89,7 +89,7 @@ def make(request):
 
 def score_response(model: Any, pair: Pair, side: int, sites: Sequence[Site] = ()) -> Alone:
     """Chosen (0) or rejected (1), before which the model has scored nothing of the pair."""
-    first = pair if side == 0 else replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids)
+    first = pair if side == 0 else swapped(pair)
     return score_alone(model, first, sites)[0]
 
 
