@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..cache.schema import Pair, pair_id
 from .anatomy import anatomy, decoder_layers, probe_ids, quiet
 from .packing import PackedRow, pack
-from .rotary import forget_lengths, frequencies_of, unknown_scaling
+from .rotary import forget_lengths, frequencies_of, of_same_frequencies, unknown_scaling
 from .scoring import causal_lm, row_multiple, run_body, run_head
 from .sites import Site, capture_sites
 
@@ -197,7 +197,11 @@ def _try_long(inner: Any, seed: int) -> str | None:
     longest = getattr(config, "max_position_embeddings", None) or sum(LONG)
     prompt, *responses = LONG
     row, sequences = _row(inner, [(prompt, *(max(1, min(size, longest - prompt)) for size in responses))], seed)
-    found_TD = _up_to(layers[depth - 1], lambda: run_body(inner, row, []))[row.sources_T]
+    found, order = [], []
+    for part, targets_T in of_same_frequencies(inner.get_decoder(), row, row_multiple(inner)):
+        found.append(_up_to(layers[depth - 1], partial(run_body, inner, part, []))[part.sources_T])
+        order.append(torch.arange(len(row.targets_T), device=row.targets_T.device) if targets_T is None else targets_T)
+    found_TD = torch.cat(found)[torch.cat(order).argsort()]
     expected = []
     with _plain_attention(inner):
         for ids, predicting in sequences:
