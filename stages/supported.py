@@ -6,6 +6,7 @@ plain transformers on each of their sequences alone: log-probabilities, hidden s
 Shapes: T response tokens, L positions of a sequence, D hidden size, V vocabulary.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +32,7 @@ ACTS_TOLERANCE = 1e-3
 # Prompt, chosen and rejected: longer than the windows are made for the purpose, and of one token.
 SHORT = ((7, 12, 6), (1, 5, 13))
 WINDOW = 4
+WINDOWS = re.compile(r"window(_size)?$")  # `sliding_window`, Doge's `keep_window_size`
 # For what acts beyond a distance that no configuration names (GPT-Neo's 256): through the first layers alone.
 LONG = (9, 300, 10)
 # A router that two roundings send to two experts differs in one draw of tokens, a fault in all.
@@ -258,22 +260,22 @@ def _row(inner: Any, shapes: Sequence[Sequence[int]], seed: int) -> tuple[Packed
 
 @contextmanager
 def _window(inner: Any, tokens: int) -> Iterator[None]:
-    """Makes sliding windows this long, wherever a model looks them up: the same masks, without thousands of tokens."""
-    window = getattr(inner.get_decoder().config, "sliding_window", None)
+    """Makes windows this long, wherever a model looks them up: the same masks, without thousands of tokens."""
     places: dict[int, Any] = {id(part): part for part in inner.modules()}
     places |= {id(part.config): part.config for part in inner.modules() if hasattr(part, "config")}
-    held = [] if window is None else [place for place in places.values() if _window_of(place) == window]
-    for place in held:
-        place.sliding_window = tokens
+    held = [
+        (place, name, value)
+        for place in places.values()
+        for name, value in list(vars(place).items())
+        if WINDOWS.search(name) and isinstance(value, int) and value > tokens
+    ]
+    for place, name, _ in held:
+        setattr(place, name, tokens)
     try:
         yield
     finally:
-        for place in held:
-            place.sliding_window = window
-
-
-def _window_of(place: Any) -> Any:
-    return vars(place).get("sliding_window")
+        for place, name, value in held:
+            setattr(place, name, value)
 
 
 @contextmanager
