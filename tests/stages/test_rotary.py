@@ -168,6 +168,14 @@ def test_conversations_score_as_alone_by_a_fresh_model(make):
     torch.testing.assert_close(found_T, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("threshold", [10, 15, 40, 200, 400])
+def test_a_model_is_found_right_on_either_side_of_what_it_is_tried_with(threshold):
+    check_model(tiny_llama(max_position_embeddings=threshold, rope_parameters=DYNAMIC))
+    scaling = LONGROPE | {"original_max_position_embeddings": threshold}
+    lengths = {"max_position_embeddings": 512, "original_max_position_embeddings": threshold, "sliding_window": None}
+    check_model(_of(Phi3Config(**SIZES, **lengths, rope_parameters=scaling), "packed"))
+
+
 def test_a_scaling_that_is_not_known_is_refused():
     class OwnRotaryEmbedding(torch.nn.Module):
         def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
