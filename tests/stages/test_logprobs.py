@@ -21,8 +21,10 @@ def targets() -> Tensor:
     return torch.randint(0, VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(0))
 
 
-def full_log_softmax(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
-    logits = hidden @ head.T
+def full_log_softmax(
+    hidden: Tensor, head: Tensor, softcap: float | None, bias: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    logits = scale * (hidden @ head.T + (0 if bias is None else bias))
     return torch.log_softmax(logits if softcap is None else softcap * torch.tanh(logits / softcap), dim=-1)
 
 
@@ -61,6 +63,56 @@ def test_chunks_give_the_values_and_gradients_of_full_logits(softcap, with_refer
     expected = torch.autograd.grad((weights[0] * expected_logps + weights[1] * expected_kl).sum(), (body_64, head_64))
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("with_reference", [True, False])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_bias_and_a_scale_give_the_values_and_gradients_of_full_logits(softcap, with_reference, scale):
+    inputs = [random(TOKENS, HIDDEN), random(VOCABULARY, HIDDEN, seed=1), random(VOCABULARY, seed=2)]
+    hidden, head, bias = (tensor.requires_grad_() for tensor in inputs)
+    hidden_64, head_64, bias_64 = (tensor.detach().double().requires_grad_() for tensor in inputs)
+    reference = (random(TOKENS, HIDDEN, seed=3), random(VOCABULARY, HIDDEN, seed=4)) if with_reference else None
+    reference_bias = random(VOCABULARY, seed=6) if with_reference else None
+    logps, kl = token_scores(
+        hidden,
+        head,
+        targets(),
+        bias_V=bias,
+        scale=scale,
+        softcap=softcap,
+        reference=reference,
+        reference_bias_V=reference_bias,
+    )
+
+    log_softmax = full_log_softmax(hidden_64, head_64, softcap, bias_64, scale)
+    expected_logps = log_softmax.gather(1, targets()[:, None]).squeeze(1)
+    expected_kl = torch.zeros(TOKENS, dtype=torch.float64)
+    if reference is not None:
+        ref = full_log_softmax(reference[0].double(), reference[1].double(), softcap, reference_bias, scale)
+        expected_kl = torch.nn.functional.kl_div(log_softmax, ref, log_target=True, reduction="none").sum(-1)
+    assert_close(logps, expected_logps)
+    assert_close(kl, expected_kl)
+
+    weights = random(2, TOKENS, seed=5)
+    found = torch.autograd.grad((weights[0] * logps + weights[1] * kl).sum(), (hidden, head, bias))
+    expected = torch.autograd.grad(
+        (weights[0] * expected_logps + weights[1] * expected_kl).sum(), (hidden_64, head_64, bias_64)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_the_gradient_of_a_bias_is_summed_in_fp32_under_autocast():
+    tokens = 4096
+    hidden, head = torch.zeros(tokens, HIDDEN), random(VOCABULARY, HIDDEN)
+    bias = random(VOCABULARY, seed=1).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, _ = token_scores(hidden, head, torch.zeros(tokens, dtype=torch.int64), bias_V=bias)
+    logps.sum().backward()
+    expected = -tokens * torch.softmax(bias.detach().double(), 0)
+    expected[0] += tokens
+    assert_close(bias.grad, expected, 1e-5)
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_still_do():
