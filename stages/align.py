@@ -118,6 +118,12 @@ class FPOTrainer(RowTrainer):
 
     def row_losses(self, model: nn.Module, row: RowBatch, mode: str) -> PairLosses:
         """The losses of one row's pairs; adds its metrics to the running sums."""
+        losses, scores, divergence_R = self._losses_of(model, row)
+        self._count(mode, losses, scores, divergence_R)
+        return losses
+
+    def _losses_of(self, model: nn.Module, row: RowBatch) -> tuple[PairLosses, RowScores, Tensor]:
+        """The losses of one row's pairs, and the scores and divergences that they are made of."""
         scores = self.score(model, row)
         divergence = self.args.objective.rule.divergence
         if divergence == "features":
@@ -138,8 +144,7 @@ class FPOTrainer(RowTrainer):
                 rejected_divergence=divergence_R[1::2] if divergence else None,
             ),
         )
-        self._count(mode, losses, scores, divergence_R)
-        return losses
+        return losses, scores, divergence_R
 
     @torch.no_grad()
     def _count(self, mode: str, losses: PairLosses, scores: RowScores, divergence_R: Tensor) -> None:
@@ -169,11 +174,10 @@ class FPOTrainer(RowTrainer):
 
     def row_loss(self, model: nn.Module, row: RowBatch) -> Tensor:
         """The losses of one row's pairs, summed."""
-        losses = self.row_losses(model, row, "train")
         if self._logs_this_step() and self._constraint_step != self.state.global_step:
             self._constraint_step = self.state.global_step
-            self._measure_constraint(losses)
-        return losses.loss.sum()
+            self._measure_constraint(row)
+        return self.row_losses(model, row, "train").loss.sum()
 
     def row_items(self, row: RowBatch) -> int:
         """Pairs."""
@@ -194,27 +198,29 @@ class FPOTrainer(RowTrainer):
         step, every = self.state.global_step + 1, max(1, self.state.logging_steps)
         return step % every == 0 or (step == 1 and self.args.logging_first_step)
 
-    def _measure_constraint(self, losses: PairLosses) -> None:
+    def _measure_constraint(self, row: RowBatch) -> None:
         """Logs by how much the constraint pulls: the norm of its gradient over that of the rest of the loss.
 
         Taken at the weights of the lowest layer that the constraint reads (the last one for the KL) on the step's first
-        row, so that it costs a backward through the layers above only. At the start it is 0 without measuring: policy
-        and reference are the same. Not under FSDP, where a layer's weights are whole only while it runs.
+        row, so that it costs two forwards and a backward through the layers above only. Each gradient has a graph of
+        its own: compiled code allows one backward a forward. At the start it is 0 without measuring: policy and
+        reference are the same. Not under FSDP, where a layer's weights are whole only while it runs.
         """
-        if not losses.constraint.requires_grad or self.is_fsdp_enabled:
+        if not self.args.objective.rule.divergence or self.is_fsdp_enabled:
             return
         if self.state.global_step == 0 and not self.args.allow_different_start:
-            self._means["train"].add({"constraint/grad_ratio": losses.loss.new_zeros(())})
+            self._means["train"].add({"constraint/grad_ratio": torch.zeros((), device=self.args.device)})
             return
         layers = causal_lm(self.policy).get_decoder().layers
         layer = layers[min((sae.site.layer for sae in self.saes), default=len(layers) - 1)]
         weights = [weight for weight in layer.parameters() if weight.requires_grad]
         if not weights:
             return
-        slope_B = -torch.expm1(-losses.loss.detach())  # -dL/du of L = -log σ(u)
         norms = []
-        for part_B in (losses.constraint, losses.lpd):
-            grads = torch.autograd.grad((slope_B * part_B).sum(), weights, retain_graph=True, allow_unused=True)
+        for name in ("constraint", "lpd"):
+            losses, _, _ = self._losses_of(self.policy, row)
+            slope_B = -torch.expm1(-losses.loss.detach())  # -dL/du of L = -log σ(u)
+            grads = torch.autograd.grad((slope_B * getattr(losses, name)).sum(), weights, allow_unused=True)
             norms.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads if g is not None])))
         self._means["train"].add({"constraint/grad_ratio": norms[0] / norms[1]})
 
