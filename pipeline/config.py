@@ -55,8 +55,8 @@ class RunConfig(BaseModel):
     )
     out: Place | None = Field(None, description="Folder to write; precompute: or a URL, as s3://bucket/cache.")
     device: str = Field("auto", description="auto (a GPU where there is one), cpu or cuda.")
-    attention: Literal["auto", "eager", "packed", "flex_attention"] = Field(
-        "auto", description="auto (the fastest that is exact for model and device), eager, packed or flex_attention."
+    attention: Literal["auto", "eager", "packed", "packed_flex"] = Field(
+        "auto", description="auto (the fastest that is exact for model and device), eager, packed or packed_flex."
     )
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="Recipe of both stages: fp32, or bf16 autocast.")
     token_budget: PositiveInt = Field(2048, description="Tokens of a packed row; sets memory (results to rounding).")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from ..stages import features, logprobs
 from ..stages.attention import PACKED
+from ..stages.flex import FLEX
 from .amounts import Data
 from .config import RunConfig
 from .rates import Rates
@@ -78,7 +79,7 @@ class Task:
         if self.config.attention != "auto":
             return self.config.attention
         if self.rates.cuda and self.shape.flex:
-            return "flex_attention"
+            return FLEX
         return PACKED if self.shape.sdpa else "eager"
 
     @property
@@ -141,7 +142,7 @@ def forward(task: Task, data: Data) -> Work:
     """
     shape = task.shape
     together = max(1, int(task.config.token_budget // data.tokens))
-    attended = data.attended if task.attention == "flex_attention" else data.tokens**2 * together
+    attended = data.attended if task.attention == FLEX else data.tokens**2 * together
     answered = data.count * data.answered
     return Work(
         layers=shape.layer_flops(data.count * data.tokens, data.count * attended),

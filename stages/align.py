@@ -23,7 +23,7 @@ from .objectives import PairLosses, PairScores, pair_losses
 from .packing import PackedRow, pack
 from .parity import check_cache, check_parity
 from .row_trainer import RowTrainer
-from .scoring import RowScores, causal_lm, live_reference, row_multiple, score_row
+from .scoring import RowScores, causal_lm, live_reference, row_layout, score_row
 from .sites import SiteSAE
 
 __all__ = ["FPOConfig", "FPOTrainer"]
@@ -70,10 +70,11 @@ class FPOTrainer(RowTrainer):
                 check_cache(cache, saes, args.recipe, args.top_k)
         self.policy, self.train_cache, self.saes = model, train_cache, tuple(saes)
         self._constraint_step = -1
+        pad_to, windows = row_layout(model)
         super().__init__(
             model,
             args,
-            data_collator=RowCollator(args.token_budget, row_multiple(model), tuple(sae.width for sae in self.saes)),
+            data_collator=RowCollator(args.token_budget, pad_to, tuple(sae.width for sae in self.saes), windows),
             train_dataset=train_cache,
             eval_dataset=eval_cache,
             processing_class=processing_class,
@@ -192,7 +193,7 @@ class FPOTrainer(RowTrainer):
             return score_row(self.policy, row.to(self.args.device), self.saes, self.args.recipe)
 
         pairs = [pair for row in rows for pair in row.pairs()]
-        return find_faults(score, pack(pairs, 1, row_multiple(self.policy)), self.saes)
+        return find_faults(score, pack(pairs, 1, *row_layout(self.policy)), self.saes)
 
     def _logs_this_step(self) -> bool:
         step, every = self.state.global_step + 1, max(1, self.state.logging_steps)

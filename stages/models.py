@@ -19,6 +19,7 @@ import torch
 from ..cache.files import canonical_json, sha256_file, user_folder, write_atomically
 from ..cache.locks import locked
 from .attention import PACKED
+from .flex import FLEX
 from .model_folder import check_model_folder
 from .reading import reading
 
@@ -118,7 +119,7 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
 
     Args:
         source: from `find_model`.
-        attention: "eager", "packed" (`attention.py`) or "flex_attention".
+        attention: "eager", "packed" (`attention.py`) or "packed_flex" (`flex.py`).
         device: where it goes.
 
     Raises:
@@ -229,8 +230,8 @@ def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
 def choose_attention(requested: str, source: ModelSource, device: torch.device | str) -> str:
     """The attention implementation: the one requested, or the fastest that is right for this model and device.
 
-    Packed rows need a mask of their own, which eager and flex_attention take, or are taken apart again by "packed".
-    Flex has no backward on CPU; "packed" stands on sdpa, which has no soft-capping, so that Gemma-2 has neither.
+    Packed rows need a mask of their own, which eager and "packed_flex" take, or are taken apart again by "packed".
+    "packed_flex" has no backward on CPU; "packed" stands on sdpa, which has no soft-capping: Gemma-2 has neither there.
 
     Args:
         requested: "auto" or an implementation.
@@ -238,10 +239,10 @@ def choose_attention(requested: str, source: ModelSource, device: torch.device |
         device: where it will run.
 
     Raises:
-        ValueError: if flex_attention is requested on CPU.
+        ValueError: if "packed_flex" is requested on CPU.
     """
-    if requested == "flex_attention" and torch.device(device).type == "cpu":
-        raise ValueError("--attention: flex_attention has no backward on CPU; leave the option out, or take eager")
+    if requested == FLEX and torch.device(device).type == "cpu":
+        raise ValueError(f"--attention: {FLEX} has no backward on CPU; leave the option out, or take eager")
     if requested != "auto":
         return requested
     from transformers import AutoModelForCausalLM
@@ -252,7 +253,7 @@ def choose_attention(requested: str, source: ModelSource, device: torch.device |
     if model_class is None:
         raise ValueError(f"model {source.name}: expected a causal language model, found a {config.model_type}")
     if torch.device(device).type == "cuda" and model_class._supports_flex_attn:
-        return "flex_attention"
+        return FLEX
     return PACKED if model_class._supports_sdpa else "eager"
 
 

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 
 from ..cache.schema import CachedPair, Pair, ReferenceResponse
 from .attention import PACKED, sequences_of
+from .blocks import BLOCK
 from .features import CachedFeatures, FeatureDrift, feature_drift, keep_largest, pooled_features
 from .finite import find_faults, is_finite, not_finite
+from .flex import FLEX, RowMask
 from .logprobs import token_scores
 from .models import Recipe, autocast
-from .packing import PackedRow, attention_mask, pack
+from .packing import PackedRow, RowLayout, attention_mask, pack
 from .sites import Site, SiteSAE, capture_sites
-
-# Compiled attention sees row lengths that are multiples of this.
-FLEX_BLOCK = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +78,28 @@ def head_weight(model: nn.Module) -> Tensor:
     return weight
 
 
-def row_multiple(model: nn.Module) -> int:
-    """What row lengths are padded to a multiple of, so that compiled attention sees a bounded number of shapes."""
-    return FLEX_BLOCK if causal_lm(model).config._attn_implementation == "flex_attention" else 1
+def row_layout(model: nn.Module) -> RowLayout:
+    """What the model's attention asks of rows."""
+    config = causal_lm(model).get_decoder().config  # of the text model, where the causal LM wraps several
+    if config._attn_implementation != FLEX:
+        return RowLayout()
+    return RowLayout(BLOCK, tuple(dict.fromkeys(_windows(config).values())))
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """What a decoder's layers see, by their kind; a decoder that names no kinds has one, here called ''."""
+    window = getattr(config, "sliding_window", None)
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds} or {"": window}
+
+
+def _mask(row: PackedRow, window: int | None, implementation: str) -> Any:
+    """The mask of one kind of layer in the form that an attention implementation takes."""
+    if implementation == FLEX:
+        return RowMask(next(blocks for blocks in row.blocks if blocks.window == window))
+    if implementation == PACKED:  # which reads none: a tensor whose shape alone says that it is a mask
+        return torch.empty(1, 1, 0, 0, device=row.input_ids_L.device)
+    return attention_mask(row, window)
 
 
 def check_model(model: nn.Module) -> None:
@@ -125,22 +143,14 @@ def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[T
     inner = causal_lm(model)
     config = inner.get_decoder().config  # of the text model, where the causal LM wraps several
     implementation = config._attn_implementation
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    mask: Any
-    if kinds:
-        mask = {
-            kind: attention_mask(row, window if kind == "sliding_attention" else None, implementation) for kind in kinds
-        }
-    else:
-        mask = attention_mask(row, window, implementation)
+    masks: dict[str, Any] = {kind: _mask(row, window, implementation) for kind, window in _windows(config).items()}
     more: dict[str, Any] = {"sequences": sequences_of(row)} if implementation == PACKED else {}
     with ExitStack() as stack:
         captured = stack.enter_context(capture_sites(inner, sites)) if sites else {}
         hidden_LD = inner.get_decoder()(
             input_ids=row.input_ids_L[None],
             position_ids=row.position_ids_L[None],
-            attention_mask=mask,
+            attention_mask=masks.get("", masks),
             use_cache=False,
             **more,
         ).last_hidden_state[0]
@@ -273,16 +283,16 @@ def measure_pairs(
     Raises:
         FloatingPointError: naming pairs and sites, if a log-probability or a feature is not finite.
     """
-    device, multiple = next(model.parameters()).device, row_multiple(model)
+    device, layout = next(model.parameters()).device, row_layout(model)
 
     def score(row: PackedRow) -> RowScores:
         return score_row(model, row.to(device), saes, recipe)
 
     measured: dict[int, CachedPair] = {}
-    for row in pack(pairs, token_budget, multiple):
+    for row in pack(pairs, token_budget, *layout):
         scores = score(row)
         if not is_finite(scores):
-            alone = find_faults(score, pack([pairs[index] for index in row.pairs], 1, multiple), saes)
+            alone = find_faults(score, pack([pairs[index] for index in row.pairs], 1, *layout), saes)
             raise not_finite(alone or dict.fromkeys(row.names, "is finite alone, but not in a row with others"))
         logps = scores.logps_R.tolist()
         for number, index in enumerate(row.pairs):

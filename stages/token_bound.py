@@ -24,7 +24,7 @@ from .features import CHUNK_ENTRIES
 from .logprobs import token_scores
 from .models import Recipe, autocast
 from .packing import pack
-from .scoring import head_weight, row_multiple, run_body, softcap
+from .scoring import head_weight, row_layout, run_body, softcap
 from .sites import SiteSAE
 
 
@@ -97,7 +97,7 @@ def token_bound(
     """
     device = next(policy.parameters()).device
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for packed in pack(pairs, token_budget, row_multiple(policy)):
+    for packed in pack(pairs, token_budget, *row_layout(policy)):
         row = packed.to(device)
         with autocast(recipe, device):
             hidden_TD, acts = run_body(policy, row, [sae.site])

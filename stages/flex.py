@@ -1,0 +1,155 @@
+"""Attention over packed rows by one compiled kernel, for GPUs.
+
+In: queries, keys and values of a row, and its `RowBlocks`. Out: what every position attends to, as under the masks of
+`packing.visible`, without the scores ever being stored.
+
+torch compiles `flex_attention` anew for whatever its arguments hold but tensors. Here they hold nothing else: window,
+scale and soft-cap are tensors, and the lengths are unknown to the compiler. What is left is with and without gradient,
+with and without soft-cap, and the dtype. There is no falling back to a kernel that stores all scores.
+
+Registered with transformers under the name `packed_flex`; without `RowBlocks` it is eager attention.
+
+Shapes: L positions of a row, N blocks of it, H heads, K heads of keys and values, D size of a head.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from .blocks import BLOCK, RowBlocks
+
+FLEX = "packed_flex"
+
+# Who compiles; tests take one that needs no GPU.
+BACKEND = "inductor"
+
+
+class RowMask(BlockMask):
+    """`RowBlocks` in the form in which models hand on a mask."""
+
+    def __init__(self, blocks: RowBlocks) -> None:
+        ranges_3L, *listed = blocks.tensors.values()
+        size = ranges_3L.shape[1]
+        super().__init__((size, size), *listed, (BLOCK, BLOCK))
+        self.blocks = blocks
+
+
+def _attend(
+    query_1HLD: Tensor,
+    key_1KLD: Tensor,
+    value_1KLD: Tensor,
+    scale: Tensor,
+    cap: Tensor | None,
+    ranges_3L: Tensor,
+    *listed: Tensor,
+) -> Tensor:
+    """Attention, [1, H, L, D]; `listed` are the tensors of `RowBlocks` after the ranges."""
+    if not torch.compiler.is_compiling():
+        raise RuntimeError("attention: expected to be compiled, found that compiling is switched off (torch._dynamo)")
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_prompt = (key >= ranges_3L[0, query]) & (key < ranges_3L[1, query])
+        return in_prompt | ((key >= ranges_3L[2, query]) & (key <= query))
+
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        scaled = score * scale
+        return scaled if cap is None else cap * torch.tanh(scaled / cap)
+
+    mask = BlockMask((query_1HLD.shape[2], key_1KLD.shape[2]), *listed, (BLOCK, BLOCK), mask_mod)
+    attended: Tensor = flex_attention(
+        query_1HLD, key_1KLD, value_1KLD, score_mod=score_mod, block_mask=mask, scale=1.0, enable_gqa=True
+    )
+    return attended
+
+
+@cache
+def _compiled(backend: str) -> Any:
+    # A graph that is whole, or an error: also once torch has compiled it as often as it allows.
+    return torch.compile(_attend, backend=backend, fullgraph=True)
+
+
+@cache
+def _scalar(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def packed_flex_attention(
+    module: nn.Module,
+    query_1HLD: Tensor,
+    key_1KLD: Tensor,
+    value_1KLD: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, by the interface of transformers.
+
+    Args:
+        module: the layer's attention.
+        query_1HLD: of a row.
+        key_1KLD: likewise.
+        value_1KLD: likewise.
+        attention_mask: a `RowMask`; or what eager attention takes, for sequences that are not packed.
+        scaling: of the scores; the heads' size to the power of -1/2 by default.
+        softcap: of the scores, `c·tanh(score/c)`; None for none.
+        dropout: of the weights; 0.
+        kwargs: the interface's other arguments.
+
+    Returns:
+        [1, L, H, D].
+
+    Raises:
+        ValueError: if the layer needs what is not computed here.
+    """
+    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown or dropout:
+        raise ValueError(f"--attention: {FLEX} has no {', '.join(unknown) or 'dropout'}; take eager")
+    scaling = query_1HLD.shape[-1] ** -0.5 if scaling is None else scaling
+    device = query_1HLD.device
+    # Rotary positions are fp32 under autocast, the values are not: a kernel takes one dtype.
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query_1HLD.dtype
+    rows = tuple(tensor.to(dtype) for tensor in (query_1HLD, key_1KLD, value_1KLD))
+    if not isinstance(attention_mask, RowMask):
+        return _eager(*rows, attention_mask, scaling, softcap), None
+    tensors = list(attention_mask.blocks.tensors.values())
+    if not torch.compiler.is_compiling():
+        for tensor in rows:
+            torch._dynamo.maybe_mark_dynamic(tensor, 2)
+        for tensor in tensors:
+            for dimension in range(1 if tensor is tensors[0] else 2, tensor.ndim):
+                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+    cap = None if softcap is None else _scalar(softcap, device)
+    with torch.autocast(device.type, enabled=False):
+        attended_1HLD = _compiled(BACKEND)(*rows, _scalar(scaling, device), cap, *tensors)
+    return attended_1HLD.transpose(1, 2).contiguous(), None
+
+
+def _eager(
+    query_BHLD: Tensor,
+    key_BKLD: Tensor,
+    value_BKLD: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    groups = query_BHLD.shape[1] // key_BKLD.shape[1]
+    key_BHLD, value_BHLD = (tensor.repeat_interleave(groups, 1) for tensor in (key_BKLD, value_BKLD))
+    scores_BHLL = query_BHLD @ key_BHLD.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores_BHLL = torch.tanh(scores_BHLL / softcap) * softcap
+    if mask is not None:
+        scores_BHLL = scores_BHLL + mask
+    weights_BHLL = torch.softmax(scores_BHLL, dim=-1, dtype=torch.float32).to(query_BHLD.dtype)
+    return (weights_BHLL @ value_BHLD).transpose(1, 2).contiguous()
+
+
+AttentionInterface.register(FLEX, packed_flex_attention)
+AttentionMaskInterface.register(FLEX, eager_mask)
