@@ -122,11 +122,10 @@ class ShardWorker:
         rows_of_one: set[int] = set()
 
         def on_row(row: PackedRow) -> None:
-            real_tokens = int((row.pair_L >= 0).sum())
-            counts["scored_tokens"] += real_tokens
+            counts["scored_tokens"] += row.tokens
             if len(row.pairs) == 1:
                 rows_of_one.update(row.pairs)
-            self._advance(len(row.pairs), real_tokens)
+            self._advance(len(row.pairs), row.tokens)
 
         measure = functools.partial(
             measure_pairs,

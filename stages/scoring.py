@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from ..cache.schema import CachedPair, Pair, ReferenceResponse
 from .attention import PACKED, sequences_of
 from .blocks import BLOCK
-from .features import CachedFeatures, FeatureDrift, feature_drift, keep_largest, pooled_features
-from .finite import find_faults, is_finite, not_finite
+from .features import CachedFeatures, FeatureDrift, LargestFeatures, feature_drift, pooled_features, select_largest
+from .finite import all_finite, find_faults, not_finite
 from .flex import FLEX, RowMask
 from .logprobs import token_scores
 from .models import Recipe, autocast
 from .packing import PackedRow, RowLayout, attention_mask, pack
 from .sites import Site, SiteSAE, capture_sites
+from .transfer import HostCopy
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,21 +287,52 @@ def measure_pairs(
     device, layout = next(model.parameters()).device, row_layout(model)
 
     def score(row: PackedRow) -> RowScores:
-        return score_row(model, row.to(device), saes, recipe)
+        pinned = row.pin_memory() if device.type == "cuda" else row
+        return score_row(model, pinned.to(device), saes, recipe)
 
     measured: dict[int, CachedPair] = {}
-    for row in pack(pairs, token_budget, *layout):
-        scores = score(row)
-        if not is_finite(scores):
+
+    def take(row: PackedRow, result: "_RowResult") -> None:
+        responses = result.read([sae.width for sae in saes], row.lengths)
+        if responses is None:
             alone = find_faults(score, pack([pairs[index] for index in row.pairs], 1, *layout), saes)
             raise not_finite(alone or dict.fromkeys(row.names, "is finite alone, but not in a row with others"))
-        logps = scores.logps_R.tolist()
         for number, index in enumerate(row.pairs):
-            responses = []
-            for side in (2 * number, 2 * number + 1):
-                features = tuple(keep_largest(pooled_RM[side], keep_features) for pooled_RM in scores.pooled)
-                responses.append(ReferenceResponse(logps[side], row.lengths[side], features))
-            measured[index] = CachedPair(pairs[index], *responses)
+            measured[index] = CachedPair(pairs[index], *responses[2 * number : 2 * number + 2])
         if on_row:
             on_row(row)
+
+    # What a row gave is read when the next one is under way, so that the device never waits for the host.
+    before: tuple[PackedRow, _RowResult] | None = None
+    for row in pack(pairs, token_budget, *layout):
+        result = _RowResult(score(row), keep_features)
+        if before is not None:
+            take(*before)
+        before = row, result
+    if before is not None:
+        take(*before)
     return [measured[index] for index in range(len(pairs))]
+
+
+class _RowResult:
+    """What the cache holds of a row's responses, on its way to the host."""
+
+    def __init__(self, scores: RowScores, keep_features: int | None) -> None:
+        self._sites = [select_largest(pooled_RM, keep_features) for pooled_RM in scores.pooled]
+        head = [scores.logps_R, all_finite(scores).to(torch.int32).reshape(1)]
+        self._copy = HostCopy([*head, *(tensor for site in self._sites for tensor in site.tensors)])
+
+    def read(self, widths: Sequence[int], lengths: Sequence[int]) -> list[ReferenceResponse] | None:
+        """One entry a response; None if a number is not finite."""
+        logps_R, finite, *rest = self._copy.read()
+        if not finite.tolist()[0]:
+            return None
+        by_site = []
+        for site, width in zip(self._sites, widths, strict=True):
+            own, rest = rest[: len(site.tensors)], rest[len(site.tensors) :]
+            ids = [None] if site.ids_RK is None else []
+            by_site.append(LargestFeatures(*ids, *own).stored(width))
+        return [
+            ReferenceResponse(logp, lengths[number], tuple(site[number] for site in by_site))
+            for number, logp in enumerate(logps_R.tolist())
+        ]
