@@ -70,6 +70,7 @@ class FPOTrainer(RowTrainer):
                 check_cache(cache, saes, args.recipe, args.top_k)
         self.policy, self.train_cache, self.saes = model, train_cache, tuple(saes)
         self._constraint_step = -1
+        self.sites = [sae.site for sae in self.saes]
         pad_to, windows = row_layout(model)
         super().__init__(
             model,

@@ -36,15 +36,18 @@ class RowMask(BlockMask):
         ranges_3L, *listed = blocks.tensors.values()
         size = ranges_3L.shape[1]
         super().__init__((size, size), *listed, (BLOCK, BLOCK))
-        self.blocks = blocks
+        self.tensors = (ranges_3L, *listed)
+        for tensor in self.tensors:
+            for dimension in range(1 if tensor is ranges_3L else 2, tensor.ndim):
+                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
 def _attend(
     query_1HLD: Tensor,
     key_1KLD: Tensor,
     value_1KLD: Tensor,
-    scale: Tensor,
-    cap: Tensor | None,
+    scale: Tensor | float,
+    cap: Tensor | float | None,
     ranges_3L: Tensor,
     *listed: Tensor,
 ) -> Tensor:
@@ -119,16 +122,14 @@ def packed_flex_attention(
     rows = tuple(tensor.to(dtype) for tensor in (query_1HLD, key_1KLD, value_1KLD))
     if not isinstance(attention_mask, RowMask):
         return _eager(*rows, attention_mask, scaling, softcap), None
-    tensors = list(attention_mask.blocks.tensors.values())
-    if not torch.compiler.is_compiling():
-        for tensor in rows:
-            torch._dynamo.maybe_mark_dynamic(tensor, 2)
-        for tensor in tensors:
-            for dimension in range(1 if tensor is tensors[0] else 2, tensor.ndim):
-                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-    cap = None if softcap is None else _scalar(softcap, device)
     with torch.autocast(device.type, enabled=False):
-        attended_1HLD = _compiled(BACKEND)(*rows, _scalar(scaling, device), cap, *tensors)
+        if torch.compiler.is_compiling():  # with the layer that it belongs to
+            attended_1HLD = _attend(*rows, scaling, softcap, *attention_mask.tensors)
+        else:
+            for tensor in rows:
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
+            cap = None if softcap is None else _scalar(softcap, device)
+            attended_1HLD = _compiled(BACKEND)(*rows, _scalar(scaling, device), cap, *attention_mask.tensors)
     return attended_1HLD.transpose(1, 2).contiguous(), None
 
 

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback
 
+from .body import compile_layers
 from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
 from .resuming import ResumingTrainer
 from .row_config import RowConfig
 from .saving import move_model, saving
-from .scoring import RowScores, attach_scoring, check_model
+from .scoring import RowScores, attach_scoring, causal_lm, check_model
 from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
+from .sites import Site
 
 
 class RowTrainer(ResumingTrainer):
@@ -49,6 +51,7 @@ class RowTrainer(ResumingTrainer):
 
     args: RowConfig
     noun = "pair"  # what `names` of a row names
+    sites: Sequence[Site] = ()  # of the activations that the loss reads
 
     def __init__(
         self,
@@ -65,6 +68,8 @@ class RowTrainer(ResumingTrainer):
         if dtypes != {"torch.float32"}:
             raise ValueError(f"model: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
         check_model(model)
+        if args.compile_layers:
+            compile_layers(causal_lm(model).get_decoder().layers, self.sites)
         attach_scoring(model)
         self._means = {"train": PairMeans(), "eval": PairMeans()}
         self._tokens, self._started = 0, time.monotonic()

@@ -1,0 +1,52 @@
+"""How the layers of a decoder run: compiled one by one.
+
+In: a causal LM. Out: the same, whose layers run as compiled code where a whole sequence passes through them; while text
+is generated they run as they are.
+"""
+
+import types
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import flex
+from .sites import Site
+
+
+def compile_layers(layers: Sequence[nn.Module], sites: Sequence[Site] = ()) -> None:
+    """Compiles decoder layers one by one: one graph with gradient and one without, for all layers and lengths.
+
+    Activation checkpointing and hooks on layers stay outside what is compiled.
+
+    Args:
+        layers: of a decoder.
+        sites: that will be read; a layer that has one inside it, where a hook would have to be compiled with it, runs
+            as it is.
+    """
+    inside = {site.layer for site in sites if site.kind != "resid_post"}
+    for number, layer in enumerate(layers):
+        if number not in inside:
+            layer.forward = types.MethodType(_forward, layer)
+
+
+def _forward(self: Any, hidden_1LD: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward, by the interface of transformers."""
+    if kwargs.get("past_key_values") is not None:
+        return type(self).forward(self, hidden_1LD, *args, **kwargs)
+    for tensor in (hidden_1LD, kwargs.get("position_ids"), *(kwargs.get("position_embeddings") or ())):
+        if isinstance(tensor, Tensor):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+    # What transformers puts around a layer's forward is checkpointing.
+    plain = getattr(type(self).forward, "__wrapped__", type(self).forward)
+    run = partial(_compiled(plain, flex.BACKEND), self, **kwargs)
+    if self.training and getattr(self, "gradient_checkpointing", False):
+        return self._gradient_checkpointing_func(run, hidden_1LD, *args)
+    return run(hidden_1LD, *args)
+
+
+@cache
+def _compiled(function: Callable[..., Any], backend: str) -> Any:
+    return torch.compile(function, backend=backend)
