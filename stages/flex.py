@@ -91,6 +91,8 @@ def packed_flex_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, by the interface of transformers.
@@ -104,7 +106,10 @@ def packed_flex_attention(
         scaling: of the scores; the heads' size to the power of -1/2 by default.
         softcap: of the scores, `c·tanh(score/c)`; None for none.
         dropout: of the weights; 0.
-        kwargs: the interface's other arguments.
+        s_aux: None.
+        position_bias: None.
+        kwargs: the interface's other arguments. They are not looked at: among them is the layer's window, which the
+            mask holds, and for which a layer would be compiled once more.
 
     Returns:
         [1, L, H, D].
@@ -112,9 +117,8 @@ def packed_flex_attention(
     Raises:
         ValueError: if the layer needs what is not computed here.
     """
-    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unknown or dropout:
-        raise ValueError(f"--attention: {FLEX} has no {', '.join(unknown) or 'dropout'}; take eager")
+    if dropout or s_aux is not None or position_bias is not None:
+        raise ValueError(f"--attention: {FLEX} has no dropout, attention sinks or biases of positions; take eager")
     scaling = query_1HLD.shape[-1] ** -0.5 if scaling is None else scaling
     device = query_1HLD.device
     # Rotary positions are fp32 under autocast, the values are not: a kernel takes one dtype.

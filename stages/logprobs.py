@@ -14,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits that exist at once: 32 MiB in fp32 on a CPU, where more is no faster. On a GPU 512 MiB, 512 tokens of Gemma-2's
-# vocabulary: a chunk's product has to take longer than reading the head's weight for it.
-CHUNK_ENTRIES = {"cpu": 2**23, "cuda": 2**27}
+from .fused_head import FusedTokenScores
+
+# Logits that exist at once: 32 MiB in fp32 on a CPU, where more is no faster. On a GPU 512 MiB in bf16, 1,024 tokens of
+# Gemma-2's vocabulary: a chunk's products have to take longer than adding to the gradient of the head's weight.
+CHUNK_ENTRIES = {"cpu": 2**23, "cuda": 2**28}
+# Where the element-wise work is compiled.
+FUSED = ("cuda",)
 
 
 def chunk_tokens(vocabulary: int, device: torch.device) -> int:
@@ -157,6 +161,13 @@ def token_scores(
     device = hidden_TD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
     with torch.autocast(device, enabled=False):
+        if device in FUSED:
+            chunk = chunk_tokens(head_VD.shape[0], hidden_TD.device)
+            theirs = reference and (*reference, reference_bias_V)
+            fused: tuple[Tensor, Tensor] = FusedTokenScores.apply(  # type: ignore[no-untyped-call]
+                hidden_TD, head_VD, bias_V, targets_T, (scale, softcap), theirs, dtype, chunk
+            )
+            return fused
         scores: tuple[Tensor, Tensor] = _TokenScores.apply(  # type: ignore[no-untyped-call]
             hidden_TD,
             head_VD,

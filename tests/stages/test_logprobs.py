@@ -1,14 +1,24 @@
+import logging
+
 import pytest
 import torch
-from fpo.stages import logprobs
+from fpo.stages import flex, logprobs
 from fpo.stages.logprobs import chunk_tokens, token_scores
 from torch import Tensor
 
 TOKENS, HIDDEN, VOCABULARY = 11, 6, 17
 
 
-@pytest.fixture(autouse=True)
-def several_chunks(monkeypatch):
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@pytest.fixture(autouse=True, params=["plain", "fused"])
+def several_chunks(request, monkeypatch):
+    if request.param == "fused":  # as on a GPU, run by torch's operations
+        monkeypatch.setattr(logprobs, "FUSED", ("cpu",))
+        monkeypatch.setattr(flex, "BACKEND", "aot_eager")
+        logging.getLogger("torch.__trace").handlers.clear()
+        torch._dynamo.reset()
     monkeypatch.setitem(logprobs.CHUNK_ENTRIES, "cpu", 3 * VOCABULARY + 1)
     assert chunk_tokens(VOCABULARY, torch.device("cpu")) == 3
 
