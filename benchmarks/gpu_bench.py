@@ -4,6 +4,7 @@ In: an output folder and a device. Out: a `Bench`.
 """
 
 import dataclasses
+import gc
 import json
 import os
 import time
@@ -102,7 +103,8 @@ class Bench:
         return round(torch.cuda.max_memory_allocated() / 1e9, 2) if self.device == "cuda" else 0.0
 
     def reset_peak(self) -> None:
-        """Lets the peak begin anew."""
+        """Lets the peak begin anew, without what an earlier section left."""
+        gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -13,7 +13,7 @@ import torch
 from fpo.cache.schema import Pair
 from fpo.pipeline.amounts import ROWS
 from fpo.pipeline.shapes import configuration, shape_of_config
-from fpo.stages.body import compile_layers
+from fpo.stages.body import cast_weights, compile_layers
 from fpo.stages.flex import FLEX
 from fpo.stages.scoring import measure_pairs
 from fpo.stages.sites import SiteSAE
@@ -85,6 +85,7 @@ def stage_one(bench: Bench, count: int) -> None:
 def reference_model(bench: Bench, sae: SiteSAE) -> Any:
     """The large model as stage one has it."""
     model = load(bench.large, bench.folder / "large", FLEX)
+    cast_weights(model.get_decoder().layers, bench.large.recipe)
     if bench.compiled:
         compile_layers(model.get_decoder().layers, [sae.site])
     return model
@@ -150,6 +151,7 @@ def train(bench: Bench, methods: Sequence[str], checkpointing: int) -> None:
             logging_steps=steps,
             compile_layers=bench.compiled,
             activation_checkpointing=checkpointing > 0,
+            checkpoint_every=max(1, checkpointing),
             train_sampling_strategy="sequential",
         )
         times = StepTimes(bench, method)

@@ -1,7 +1,7 @@
-"""How the layers of a decoder run: compiled one by one.
+"""How the layers of a decoder run: compiled one by one, some of them checkpointed, frozen ones with weights cast once.
 
-In: a causal LM. Out: the same, whose layers run as compiled code where a whole sequence passes through them; while text
-is generated they run as they are.
+In: a decoder's layers. Out: the same. Compiled code runs where a whole sequence passes through them; while text is
+generated they run as they are.
 """
 
 import types
@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from . import flex
+from .models import Recipe
 from .sites import Site
 
 
@@ -45,6 +47,35 @@ def _forward(self: Any, hidden_1LD: Tensor, *args: Any, **kwargs: Any) -> Any:
     if self.training and getattr(self, "gradient_checkpointing", False):
         return self._gradient_checkpointing_func(run, hidden_1LD, *args)
     return run(hidden_1LD, *args)
+
+
+def cast_weights(layers: Sequence[nn.Module], recipe: Recipe) -> None:
+    """Casts to bf16, once and for all, the weights that autocast would cast each time: the results are the same.
+
+    Args:
+        layers: of a frozen decoder, whose linear layers are nn.Linear.
+        recipe: the compute recipe; nothing is cast under "fp32".
+    """
+    if recipe != "bf16":
+        return
+    for layer in layers:
+        for module in layer.modules():
+            if type(module) is nn.Linear:
+                for weight in module.parameters():
+                    weight.data = weight.data.to(torch.bfloat16)
+
+
+class CheckpointEvery(TrainerCallback):
+    """Of a model whose activations are checkpointed, lets only every n-th layer compute its own again in backward."""
+
+    def __init__(self, layers: Sequence[Any], every: int) -> None:
+        self._layers, self._every = layers, every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the Trainer has switched it on for all."""
+        if args.activation_checkpointing:
+            for number, layer in enumerate(self._layers):
+                layer.gradient_checkpointing = number % self._every == 0
 
 
 @cache

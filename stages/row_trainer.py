@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback
 
-from .body import compile_layers
+from .body import CheckpointEvery, compile_layers
 from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
@@ -68,8 +68,9 @@ class RowTrainer(ResumingTrainer):
         if dtypes != {"torch.float32"}:
             raise ValueError(f"model: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
         check_model(model)
+        layers = causal_lm(model).get_decoder().layers
         if args.compile_layers:
-            compile_layers(causal_lm(model).get_decoder().layers, self.sites)
+            compile_layers(layers, self.sites)
         attach_scoring(model)
         self._means = {"train": PairMeans(), "eval": PairMeans()}
         self._tokens, self._started = 0, time.monotonic()
@@ -82,7 +83,7 @@ class RowTrainer(ResumingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[MetricsFile(), self._memory, *(callbacks or [])],
+            callbacks=[MetricsFile(), self._memory, CheckpointEvery(layers, args.checkpoint_every), *(callbacks or [])],
         )
         several = self.args.world_size > 1
         self._ranks = torch.distributed.new_group(backend="gloo") if several else None  # for counts alone

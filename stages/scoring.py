@@ -8,8 +8,8 @@ Shapes: L positions of a row, T response tokens, R responses, D hidden size, M S
 """
 
 import types
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,13 +213,14 @@ def score_row(
     lengths = list(row.lengths)
     pooled: tuple[Tensor, ...] = ()
     drifts: tuple[FeatureDrift, ...] = ()
-    if cached is None:
-        pooled = tuple(pooled_features(sae.sae, acts[sae.site], lengths) for sae in saes)
-    else:
-        drifts = tuple(
-            feature_drift(sae.sae, acts[sae.site], lengths, features, top_k)
-            for sae, features in zip(saes, cached, strict=True)
-        )
+    with _sae_products(recipe, device):
+        if cached is None:
+            pooled = tuple(pooled_features(sae.sae, acts[sae.site], lengths) for sae in saes)
+        else:
+            drifts = tuple(
+                feature_drift(sae.sae, acts[sae.site], lengths, features, top_k)
+                for sae, features in zip(saes, cached, strict=True)
+            )
     return RowScores(
         token_logps_T=token_logps_T,
         logps_R=_sum_responses(token_logps_T, lengths),
@@ -227,6 +228,23 @@ def score_row(
         pooled=pooled,
         drifts=drifts,
     )
+
+
+@contextmanager
+def _sae_products(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Lets a GPU round the operands of the SAEs' products to TF32 where activations come out of bf16 anyway.
+
+    For these alone: models compute angles of positions in fp32 products.
+    """
+    if recipe != "bf16" or device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _sum_responses(values_T: Tensor, lengths: Sequence[int]) -> Tensor:
