@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 # Positions of a block: the size that flex attention's kernels are tuned for.
 BLOCK = 128
@@ -88,19 +87,35 @@ def row_blocks(
         prompt_start_L = np.maximum(prompt_start_L, pair_start_L + position_ids_L - window + 1)
         run_start_L = np.maximum(run_start_L, index_L - window + 1)
 
-    first_N = np.arange(0, size, BLOCK)
-    seen_LN = sum(
-        np.clip(np.minimum(stop_L[:, None], first_N + BLOCK) - np.maximum(start_L[:, None], first_N), 0, None)
-        for start_L, stop_L in ((prompt_start_L, prompt_stop_L), (run_start_L, index_L + 1))
-    )
-    seen_NBN = np.asarray(seen_LN).reshape(len(first_N), BLOCK, len(first_N))
-    full_NN = (seen_NBN == BLOCK).all(1)
-    partial_NN = (seen_NBN > 0).any(1) & ~full_NN
-    mask = BlockMask.from_kv_blocks(*_listed(partial_NN), *_listed(full_NN), BLOCK_SIZE=BLOCK)
-    found = (mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices)
-    transposed = [tensor.to(torch.int32) for tensor in found if tensor is not None]
+    partial_NN, full_NN = _blocks_seen(prompt_start_L, prompt_stop_L, run_start_L, index_L)
+    listed = [*_listed(partial_NN), *_listed(full_NN), *_listed(partial_NN.T), *_listed(full_NN.T)]
     ranges_3L = torch.from_numpy(np.stack([prompt_start_L, prompt_stop_L, run_start_L]).astype(np.int32))
-    return RowBlocks(window, ranges_3L, *_listed(partial_NN), *_listed(full_NN), *transposed)
+    return RowBlocks(window, ranges_3L, *listed)
+
+
+def _blocks_seen(
+    prompt_start_L: NDArray[Any], prompt_stop_L: NDArray[Any], own_start_L: NDArray[Any], index_L: NDArray[Any]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which blocks hold something for some query of a block, but not all for all; and which hold all for all."""
+    # Where a part follows its prompt, both are one range, which may fill a block that neither does.
+    joined_L = prompt_stop_L == own_start_L
+    starts_2L = np.stack([prompt_start_L, np.where(joined_L, np.minimum(prompt_start_L, own_start_L), own_start_L)])
+    stops_2L = np.stack([np.where(joined_L, prompt_start_L, prompt_stop_L), index_L + 1])
+    touched = _counted(starts_2L // BLOCK, -(-stops_2L // BLOCK), stops_2L > starts_2L)
+    filled = _counted(-(-starts_2L // BLOCK), stops_2L // BLOCK, stops_2L > starts_2L)
+    full_NN = filled == BLOCK
+    return (touched > 0) & ~full_NN, full_NN
+
+
+def _counted(first_2L: NDArray[Any], stop_2L: NDArray[Any], valid_2L: NDArray[Any]) -> NDArray[Any]:
+    """For every block of queries, how many of its ranges, from `first` to before `stop`, hold a block; [N, N]."""
+    size = first_2L.shape[1] // BLOCK
+    row_2L = np.broadcast_to(np.arange(first_2L.shape[1]) // BLOCK * (size + 1), first_2L.shape)
+    valid_2L = valid_2L & (stop_2L > first_2L)
+    begins, ends = (
+        np.bincount((row_2L + bound_2L)[valid_2L], minlength=size * (size + 1)) for bound_2L in (first_2L, stop_2L)
+    )
+    return np.asarray((begins - ends).reshape(size, size + 1).cumsum(1)[:, :size])
 
 
 def _listed(blocks_NN: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ Shapes: L positions of a row, T response tokens of a row, R responses of a row (
 conversation: its assistant turns together).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -144,11 +144,14 @@ def pack(
     Raises:
         ValueError: if the budget is not positive.
     """
+    return list(packed_rows(pairs, token_budget, RowLayout(pad_to, tuple(windows))))
+
+
+def packed_rows(pairs: Sequence[Pair], token_budget: int, layout: RowLayout) -> Iterator[PackedRow]:
+    """As `pack`, one row at a time, made when it is asked for."""
     lengths = [pair.prompt_ids.size + pair.chosen_ids.size + pair.rejected_ids.size for pair in pairs]
-    return [
-        _pack_row([pairs[i] for i in row], row, RowLayout(pad_to, tuple(windows)))
-        for row in plan_rows(lengths, token_budget)
-    ]
+    for row in plan_rows(lengths, token_budget):
+        yield _pack_row([pairs[i] for i in row], row, layout)
 
 
 def pack_conversations(

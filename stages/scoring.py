@@ -24,7 +24,7 @@ from .finite import all_finite, find_faults, not_finite
 from .flex import FLEX, RowMask
 from .logprobs import token_scores
 from .models import Recipe, autocast
-from .packing import PackedRow, RowLayout, attention_mask, pack
+from .packing import PackedRow, RowLayout, attention_mask, pack, packed_rows
 from .sites import Site, SiteSAE, capture_sites
 from .transfer import HostCopy
 
@@ -322,7 +322,7 @@ def measure_pairs(
 
     # What a row gave is read when the next one is under way, so that the device never waits for the host.
     before: tuple[PackedRow, _RowResult] | None = None
-    for row in pack(pairs, token_budget, *layout):
+    for row in packed_rows(pairs, token_budget, layout):
         result = _RowResult(score(row), keep_features)
         if before is not None:
             take(*before)
