@@ -59,6 +59,9 @@ class RunConfig(BaseModel):
         "auto", description="auto (the fastest that is exact for model and device), eager, packed or packed_flex."
     )
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="Recipe of both stages: fp32, or bf16 autocast.")
+    compile: bool | None = Field(
+        None, description="Compile a model's layers (torch.compile); default on a GPU, not on a CPU."
+    )
     token_budget: PositiveInt = Field(2048, description="Tokens of a packed row; sets memory (results to rounding).")
     seed: int = Field(0, description="Seed of data order, initialisation and sampling.")
 
@@ -117,6 +120,7 @@ class RunConfig(BaseModel):
     optimizer: Literal["adam", "rmsprop"] = Field("adam", description="Optimiser: adam or rmsprop.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off.")
     activation_checkpointing: bool = Field(False, description="Recompute layers in backward: less memory, slower.")
+    checkpoint_every: PositiveInt = Field(1, description="With --activation-checkpointing: recompute every N-th layer.")
     lora_r: PositiveInt | None = Field(None, description="Train a LoRA adapter of this rank (PEFT); default none.")
     merge: bool = Field(False, description="With --lora-r: save the merged model, not the adapter.")
     resume: bool = Field(False, description="Go on from the last checkpoint in --out.")

@@ -174,14 +174,16 @@ def training_cost(task: Task) -> Cost:
     checkpointing; the head's logits are computed again in backward; a live reference runs forward, its head twice.
 
     Memory: 4 bytes a weight and 2 of autocast's copy; 4 of gradient and 8 (Adam) or 4 (RMSprop) of optimiser a trained
-    one; activations of the longest row, of all layers, or with checkpointing of one layer and the inputs of all; the
-    head's gradient as it is added up; the SAEs; 4 bytes a weight of a live reference.
+    one; activations of the longest row, of all layers, or with checkpointing of one layer, of those that are not
+    checkpointed and the inputs of those that are; the head's gradient as it is added up; the SAEs; 4 bytes a weight of
+    a live reference.
     """
     config, shape, data = task.config, task.shape, task.data
     steps = training_steps(config, data.count)
     seen = config.max_steps * config.batch_size if config.max_steps else config.epochs * data.count
     once = forward(task, replace(data, count=seen))
-    adapter, again = config.lora_r is not None, int(config.activation_checkpointing)
+    adapter = config.lora_r is not None
+    again = 1 / config.checkpoint_every if config.activation_checkpointing else 0  # share of the layers
     live = int(config.reference is not None)
     times = (2 if adapter else 3) + again
     work = Work(
@@ -193,8 +195,9 @@ def training_cost(task: Task) -> Cost:
     trained = shape.linear_edges * config.lora_r if config.lora_r else shape.parameters
     optimiser = {"adam": 8, "rmsprop": 4}[config.optimizer]
     head = (0 if adapter else 8) * shape.head
-    inputs = shape.layers * task.row * shape.hidden * 4
-    kept = inputs + max(task.layer, head) if again else shape.layers * task.layer + head
+    inputs = again * shape.layers * task.row * shape.hidden * 4
+    whole = (1 - again) * shape.layers * task.layer
+    kept = whole + inputs + max(task.layer, head) if again else whole + head
     memory = PROCESS_BYTES + task.weights + trained * (4 + optimiser) + 4 * shape.parameters * live
     memory += kept + task.saes + task.chunks
     saved = trained if adapter else shape.parameters

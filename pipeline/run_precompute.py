@@ -16,7 +16,7 @@ from ..stages.preferences import Limits, Preferences
 from ..stages.reference import Reference
 from ..stages.sites import check_fits
 from .config import RunConfig, to_yaml
-from .inputs import check_folder, device_of, load_data, load_saes, required
+from .inputs import check_folder, compiles, device_of, load_data, load_saes, required
 from .progress import PairProgress, console
 from .workers import place_of, take_own_gpu
 
@@ -111,6 +111,7 @@ def load_stage_one(config: RunConfig) -> tuple[Reference, Preferences, Limits, d
         "token_budget": config.token_budget,
         "shard_size": config.shard_size,
         "limit": config.limit,
+        "compiled": compiles(config),
         "options": to_yaml(config.model_copy(update={"rank": None, "world_size": None})),  # the same for all workers
     }
     return Reference(source, model, chat, saes, config.dtype), preferences, limits, settings

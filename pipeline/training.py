@@ -19,7 +19,7 @@ from ..cache.locks import Lock
 from ..stages.metrics import RunRecord
 from ..stages.snapshots import Snapshots
 from .config import RunConfig, to_yaml
-from .inputs import check_new, device_of
+from .inputs import check_new, compiles, device_of
 from .plain_yaml import read_yaml
 from .progress import console
 
@@ -43,6 +43,8 @@ def trainer_settings(config: RunConfig, given: frozenset[str]) -> dict[str, Any]
         raise ValueError("--epochs: --max-steps alone says when to stop; leave one of them out")
     if config.lr_scheduler == "constant" and "warmup_steps" in given:
         raise ValueError("--warmup-steps: the schedule 'constant' ignores it; use constant_with_warmup")
+    if "checkpoint_every" in given and not config.activation_checkpointing:
+        raise ValueError("--checkpoint-every: no layer is recomputed without --activation-checkpointing; add it")
     parts = config.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch_size % parts:
         raise ValueError(
@@ -64,6 +66,8 @@ def trainer_settings(config: RunConfig, given: frozenset[str]) -> dict[str, Any]
         "weight_decay": 0.0,
         "max_grad_norm": config.max_grad_norm,
         "activation_checkpointing": config.activation_checkpointing,
+        "checkpoint_every": config.checkpoint_every,
+        "compile_layers": compiles(config),
         "seed": config.seed,
         "logging_steps": config.logging_steps,
         "save_steps": config.save_steps,

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from ..cache.reader import Cache
 from .batches import RowBatch, RowCollator
+from .body import cast_weights, compile_layers
 from .finite import find_faults
 from .fpo_config import FPOConfig
 from .metrics import ParityLog
@@ -83,7 +84,15 @@ class FPOTrainer(RowTrainer):
         )
         self.parity: dict[str, float] = {}
         self.add_callback(ParityLog(self))
-        self.reference = None if reference is None else reference.to(args.device).requires_grad_(False).eval()
+        self.reference = None if reference is None else self._frozen(reference)
+
+    def _frozen(self, reference: nn.Module) -> nn.Module:
+        """The live reference, as fast as a model that never changes can be."""
+        layers = causal_lm(reference).get_decoder().layers
+        cast_weights(layers, self.args.recipe)
+        if self.args.compile_layers:
+            compile_layers(layers)
+        return reference.to(self.args.device).requires_grad_(False).eval()
 
     def train(  # type: ignore[override]  # the Trainer's other arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any

@@ -5,7 +5,7 @@ generated they run as they are.
 """
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -47,6 +47,16 @@ def _forward(self: Any, hidden_1LD: Tensor, *args: Any, **kwargs: Any) -> Any:
     if self.training and getattr(self, "gradient_checkpointing", False):
         return self._gradient_checkpointing_func(run, hidden_1LD, *args)
     return run(hidden_1LD, *args)
+
+
+def are_compiled(layers: Iterable[nn.Module]) -> bool:
+    """Whether any of them is."""
+    return any(getattr(layer.forward, "__func__", None) is _forward for layer in layers)
+
+
+def are_cast(layers: Iterable[nn.Module]) -> bool:
+    """Whether weights of any of them were cast."""
+    return any(weight.dtype == torch.bfloat16 for layer in layers for weight in layer.parameters())
 
 
 def cast_weights(layers: Sequence[nn.Module], recipe: Recipe) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 
 from ..cache.manifest import Manifest, ShardReport
 from ..cache.store_writer import open_writer
+from .body import are_cast, are_compiled, cast_weights, compile_layers
 from .packing import PackedRow
 from .parity import difference
 from .preferences import Limits, Preferences, tokenize_pair
 from .reference import Reference, describe_meaning, describe_numerics, provenance
-from .scoring import check_model, measure_pairs
+from .scoring import causal_lm, check_model, measure_pairs
 
 # One pair for so many, and at least two a shard, are measured a second time in another packing, for the cache's noise.
 PAIRS_PER_SAMPLE = 256
@@ -44,6 +45,7 @@ class ShardWorker:
         token_budget: int = 2048,
         shard_size: int = 1024,
         limit: int | None = None,
+        compiled: bool = False,
         options: str | None = None,
         repair: bool = False,
         on_pairs: Callable[[int, int], None] | None = None,
@@ -59,6 +61,7 @@ class ShardWorker:
             token_budget: tokens of a packed row.
             shard_size: raw rows of a shard.
             limit: how many raw rows were asked for, for the fingerprint; None for all.
+            compiled: whether the model's layers are compiled.
             options: the text of `run.yaml`; None for no such file.
             repair: as `open_writer`'s.
             on_pairs: called with (raw rows, scored tokens) after each piece of work, (rows, 0) for a finished shard.
@@ -66,7 +69,7 @@ class ShardWorker:
         Raises:
             ValueError: if the folder holds another cache (`IdentityError`), or the model is not supported.
         """
-        check_model(reference.model)
+        _prepare(reference, compiled)
         meaning = describe_meaning(reference, preferences, limits, keep_features=keep_features, limit=limit)
         numerics = describe_numerics(reference.model, token_budget, shard_size)
         self.writer = open_writer(out, meaning, numerics, len(preferences), repair=repair)
@@ -149,6 +152,21 @@ class ShardWorker:
         )
         self.writer.write_shard(measured, report)
         return report
+
+
+def _prepare(reference: Reference, compiled: bool) -> None:
+    """Checks the model, and makes it as fast as one that never changes can be.
+
+    Raises:
+        ValueError: if it is not supported.
+    """
+    layers = causal_lm(reference.model).get_decoder().layers
+    if are_compiled(layers) or are_cast(layers):  # for an earlier worker, which checked it
+        return
+    check_model(reference.model)
+    cast_weights(layers, reference.recipe)
+    if compiled:
+        compile_layers(layers, [sae.site for sae in reference.saes])
 
 
 def precompute(
