@@ -83,7 +83,7 @@ def run_on_cpu() -> None:
     from torch.nn.attention import flex_attention
 
     flex.BACKEND = "aot_eager"
-    flex_attention._validate_device = lambda query, key, value: None  # type: ignore[assignment]
+    flex_attention._validate_device = lambda query, key, value: None
     memory.COUNTED_STEPS = 0
 
 

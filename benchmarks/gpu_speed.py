@@ -13,8 +13,8 @@ import torch
 from fpo.cache.schema import Pair
 from fpo.pipeline.amounts import ROWS
 from fpo.pipeline.shapes import configuration, shape_of_config
-from fpo.stages.body import cast_weights, compile_layers
 from fpo.stages.flex import FLEX
+from fpo.stages.frozen import freeze
 from fpo.stages.scoring import measure_pairs
 from fpo.stages.sites import SiteSAE
 from transformers import TrainerCallback
@@ -85,9 +85,7 @@ def stage_one(bench: Bench, count: int) -> None:
 def reference_model(bench: Bench, sae: SiteSAE) -> Any:
     """The large model as stage one has it."""
     model = load(bench.large, bench.folder / "large", FLEX)
-    cast_weights(model.get_decoder().layers, bench.large.recipe)
-    if bench.compiled:
-        compile_layers(model.get_decoder().layers, [sae.site])
+    freeze(model, bench.large.recipe, compiled=bench.compiled, sites=[sae.site])
     return model
 
 

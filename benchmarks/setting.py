@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fpo.stages.models import ModelSource, Recipe, choose_attention
+from fpo.stages.models import ModelSource, Recipe, attentions_to_try
 from fpo.stages.sites import Site
 
 # Features that a cache keeps a response: the default of `fpo precompute`.
@@ -101,8 +101,8 @@ def setting_of(options: argparse.Namespace) -> Setting:
 
 
 def attention_of(setting: Setting, folder: Path) -> str:
-    """The attention that `fpo` chooses for the model."""
-    return choose_attention("auto", ModelSource(setting.model, folder / "model", None), setting.device)
+    """The attention that `fpo` tries first for the model."""
+    return attentions_to_try("auto", ModelSource(setting.model, folder / "model", None), setting.device)[0]
 
 
 def load(setting: Setting, folder: Path, attention: str | None) -> Any:

@@ -45,8 +45,9 @@ Fingerprint: `{fingerprint}`
 | --- | --- | --- |
 | `pair_id` | string | 16 hex digits of the SHA-256 of the token ids, `-`, row in the raw data |
 | `prompt_ids`, `chosen_ids`, `rejected_ids` | list<int32> | token ids |
-| `chosen_ref_logp`, `rejected_ref_logp` | float64 | log-probability of the response, nats, summed over tokens |
-| `chosen_num_tokens`, `rejected_num_tokens` | int32 | tokens of the response |
+| `chosen_learnt`, `rejected_learnt` | list<int32> | learnt tokens of the response: first, one past the last, … |
+| `chosen_ref_logp`, `rejected_ref_logp` | float64 | log-probability of the response, nats, summed over learnt tokens |
+| `chosen_num_tokens`, `rejected_num_tokens` | int32 | learnt tokens |
 | `chosen_features_S`, `rejected_features_S` | struct | pooled SAE features at site S |
 
 A struct of features holds `ids` (ascending), `values` (float32, above 0), `floor` (the largest value left out, 0 if
@@ -122,6 +123,8 @@ def _settings(meaning: Meaning) -> list[tuple[str, object]]:
         ("longest prompt, tokens", meaning.max_prompt_length),
         ("truncation", meaning.truncation),
         ("order", meaning.order),
+        ("answers learnt of a response of several", meaning.turns),
+        ("date in prompts", "none" if meaning.date is None else meaning.date),
     ]
 
 

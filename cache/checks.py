@@ -74,7 +74,8 @@ def _faults(columns: Columns, widths: Sequence[int], sites: Sequence[int]) -> It
     yield "pair_id", _pair_id_faults(columns)
     for side, lists, answers in zip(SIDES, tokens[1:], columns.answers, strict=True):
         count, logp = answers.num_tokens, answers.logp
-        yield f"{side}_num_tokens", iter([(count != np.diff(lists.offsets), "is not the number of response ids")])
+        yield f"{side}_learnt", _learnt_faults(answers.learnt, np.diff(lists.offsets))
+        yield f"{side}_num_tokens", iter([(count != _lengths(answers.learnt), "is not the number of learnt tokens")])
         yield f"{side}_ref_logp", iter([(~(np.isfinite(logp) & (logp <= 0)), "is not finite or above 0")])
         for site, features in zip(sites, answers.features, strict=True):
             yield feature_column(side, site), _feature_faults(features, widths[site])
@@ -83,6 +84,34 @@ def _faults(columns: Columns, widths: Sequence[int], sites: Sequence[int]) -> It
 def _token_faults(tokens: Lists) -> Faults:
     yield np.diff(tokens.offsets) == 0, "holds no tokens"
     yield _rows_with(tokens, _items(tokens) < 0), "holds a negative token id"
+
+
+def _learnt_faults(learnt: Lists, lengths: npt.NDArray[np.integer[Any]]) -> Faults:
+    bounds = np.diff(learnt.offsets)
+    yield (bounds == 0) | (bounds % 2 == 1), "is not a first token and one past the last of every span"
+    items, row_of = _items(learnt).astype(np.int64), np.repeat(np.arange(len(bounds)), bounds)
+    before = np.concatenate(([0], items))[:-1]
+    before[_places(learnt) == 0] = 0
+    # A span has a token; two of them may meet.
+    yield _rows_with(learnt, items - before < _places(learnt) % 2), "has spans that are empty or not in order"
+    last = np.zeros(len(bounds), dtype=np.int64)
+    last[row_of] = items  # of a row's items the last one stays
+    yield last != lengths, "does not end with the response"
+
+
+def _lengths(learnt: Lists) -> npt.NDArray[np.int64]:
+    """How many tokens the spans of each row have."""
+    signed = np.where(_places(learnt) % 2 == 1, 1, -1) * _items(learnt).astype(np.int64)
+    sums = np.concatenate(([0], np.cumsum(signed)))
+    lengths: npt.NDArray[np.int64] = np.diff(sums[learnt.offsets - learnt.offsets[0]])
+    return lengths
+
+
+def _places(lists: Lists) -> npt.NDArray[np.int64]:
+    """The number of each item in its row."""
+    starts = lists.offsets[:-1] - lists.offsets[0]
+    places: npt.NDArray[np.int64] = np.arange(len(_items(lists))) - np.repeat(starts, np.diff(lists.offsets))
+    return places
 
 
 def _pair_id_faults(columns: Columns) -> Faults:

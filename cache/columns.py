@@ -41,6 +41,8 @@ def rows_to_table(rows: Sequence[CachedPair], widths: Sequence[int]) -> pa.Table
             if len(answer.features) != len(widths):
                 found = len(answer.features)
                 raise ValueError(f"{row.pair.pair_id}, {side}: expected features of {len(widths)} sites, found {found}")
+        learnt = f"{side}_learnt"
+        columns.append(_list_array([getattr(row.pair, learnt) for row in rows], schema.field(learnt).type))
         columns.append(pa.array([answer.logp for answer in answers], pa.float64()))
         columns.append(pa.array([answer.num_tokens for answer in answers], pa.int32()))
         for site in range(len(widths)):
@@ -89,6 +91,14 @@ class Lists:
         """The items of row i, as a view."""
         return self.values[self._bounds[i] : self._bounds[i + 1]]
 
+    def largest(self) -> tuple[int, int]:
+        """The row of the largest item, and that item; (0, -1) where there is none."""
+        start, stop = int(self.offsets[0]), int(self.offsets[-1])
+        if start == stop:
+            return 0, -1
+        place = start + int(np.argmax(self.values[start:stop]))
+        return int(np.searchsorted(self.offsets, place, side="right")) - 1, int(self.values[place])
+
 
 class FeatureColumn:
     """The features of one side at one site, N rows without nulls.
@@ -117,12 +127,14 @@ class AnswerColumns:
     """The columns of one side, N rows.
 
     Attributes:
+        learnt: spans of learnt tokens.
         logp: float64 [N].
         num_tokens: int32 [N].
         features: one entry a site.
     """
 
     def __init__(self, batch: pa.RecordBatch, side: str, sites: Sequence[int]):
+        self.learnt = Lists(batch.column(f"{side}_learnt"))
         self.logp: npt.NDArray[np.float64] = batch.column(f"{side}_ref_logp").to_numpy()
         self.num_tokens: Int32 = batch.column(f"{side}_num_tokens").to_numpy()
         self.features = [FeatureColumn(batch.column(feature_column(side, site))) for site in sites]
@@ -151,8 +163,9 @@ class Columns:
 
     def row(self, i: int) -> CachedPair:
         """Row i; its arrays are views and as writable as the memory under them."""
-        pair = Pair(self.pair_ids[i].as_py(), self.prompt.row(i), self.chosen.row(i), self.rejected.row(i))
         chosen, rejected = self.answers
+        tokens = (self.prompt.row(i), self.chosen.row(i), self.rejected.row(i))
+        pair = Pair(self.pair_ids[i].as_py(), *tokens, chosen.learnt.row(i), rejected.learnt.row(i))
         return CachedPair(pair, chosen.row(i), rejected.row(i))
 
 

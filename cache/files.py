@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator
@@ -103,18 +104,42 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
+def sync_files(folder: Path) -> None:
+    """Puts the files of a folder, not those below it, on disk; their names are there once one is written atomically."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with naming(path), path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes `data` to `path` such that a reader sees the old file or the new one, also after a crash."""
     with atomic_file(path) as file:
         file.write(data)
 
 
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A folder in `parent` for the block, which `remove_leftovers` knows should the process be killed."""
+    tmp = parent / f"try.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+    _open_files.add(tmp)
+    try:
+        tmp.mkdir()
+        yield tmp
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        _open_files.discard(tmp)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files in `folder` whose writer ran on this host and is dead."""
+    """Removes temporary files and folders in `folder` whose writer ran on this host and is dead."""
     for path in folder.iterdir():
         name = _TMP_NAME.fullmatch(path.name)
         if name and name["host"] == socket.gethostname() and not _is_alive(int(name["pid"]), path):
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int, path: Path) -> bool:

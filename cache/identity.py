@@ -4,14 +4,27 @@ In: hashes, names and settings. Out: a fingerprint, and the fields in which two 
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from .files import canonical_json, sha256_text
+from .schema import FORMAT_VERSION
 
 
 class IdentityError(ValueError):
     """Two caches, or a cache and a run, were made from different specs."""
+
+
+class FormatError(ValueError):
+    """A cache is of another version of the layout on disk."""
+
+    def __init__(self, where: str, found: int) -> None:
+        """Says what to do about version `found`."""
+        super().__init__(
+            f"{where}: expected format version {FORMAT_VERSION}, found {found}; another version of fpo made this "
+            "cache: make it again in a new folder by `fpo precompute`, or go on with that version"
+        )
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,7 @@ class Meaning:
         model: SHA-256 of the reference model's weight files and configuration.
         tokenizer: SHA-256 of the tokenizer's pipeline and special tokens.
         chat_template: its full text.
+        date: the day that it is to the template, as YYYY-MM-DD; None where the template does not read the clock.
         sites: in the order of the feature columns.
         recipe: the arithmetic, `fp32` or `bf16`.
         pooling: how features are pooled over a response.
@@ -49,6 +63,7 @@ class Meaning:
         truncation: the rule by which longer ones are cut.
         skip_rules: the reasons for which a pair is skipped.
         drop_ties: whether pairs of equal score are skipped.
+        turns: which assistant turns of a response of several are learnt, `all` or the `last`.
         dataset: SHA-256 of the data set's content.
         split: its name, letters, digits, `_` and `.`.
         limit: how many raw rows were taken; None for all.
@@ -59,6 +74,7 @@ class Meaning:
     model: str
     tokenizer: str
     chat_template: str
+    date: str | None
     sites: tuple[SiteMeaning, ...]
     recipe: str
     pooling: str
@@ -68,6 +84,7 @@ class Meaning:
     truncation: str
     skip_rules: tuple[str, ...]
     drop_ties: bool
+    turns: str
     dataset: str
     split: str
     limit: int | None
@@ -77,6 +94,13 @@ class Meaning:
     def widths(self) -> list[int]:
         """The SAE width of every site."""
         return [site.width for site in self.sites]
+
+    def dated_as(self, others: Iterable["Meaning"]) -> "Meaning":
+        """The same on the day of the first of the others, if the template reads the clock."""
+        if self.date is None:
+            return self
+        begun = next((other.date for other in others if other.date is not None), self.date)
+        return dataclasses.replace(self, date=begun)
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the canonical JSON of all fields."""

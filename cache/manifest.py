@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .files import canonical_json, sha256_text, write_atomically
-from .identity import IdentityError, Meaning, Numerics, SiteMeaning, differences
+from .identity import FormatError, IdentityError, Meaning, Numerics, SiteMeaning, differences
 from .records import decode, parse_json
 from .schema import FORMAT_VERSION
 
 __all__ = [
     "REPAIR",
+    "FormatError",
     "IdentityError",
     "Manifest",
     "Meaning",
@@ -202,18 +203,22 @@ class Manifest:
             ValueError: it was altered, is of another format version, or contradicts itself.
         """
         try:
-            return cls._parse(data)
+            return cls._parse(data, where)
+        except FormatError:
+            raise
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}; download it again, or {REPAIR}") from error
 
     @classmethod
-    def _parse(cls, data: bytes) -> "Manifest":
+    def _parse(cls, data: bytes, where: str) -> "Manifest":
         document = parse_json(data)
         if not isinstance(document, dict):
             raise ValueError(f"expected a JSON object, found {type(document).__name__}")
         meaning = document.get("meaning")
         version = meaning.get("format_version") if isinstance(meaning, dict) else None
         if version != FORMAT_VERSION:
+            if type(version) is int:
+                raise FormatError(where, version)
             raise ValueError(f"expected format version {FORMAT_VERSION}, found {version}")
         stated = document.pop("sha256", None)
         if stated != sha256_text(canonical_json(document)) or _pretty({**document, "sha256": stated}) != data:

@@ -59,6 +59,17 @@ class Cache:
             columns = self._columns[shard] = Columns(self._file.get_batch(shard), self._numbers)
         return columns.row(row - self._starts[shard])
 
+    def largest_token(self) -> tuple[str, int]:
+        """The `pair_id` of the pair that holds the largest token id, and that id; ("", -1) of a cache without pairs."""
+        largest = "", -1
+        for number in range(self._file.num_record_batches):
+            columns = Columns(self._file.get_batch(number), self._numbers)
+            for lists in (columns.prompt, columns.chosen, columns.rejected):
+                row, token = lists.largest()
+                if token > largest[1]:
+                    largest = columns.pair_ids[row].as_py(), token
+        return largest
+
     def provenance(self) -> list[dict[str, Any]]:
         """The records of `provenance.jsonl`, oldest first; none if there is no such file.
 

@@ -9,16 +9,17 @@ Shapes: P prompt tokens, R response tokens, F kept features of one response.
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: which tokens of a response are learnt
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SIDES = ("chosen", "rejected")
+LEARNT_COLUMNS = tuple(f"{side}_learnt" for side in SIDES)
 
 _PAIR_ID = re.compile(r"[0-9a-f]{16}-(0|[1-9][0-9]*)")
 
@@ -35,12 +36,23 @@ class Pair:
         prompt_ids: int32 [P], the prompt with BOS and the turn that opens the answer; shared by both responses.
         chosen_ids: int32 [R], the preferred response with the token that ends its turn.
         rejected_ids: int32 [R], the other response, likewise.
+        chosen_learnt: int32 [2S], which tokens of the response are learnt, as S spans one after the other, each a first
+            token and one past the last; what is between them is context. [0, R], the whole response, if not given.
+        rejected_learnt: int32, likewise of the other response.
     """
 
     pair_id: str
     prompt_ids: Int32
     chosen_ids: Int32
     rejected_ids: Int32
+    chosen_learnt: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    rejected_learnt: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    def __post_init__(self) -> None:
+        for side in SIDES:
+            if not getattr(self, f"{side}_learnt").size:
+                whole = np.asarray([0, getattr(self, f"{side}_ids").size], np.int32)
+                object.__setattr__(self, f"{side}_learnt", whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +61,7 @@ class SparseFeatures:
 
     Attributes:
         ids: unsigned [F], ascending, each below the SAE's width.
-        values: float32 [F], mean activation over the response's prediction positions, each > 0.
+        values: float32 [F], mean activation over the positions that predict learnt tokens, each > 0.
         floor: the largest activation that was left out; 0 if none was.
         nnz: how many activations were above 0 before the cut; F if none was left out.
     """
@@ -65,8 +77,8 @@ class ReferenceResponse:
     """What the reference model said about one response.
 
     Attributes:
-        logp: log-probability of the response given the prompt, nats, summed over tokens in float64.
-        num_tokens: R, the number of response tokens that `logp` sums over.
+        logp: log-probability of the response's learnt tokens, nats, summed over them in float64.
+        num_tokens: the number of learnt tokens, which `logp` sums over.
         features: one entry a site, in the manifest's order of sites.
     """
 
@@ -123,6 +135,7 @@ def arrow_schema(widths: Sequence[int], sites: Sequence[int] | None = None) -> p
     fields = [_field("pair_id", pa.string())]
     fields += [_field(name, _list(pa.int32())) for name in TOKEN_COLUMNS]
     for side in SIDES:
+        fields.append(_field(f"{side}_learnt", _list(pa.int32())))
         fields += [_field(f"{side}_ref_logp", pa.float64()), _field(f"{side}_num_tokens", pa.int32())]
         for site in range(len(widths)) if sites is None else sites:
             # The largest id is width - 1, so 65,536 features still fit 16 bits.

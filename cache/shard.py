@@ -15,10 +15,18 @@ import pyarrow.parquet as pq
 
 from .checks import check_schema, check_table
 from .files import canonical_json
-from .manifest import Meaning, Numerics, ShardReport
+from .manifest import FormatError, Meaning, Numerics, ShardReport
 from .pages import check_pages, open_parquet
 from .records import decode, parse_json
-from .schema import SIDES, TOKEN_COLUMNS, arrow_schema, feature_column, raw_row_of
+from .schema import (
+    FORMAT_VERSION,
+    LEARNT_COLUMNS,
+    SIDES,
+    TOKEN_COLUMNS,
+    arrow_schema,
+    feature_column,
+    raw_row_of,
+)
 
 # What pyarrow raises for a file that is no Parquet or is damaged (ArrowInvalid is a ValueError).
 DAMAGE = (OSError, ValueError, pa.ArrowException)
@@ -47,7 +55,7 @@ class Footer:
 
 def encode_shard(table: pa.Table, meaning: Meaning, numerics: Numerics, report: ShardReport) -> bytes:
     """Encodes rows as one row group; equal input gives equal bytes."""
-    encoding = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in TOKEN_COLUMNS}
+    encoding = {f"{name}.list.element": "DELTA_BINARY_PACKED" for name in (*TOKEN_COLUMNS, *LEARNT_COLUMNS)}
     for column in (feature_column(side, site) for side in SIDES for site in range(len(meaning.sites))):
         encoding[f"{column}.ids.list.element"] = "DELTA_BINARY_PACKED"
         encoding[f"{column}.values.list.element"] = "BYTE_STREAM_SPLIT"
@@ -86,7 +94,11 @@ def read_footer(source: Path | pa.BufferReader) -> Footer:
         text = metadata.get(f"fpo.{key}".encode())
         if text is None:
             raise ValueError(f"its footer has no fpo.{key}")
-        parts[key] = decode(kind, parse_json(text), f"fpo.{key}")
+        value = parse_json(text)
+        version = value.get("format_version", FORMAT_VERSION) if isinstance(value, dict) else FORMAT_VERSION
+        if type(version) is int and version != FORMAT_VERSION:
+            raise FormatError(str(source) if isinstance(source, Path) else "shard", version)
+        parts[key] = decode(kind, value, f"fpo.{key}")
     if metadata.get(b"fpo.fingerprint") != parts["meaning"].fingerprint().encode():
         raise ValueError("its footer's fpo.fingerprint is not that of its fpo.meaning")
     return Footer(parts["meaning"], parts["numerics"], parts["shard"], parquet.num_rows)
@@ -97,10 +109,11 @@ def footer_of(source: Path | pa.BufferReader) -> Footer | None:
 
     Raises:
         PermissionError: it may not be read, which says nothing of what is in it.
+        FormatError: it is of another version, and so not damaged.
     """
     try:
         return read_footer(source)
-    except PermissionError:
+    except (PermissionError, FormatError):
         raise
     except DAMAGE:
         return None

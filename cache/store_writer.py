@@ -24,13 +24,19 @@ from .writer import CARD_NAME, OPTIONS_NAME, PROVENANCE_NAME, CacheWriter
 
 
 def open_writer(
-    place: Path | str, meaning: Meaning, numerics: Numerics, num_rows: int, *, repair: bool = False
+    place: Path | str,
+    meaning: Meaning,
+    numerics: Numerics,
+    num_rows: int,
+    *,
+    repair: bool = False,
+    keep_date: bool = False,
 ) -> CacheWriter:
     """The writer of a cache in a folder, or at a URL; raises as they do."""
     place = as_place(place)
     if isinstance(place, Path):
-        return CacheWriter(place, meaning, numerics, num_rows, repair=repair)
-    return StoreWriter(place, meaning, numerics, num_rows, repair=repair)
+        return CacheWriter(place, meaning, numerics, num_rows, repair=repair, keep_date=keep_date)
+    return StoreWriter(place, meaning, numerics, num_rows, repair=repair, keep_date=keep_date)
 
 
 def read_any_footer(place: Path | str) -> Footer:
@@ -74,7 +80,16 @@ class StoreWriter(CacheWriter):
     they do the same work twice.
     """
 
-    def __init__(self, url: str, meaning: Meaning, numerics: Numerics, num_rows: int, *, repair: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        meaning: Meaning,
+        numerics: Numerics,
+        num_rows: int,
+        *,
+        repair: bool = False,
+        keep_date: bool = False,
+    ) -> None:
         """Looks at what the store has.
 
         Raises:
@@ -84,13 +99,17 @@ class StoreWriter(CacheWriter):
                 manifest is damaged, or there is nothing to repair.
         """
         self._store = Store(url)
-        spec = [self._store.url, meaning.fingerprint(), dataclasses.asdict(numerics), num_rows]
+        footers = {name: _stored_footer(self._store, name) for name in self._store.shards()}
+        anyday = meaning
+        if keep_date:
+            meaning = meaning.dated_as(footer.meaning for footer in footers.values() if footer is not None)
+            anyday = dataclasses.replace(meaning, date=None)  # workers that start about midnight share the folder
+        spec = [self._store.url, anyday.fingerprint(), dataclasses.asdict(numerics), num_rows]
         name = f"{re.sub('[^A-Za-z0-9]+', '-', self._store.url)[:80]}-{sha256_text(canonical_json(spec))[:12]}"
         staging = user_folder() / "staging" / name
         (staging / MANIFEST_NAME).unlink(missing_ok=True)  # a copy: it is the store's that counts
-        super().__init__(staging, meaning, numerics, num_rows)
+        super().__init__(staging, meaning, numerics, num_rows, keep_date=keep_date)
         self._repair, self._sizes = repair, dict[str, int]()
-        footers = {name: _stored_footer(self._store, name) for name in self._store.shards()}
         self.published = self._open_manifest(lambda: load_manifest(self._store))
         self._check_contents(self._store.url, footers)
         self._stored = {i for i, name in enumerate(self._names) if self._is_shard(i, footers.get(name))}

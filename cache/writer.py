@@ -27,6 +27,7 @@ from .locks import locked
 from .manifest import (
     MANIFEST_NAME,
     REPAIR,
+    FormatError,
     IdentityError,
     Manifest,
     Meaning,
@@ -51,7 +52,7 @@ class CacheWriter:
 
     Attributes:
         folder: of the cache.
-        meaning: of the cache.
+        meaning: of the cache, with the date that holds.
         numerics: of the cache.
         num_rows: raw rows of the data set, after `limit`.
         num_shards: at least 1, so that a data set without rows has a shard that says so.
@@ -59,7 +60,14 @@ class CacheWriter:
     """
 
     def __init__(
-        self, folder: Path, meaning: Meaning, numerics: Numerics, num_rows: int, *, repair: bool = False
+        self,
+        folder: Path,
+        meaning: Meaning,
+        numerics: Numerics,
+        num_rows: int,
+        *,
+        repair: bool = False,
+        keep_date: bool = False,
     ) -> None:
         """Opens `folder`, makes it if need be, and removes what dead writers left half-written.
 
@@ -70,8 +78,10 @@ class CacheWriter:
             num_rows: raw rows of the data set, after `limit`.
             repair: lets in what `discard_damage` is to find: a damaged manifest, and shards of another spec under names
                 that a manifest of this spec vouches for.
+            keep_date: whether the date of a cache that was begun holds in place of `meaning`'s.
 
         Raises:
+            FormatError: the folder holds a cache of another version.
             IdentityError: the folder holds a cache of another spec.
             ValueError: the spec cannot be written, the manifest is damaged, the folder holds shards that do not
                 belong, or there is nothing to repair.
@@ -94,13 +104,22 @@ class CacheWriter:
         self._repair = repair
         self._written: set[int] = set()
         self.published = self._open_manifest(lambda: Manifest.load(folder))
+        if keep_date:
+            self.meaning = self._begun()
         found = self._check_shards({})
         for name in ("data", ".locks"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._claim = claim(self.folder, meaning, numerics)
+        self._claim, self.meaning = claim(self.folder, self.meaning, numerics, self._begun if keep_date else None)
         self._check_shards(found)  # by now one of another spec may have written some, and have ended
         for folder in (self.folder, self.folder / "data", self.folder / ".locks"):
             remove_leftovers(folder)
+
+    def _begun(self) -> Meaning:
+        """The meaning on the day that the cache was begun, if it was."""
+        if self.published is not None:
+            return self.meaning.dated_as([self.published.meaning])
+        footers = (footer_of(path) for path in sorted((self.folder / "data").glob("*.parquet")) if path.is_file())
+        return self.meaning.dated_as(footer.meaning for footer in footers if footer is not None)
 
     def _check_shards(self, found: Mapping[str, Footer | None]) -> dict[str, Footer | None]:
         """Refuses what does not belong here; returns the footers, of those `found` sound before as they were."""
@@ -119,7 +138,7 @@ class CacheWriter:
         except FileNotFoundError:
             self._manifest_fault = "missing"
         except ValueError as error:
-            if not self._repair:
+            if not self._repair or isinstance(error, FormatError):
                 raise
             # The fault without its advice, which is what is being done.
             self._manifest_fault = str(error.__cause__ or error)

@@ -3,15 +3,16 @@
 In: a step's configuration. Out: a `Data`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..cache.manifest import Manifest
 from ..cache.shard import read_columns
 from ..stages.chat import Text
-from ..stages.preferences import Preferences, load_rows
+from ..stages.preferences import Preferences
+from ..stages.raw_rows import RawRows, load_rows
+from ..stages.shapes import read_conversation
 from .config import RunConfig
 from .jobs import Step
 
@@ -121,24 +122,24 @@ def _local(config: RunConfig, sides: int) -> Data:
     """Rows counted; lengths from the characters of the first of them."""
     assert config.dataset is not None
     what = "preference data" if sides == 2 else "conversations"
-    rows = load_rows(config.dataset, config.split, config.dataset_config, config.limit, what=what)
-    sample = rows.select(range(min(SAMPLED_ROWS, len(rows))))
+    rows = load_rows(config.dataset, config.split, config.dataset_config, config.limit, what, config.map)
+    sampled = min(SAMPLED_ROWS, len(rows))
     characters = [0, 0]  # prompt, response
-    for number in range(len(sample)):
-        for part, length in enumerate(_conversation(sample[number]) if sides == 1 else _pair(sample, number)):
+    for number in range(sampled):
+        for part, length in enumerate(_conversation(rows, number) if sides == 1 else _pair(rows, number)):
             characters[part] += length
-    prompt, response = (part / CHARACTERS_A_TOKEN / max(1, len(sample)) for part in characters)
+    prompt, response = (part / CHARACTERS_A_TOKEN / sampled for part in characters)
     return Data(len(rows), max(1.0, prompt), max(1.0, response / sides), sides, "lengths from 4 characters a token")
 
 
-def _pair(rows: Any, number: int) -> tuple[int, int]:
+def _pair(rows: RawRows, number: int) -> tuple[int, int]:
     example = Preferences(rows, source="", split="").example(number)
     return _characters(example.prompt), _characters(example.chosen) + _characters(example.rejected)
 
 
-def _conversation(row: Mapping[str, Any]) -> tuple[int, int]:
-    messages: Sequence[Mapping[str, str]] = row.get("messages") or ()
-    said = [(message["role"] == "assistant", len(message["content"])) for message in messages]
+def _conversation(rows: RawRows, number: int) -> tuple[int, int]:
+    turns, _ = read_conversation(rows[number], rows.columns)
+    said = [(message.role == "assistant", len(message.content)) for message in turns]
     return sum(size for answer, size in said if not answer), sum(size for answer, size in said if answer)
 
 

@@ -54,12 +54,15 @@ Command = Callable[[RunConfig, frozenset[str]], None]
 
 MODEL = ("model", "device", "attention", "dtype")
 TRAINING = (
-    *("epochs", "max_steps", "batch_size", "accumulation", "lr", "lr_scheduler", "warmup_steps", "optimizer"),
-    *("max_grad_norm", "token_budget", "activation_checkpointing", "checkpoint_every", "compile"),
-    *("seed", "resume"),
+    *("epochs", "max_steps", "batch_size", "accumulation", "lr", "lr_scheduler", "lr_scheduler_kwargs"),
+    *("warmup_steps", "optimizer", "max_grad_norm", "token_budget", "activation_checkpointing", "checkpoint_every"),
+    *("compile", "seed", "resume"),
     *("logging_steps", "save_steps", "snapshot_steps", "report_to", "push_to_hub"),
 )
-DATA = ("dataset", "dataset_config", "split", "chat_template", "limit", "drop_ties", "max_length", "max_prompt_length")
+DATA = (
+    *("dataset", "map", "dataset_config", "split", "chat_template"),
+    *("limit", "drop_ties", "max_length", "max_prompt_length"),
+)
 
 
 def _option(name: str) -> inspect.Parameter:
@@ -123,7 +126,7 @@ def configured(
     "precompute",
     *MODEL,
     *DATA,
-    *("sae", "out", "keep_features", "token_budget", "shard_size", "compile"),
+    *("turns", "date", "sae", "out", "keep_features", "token_budget", "shard_size", "compile"),
     *("rank", "world_size", "engine", "workers", "repair"),
     resume="finished shards are kept: run the same command again to go on",
 )
@@ -144,7 +147,7 @@ def precompute(config: RunConfig, given: frozenset[str]) -> None:
     *("chat_template", "cache", "eval_cache", "trust_hashes", "out", "method", "reference", "sae", "site"),
     *("beta", "alpha", "gamma", "kl_beta", "stop_gradient", "top_k"),
     *TRAINING,
-    *("lora_r", "merge", "allow_different_start", "eval_steps"),
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "merge", "allow_different_start", "eval_steps"),
     resume="--resume goes on from the last checkpoint",
 )
 def align(config: RunConfig, given: frozenset[str]) -> None:
@@ -162,7 +165,7 @@ def align(config: RunConfig, given: frozenset[str]) -> None:
     "sft",
     *MODEL,
     *(field for field in DATA if field not in ("drop_ties", "max_prompt_length")),
-    *("out", *TRAINING),
+    *("date", "out", *TRAINING),
     resume="--resume goes on from the last checkpoint",
 )
 def sft(config: RunConfig, given: frozenset[str]) -> None:
@@ -179,7 +182,7 @@ def sft(config: RunConfig, given: frozenset[str]) -> None:
     app,
     "evaluate",
     *MODEL,
-    *("cache", "trust_hashes", "method", "reference", "sae", "site", "top_k", "token_budget"),
+    *("base", "cache", "trust_hashes", "method", "reference", "sae", "site", "top_k", "token_budget"),
     *("prompts", "samples", "max_new_tokens", "temperature", "top_p", "generation_batch", "outputs", "questions"),
     *("seed", "out"),
     resume="no metrics.json was written; empty --out, or give another",
@@ -208,6 +211,21 @@ def train_sae(config: RunConfig, given: frozenset[str]) -> None:
     from .run_train_sae import run_train_sae
 
     run_train_sae(config)
+
+
+@app.command("merge")
+def merge(
+    run: Annotated[str, typer.Argument(help="Folder of the run, or hub id of the adapter.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the merged model.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Model that the adapter belongs to; default the one that it names.")
+    ] = None,
+) -> None:
+    """Add a LoRA adapter into its model's weights: a model that needs no PEFT."""
+    with user_errors():
+        from .run_merge import run_merge
+
+        run_merge(run, out, base)
 
 
 Profile = Annotated[str, typer.Option("--config", help="Profile or YAML file.")]

@@ -4,8 +4,10 @@ In: a file or profile name and the options given. Out: one frozen, validated `Ru
 every output. A field's description is the option's help.
 """
 
+import datetime
 import difflib
 import importlib.resources
+import json
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +37,29 @@ STORE_COMMANDS = (None, "precompute")
 # A folder, or text that is a URL: of `s3://bucket` a Path would make `s3:/bucket`.
 Place = Annotated[files.Place, BeforeValidator(lambda value: files.as_place(value) if type(value) is str else value)]
 
+# YAML reads a day that is not quoted as one.
+Day = Annotated[
+    str,
+    BeforeValidator(lambda value: value.isoformat() if type(value) is datetime.date else value),
+    Field(pattern=r"^\d{4}-\d{2}-\d{2}$"),
+]
+
+
+def _mapping(value: Any) -> Any:
+    """A mapping, which on the command line is JSON."""
+    if not isinstance(value, str):
+        return value
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("expected each key once")
+        return found
+
+    try:
+        return json.loads(value, object_pairs_hook=once)
+    except ValueError as error:
+        raise ValueError(f"expected a mapping in JSON, as '{{\"min_lr\": 1e-8}}' ({error})") from error
+
 
 class RunConfig(BaseModel):
     """All settings; a command reads those that its `--help` lists."""
@@ -42,13 +67,24 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(None, description="Causal LM: hub id, folder, .gguf file, or package:NAME/FILE.gguf.")
+    base: str | None = Field(
+        None, description="Model that the adapter given as --model belongs to; default the one that it names."
+    )
     dataset: str | None = Field(
-        None, description="Preference data (sft: conversations): hub id, Parquet/JSON/JSONL file or folder."
+        None, description="Preference data (sft: conversations): hub id, Parquet/JSON/JSONL/CSV/TSV file, or folder."
+    )
+    map: tuple[str, ...] = Field(
+        (), description="Rename a column of the data: NEW=OLD, as chosen=preferred. Repeatable."
     )
     dataset_config: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train_prefs", description="Split of the data set (UltraChat's for sft is train_sft).")
     chat_template: str | None = Field(
         None, description="Jinja file; default the tokenizer's, or Gemma's turns where it has none."
+    )
+    date: Day | None = Field(
+        None,
+        description="Day that it is to a chat template that reads the clock, YYYY-MM-DD; default the day on which the "
+        "cache or run is begun.",
     )
     sae: tuple[str, ...] = Field(
         (), description="SAE: release:sae_id, a folder that SAELens saved, or params.npz@site. Repeatable."
@@ -66,6 +102,9 @@ class RunConfig(BaseModel):
     seed: int = Field(0, description="Seed of data order, initialisation and sampling.")
 
     limit: PositiveInt | None = Field(None, description="Use only the first N raw rows; default all.")
+    turns: Literal["all", "last"] = Field(
+        "all", description="Assistant turns that are learnt of a response of several: all or the last."
+    )
     drop_ties: bool = Field(False, description="Skip pairs whose scores are equal (default: kept and counted).")
     keep_features: PositiveInt | Literal["all"] = Field(
         512, description="Largest features kept per response and site, or 'all' that are not zero."
@@ -116,12 +155,21 @@ class RunConfig(BaseModel):
     accumulation: PositiveInt = Field(1, description="Batches per optimiser step that --batch-size is split into.")
     lr: PositiveFloat = Field(5e-7, description="Peak learning rate.")
     lr_scheduler: str = Field("constant_with_warmup", description="Schedule, by the Trainer's names.")
+    lr_scheduler_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_mapping)] = Field(
+        None,
+        description="The schedule's own settings in JSON: '{\"min_lr\": 1e-8}' (file: a mapping); default none.",
+    )
     warmup_steps: float = Field(150, ge=0, description="Linear warm-up, steps (below 1: share of all steps).")
     optimizer: Literal["adam", "rmsprop"] = Field("adam", description="Optimiser: adam or rmsprop.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off.")
     activation_checkpointing: bool = Field(False, description="Recompute layers in backward: less memory, slower.")
     checkpoint_every: PositiveInt = Field(1, description="With --activation-checkpointing: recompute every N-th layer.")
     lora_r: PositiveInt | None = Field(None, description="Train a LoRA adapter of this rank (PEFT); default none.")
+    lora_alpha: PositiveFloat | None = Field(None, description="LoRA's α, over r the adapter's scale; default 2 r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, in training.")
+    lora_targets: tuple[str, ...] = Field(
+        (), description="Modules that get an adapter, as q_proj; default all linear ones but the head. Repeatable."
+    )
     merge: bool = Field(False, description="With --lora-r: save the merged model, not the adapter.")
     resume: bool = Field(False, description="Go on from the last checkpoint in --out.")
     allow_different_start: bool = Field(

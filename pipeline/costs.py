@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from ..stages import features, logprobs
 from ..stages.attention import PACKED
 from ..stages.flex import FLEX
@@ -75,7 +77,7 @@ class Task:
 
     @property
     def attention(self) -> str:
-        """The implementation that `choose_attention` takes."""
+        """The implementation that `attentions_to_try` begins with."""
         if self.config.attention != "auto":
             return self.config.attention
         if self.rates.cuda and self.shape.flex:
@@ -103,7 +105,8 @@ class Task:
     @property
     def chunks(self) -> float:
         """Bytes of the chunks of logits or of features."""
-        logits = logprobs.CHUNK_ENTRIES["cuda" if self.rates.cuda else "cpu"]
+        device = torch.device("cuda" if self.rates.cuda else "cpu")
+        logits = logprobs.chunk_tokens(self.shape.vocabulary, device) * self.shape.vocabulary
         return CHUNKS * 4 * max(logits, features.CHUNK_ENTRIES)
 
     @property

@@ -3,6 +3,7 @@
 In: a `RunConfig`. Out: opened data, tokenizer and SAEs, or one line that says what is wrong.
 """
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from ..cache.files import Place
 from ..cache.manifest import Manifest, Meaning
 from ..cache.stores import fetch
+from ..stages.adapters import AdapterSource, find_policy
 from ..stages.models import ModelSource, default_device, find_model, load_tokenizer, tokenizer_sha256
 from ..stages.preferences import ChatFormat, Limits, Preferences, load_preferences, load_template
 from ..stages.sites import SiteSAE, load_sae, parse_site
 from .config import RunConfig
+from .run_record import RECORD, START_SHA256, read_record
 
 
 def required(config: RunConfig, *names: str) -> tuple[Any, ...]:
@@ -69,11 +72,29 @@ def load_saes(config: RunConfig, device: str) -> tuple[SiteSAE, ...]:
 def load_data(config: RunConfig) -> tuple[ModelSource, Preferences, ChatFormat, Limits]:
     """Where the model is, the preference data, how the model's tokenizer and template make tokens of it, and limits."""
     assert config.model is not None and config.dataset is not None
-    limits = Limits(config.max_length, config.max_prompt_length, config.drop_ties)
+    limits = Limits(config.max_length, config.max_prompt_length, config.drop_ties, config.turns)
     template = load_template(config.chat_template)
-    preferences = load_preferences(config.dataset, split=config.split, config=config.dataset_config, limit=config.limit)
+    preferences = load_preferences(
+        config.dataset, split=config.split, config=config.dataset_config, limit=config.limit, renames=config.map
+    )
     source = find_model(config.model)
-    return source, preferences, ChatFormat(load_tokenizer(source), template), limits
+    return source, preferences, chat_of(config, load_tokenizer(source), template), limits
+
+
+def chat_of(config: RunConfig, tokenizer: Any, template: str | None) -> ChatFormat:
+    """The chat format on the day of `--date`, today by default.
+
+    Raises:
+        ValueError: there is no such day, or the template does not ask what day it is.
+    """
+    try:
+        day = None if config.date is None else datetime.date.fromisoformat(config.date)
+    except ValueError as error:
+        raise ValueError(f"--date: expected a day as YYYY-MM-DD, found {config.date}: {error}") from error
+    chat = ChatFormat(tokenizer, template, day)
+    if day is not None and chat.date is None:
+        raise ValueError("--date: the chat template does not read the clock; leave it out")
+    return chat
 
 
 def sites_to_read(config: RunConfig, cache: Place) -> list[str]:
@@ -118,6 +139,23 @@ def tokenizer_of_cache(source: ModelSource, cache: Place, meaning: Meaning) -> A
             f"{found[:12]}); make a cache with this model"
         )
     return tokenizer
+
+
+def policy_of(name: str, base: str | None) -> ModelSource | AdapterSource:
+    """A model, or an adapter with its base model, which has to be the one that it was trained on.
+
+    Raises:
+        ValueError: as `find_policy`; if the record beside the adapter names another model.
+    """
+    source = find_policy(name, base)
+    if isinstance(source, AdapterSource) and (source.folder / RECORD).exists():
+        start = read_record(source.folder, f"adapter {name}").get(START_SHA256)
+        if start is not None and start != source.base.sha256:
+            raise ValueError(
+                f"--base: expected the model that the adapter {name} was trained on, found {source.base.name} (weight "
+                f"hashes {str(start)[:12]} and {source.base.sha256[:12]})"
+            )
+    return source
 
 
 def find_reference(config: RunConfig, meaning: Meaning) -> ModelSource:

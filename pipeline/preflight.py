@@ -15,8 +15,9 @@ import psutil
 import torch
 from rich.filesize import decimal
 
+from ..stages.hub_data import may_be_hub_id
 from ..stages.models import find_model
-from ..stages.preferences import BUILDERS
+from ..stages.row_files import kind_of
 from .estimates import estimate_plan, loads_saes, maker_of
 from .hub import Repo, missing_repos
 from .inputs import device_of
@@ -199,8 +200,7 @@ def _registry() -> Mapping[str, Any]:
 
 
 def _is_hub_data(source: str) -> bool:
-    local = _there(source) or Path(source).suffix in BUILDERS or source.startswith(("/", ".", "~"))
-    return not local and source.count("/") <= 1
+    return not _there(source) and may_be_hub_id(source) and kind_of(Path(source)) is None
 
 
 def _there(path: str) -> bool:

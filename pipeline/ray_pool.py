@@ -49,8 +49,8 @@ class ShardActor:
         return ShardWorker(reference, preferences, limits, self._config.out, **settings)
 
 
-def run_pool(config: RunConfig, out: Place) -> Manifest:
-    """Writes every shard that is missing by a pool of actors, then the manifest.
+def run_pool(config: RunConfig, out: Place) -> tuple[Manifest, int]:
+    """Writes every shard that is missing by a pool of actors, then the manifest; and how many prompts are guessed.
 
     Connects to the cluster that `RAY_ADDRESS` names, or starts one on this machine; `out` must be one folder or store
     for all.
@@ -77,7 +77,7 @@ def run_pool(config: RunConfig, out: Place) -> Manifest:
     footer = read_any_footer(out)
     manifest = open_writer(out, footer.meaning, footer.numerics, len(preferences)).finish()
     assert manifest is not None, "every number came back, so every shard is done"
-    return manifest
+    return manifest, preferences.guessed_prompts
 
 
 def _numbers_of_done_shards(config: RunConfig, shards: int) -> Iterator[int]:

@@ -4,6 +4,7 @@ In: a `RunConfig`, and which options were given on the command line. Out: a mode
 `run.yaml` and `metrics.jsonl`. What can be refused is refused before anything is written.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,27 @@ from ..cache.reader import Cache, open_cache
 from ..stages.align import FPOConfig, FPOTrainer
 from ..stages.chat import ChatFormat, load_template
 from ..stages.methods import METHODS
-from ..stages.models import ModelSource, check_vocabulary, choose_attention, find_model, load_model
+from ..stages.models import ModelSource, attentions_to_try, check_vocabulary, find_model, load_model
 from ..stages.parity import check_cache
+from ..stages.reading import reading
+from ..stages.rehearsal import outside_decoder
+from ..stages.scoring import causal_lm
 from ..stages.sites import check_fits
+from ..stages.supported import load_supported
 from .config import RunConfig
 from .inputs import device_of, find_reference, required, saes_of_sites, sites_to_read, tokenizer_of_cache
 from .progress import console
-from .training import check_resume, last_checkpoint, missing_trackers, run_callbacks, sole_run, trainer_settings
+from .run_record import START_SHA256
+from .training import (
+    check_resume,
+    finish,
+    is_finished,
+    last_checkpoint,
+    missing_trackers,
+    run_callbacks,
+    sole_run,
+    trainer_settings,
+)
 
 # What a held-out split's cache may differ in.
 SPLIT_FIELDS = ("dataset", "split", "limit")
@@ -48,20 +63,24 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
         eval_cache = open_cache(config.eval_cache, sites=sites, trust_hashes=config.trust_hashes)
         _check_same_but_split(config, eval_cache, cache)
     device = device_of(config)
-    attention = choose_attention(config.attention, source, device)
+    attentions = attentions_to_try(config.attention, source, device)
     saes = saes_of_sites(config, sites, device)
     check_cache(cache, saes, config.dtype, config.top_k)
     identity = {"cache_fingerprint": meaning.fingerprint()}
     check_resume(config, out, identity)
-    policy = load_model(source, attention=attention, device=device)
+    if is_finished(config, out):
+        return
+    policy = load_supported(partial(load_model, source, device=device), attentions, console.print)
+    policy.name_or_path = source.lasting_name
     check_vocabulary(policy, tokenizer)
     for sae in saes:
         check_fits(sae, policy)
     if config.lora_r:
-        policy = _with_lora(policy, source.name, config.lora_r, config.seed)
+        policy = _with_lora(policy, config)
     reference = None
     if divergence == "kl":
-        reference = load_model(find_reference(config, meaning), attention=attention, device=device)
+        load = partial(load_model, find_reference(config, meaning), device=device)
+        reference = load_supported(load, (causal_lm(policy).config._attn_implementation,))
     with missing_trackers():
         trainer = FPOTrainer(
             policy,
@@ -71,7 +90,9 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
             saes=saes,
             reference=reference,
             processing_class=tokenizer,
-            callbacks=run_callbacks(config, {**identity, "training_device": str(args.device)}),
+            callbacks=run_callbacks(
+                config, {**identity, START_SHA256: source.sha256, "training_device": str(args.device)}
+            ),
         )
     if config.merge and trainer.is_fsdp_enabled:
         raise ValueError("--merge: an adapter whose model is sharded by FSDP cannot be merged; leave one of them out")
@@ -92,12 +113,7 @@ def _training_arguments(config: RunConfig, given: frozenset[str]) -> FPOConfig:
             )
     if "eval_steps" in given and config.eval_cache is None:
         raise ValueError("--eval-steps: there is nothing to evaluate on without --eval-cache; leave it out")
-    if config.lora_r and config.model is not None and config.model.endswith(".gguf") and not config.merge:
-        raise ValueError("--lora-r: an adapter names the model it belongs to, which a GGUF file cannot be; add --merge")
-    if config.merge and not config.lora_r:
-        raise ValueError("--merge: there is no adapter to merge without --lora-r; leave it out")
-    if config.snapshot_steps and config.lora_r:
-        raise ValueError("--snapshot-steps: a snapshot is a whole model, which --lora-r does not train; leave it out")
+    _check_lora(config)
     settings = trainer_settings(config, given)
     return FPOConfig(
         **settings,
@@ -142,19 +158,44 @@ def _check_same_but_split(config: RunConfig, eval_cache: Cache, cache: Cache) ->
         )
 
 
-def _with_lora(policy: Any, name: str, rank: int, seed: int) -> Any:
+def _check_lora(config: RunConfig) -> None:
+    """Refuses options of an adapter that would be ignored, or that would make one which nobody can load."""
+    if config.lora_r and config.model is not None and config.model.endswith(".gguf") and not config.merge:
+        raise ValueError("--lora-r: an adapter names the model it belongs to, which a GGUF file cannot be; add --merge")
+    if config.snapshot_steps and config.lora_r:
+        raise ValueError("--snapshot-steps: a snapshot is a whole model, which --lora-r does not train; leave it out")
+    for name in ("merge", "lora_alpha", "lora_dropout", "lora_targets"):
+        if getattr(config, name) and not config.lora_r:
+            raise ValueError(f"--{name.replace('_', '-')}: there is no adapter without --lora-r; leave it out")
+
+
+def _with_lora(policy: Any, config: RunConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    if not Path(name).exists():
-        policy.name_or_path = name  # the hub id, not this machine's copy: the adapter says what it belongs to
-    torch.manual_seed(seed)  # half of an adapter starts at random, and the Trainer comes too late to seed it
-    return get_peft_model(policy, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    assert config.lora_r is not None
+    if alone := [name for name in config.lora_targets if not _is_part(name, policy)]:
+        raise ValueError(f"--lora-targets: expected names of modules of {type(policy).__name__}, found {alone[0]!r}")
+    torch.manual_seed(config.seed)  # half of an adapter starts at random, and the Trainer comes too late to seed it
+    alpha = 2 * config.lora_r if config.lora_alpha is None else config.lora_alpha
+    settings = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_targets) or "all-linear",
+        exclude_modules=outside_decoder(policy),
+    )
+    with reading("--lora-targets: PEFT cannot put an adapter there"):
+        return get_peft_model(policy, settings)
+
+
+def _is_part(name: str, policy: Any) -> bool:
+    return any(path == name or path.endswith(f".{name}") for path, _ in policy.named_modules())
 
 
 def _save(config: RunConfig, trainer: Any, out: Path) -> None:
     if config.merge:
         trainer.model = trainer.model.merge_and_unload()
-    trainer.save_model(str(out))
+    finish(trainer, out)
     if trainer.is_world_process_zero():
         console.print(
             f"{out}: the {'adapter' if config.lora_r and not config.merge else 'model'}, run.yaml, metrics.jsonl"

@@ -5,10 +5,12 @@ measured pair, token and sample, and last, when all else is there, `metrics.json
 be refused is refused before anything is written.
 """
 
+import datetime
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from rich.table import Table
 from ..cache.files import atomic_file, write_atomically
 from ..cache.reader import Cache, open_cache
 from ..cache.schema import Pair
+from ..stages.adapters import AdapterSource, load_adapter
 from ..stages.answers import Question, read_questions, write_benchmark_answers
 from ..stages.chat import ChatFormat
 from ..stages.diversity import closing_token, distinct_prompts, sample_answers, sample_metrics
@@ -27,19 +30,28 @@ from ..stages.generate import Sampling, context_length
 from ..stages.methods import METHODS
 from ..stages.models import (
     ModelSource,
+    attentions_to_try,
     autocast,
+    check_tokens,
     check_vocabulary,
-    choose_attention,
-    find_model,
     load_model,
     load_tokenizer,
 )
 from ..stages.parity import check_cache
-from ..stages.scoring import check_model
 from ..stages.sites import SiteSAE, check_fits
+from ..stages.supported import load_supported
 from ..stages.token_bound import token_bound
 from .config import RunConfig, to_yaml
-from .inputs import check_new, device_of, find_reference, required, saes_of_sites, sites_to_read, tokenizer_of_cache
+from .inputs import (
+    check_new,
+    device_of,
+    find_reference,
+    policy_of,
+    required,
+    saes_of_sites,
+    sites_to_read,
+    tokenizer_of_cache,
+)
 from .progress import PairProgress, console
 
 # Options that say how a cache is measured, and how answers are generated.
@@ -58,9 +70,8 @@ class _Inputs:
     `prompts` holds a pair of each prompt that is to be sampled from.
     """
 
-    source: ModelSource
+    source: ModelSource | AdapterSource
     policy: Any
-    attention: str
     chat: ChatFormat
     cache: Cache | None
     saes: list[SiteSAE]
@@ -151,28 +162,38 @@ def _temperature_set(config: RunConfig) -> bool:
 
 def _prepare(config: RunConfig) -> _Inputs:
     """Opens what the options name and checks that it belongs together."""
-    source = find_model(config.model)  # type: ignore[arg-type]
+    source = policy_of(config.model, config.base)  # type: ignore[arg-type]
+    weights, words = (source.base, source.tokenizer) if isinstance(source, AdapterSource) else (source, source)
     device = device_of(config)
-    attention = choose_attention(config.attention, source, device)
-    cache, template, reference = None, None, None
+    attentions = attentions_to_try(config.attention, weights, device)
+    cache, template, day, reference = None, None, None, None
     saes: list[SiteSAE] = []
     if config.cache is None:
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(words)
     else:
         sites = sites_to_read(config, config.cache) if config.sae else []
         cache = open_cache(config.cache, sites=sites, trust_hashes=config.trust_hashes)
         meaning = cache.manifest.meaning
         if not len(cache):
             raise ValueError(f"--cache: expected pairs to measure, found none in {config.cache}; make another cache")
-        tokenizer, template = tokenizer_of_cache(source, config.cache, meaning), meaning.chat_template
+        tokenizer, template = tokenizer_of_cache(words, config.cache, meaning), meaning.chat_template
+        day = None if meaning.date is None else datetime.date.fromisoformat(meaning.date)
         saes = saes_of_sites(config, sites, device)
         check_cache(cache, saes, config.dtype, config.top_k)
         reference = find_reference(config, meaning) if config.reference else None
-    policy = load_model(source, attention=attention, device=device)
-    check_model(policy)
+
+    def load(attention: str) -> Any:
+        if isinstance(source, AdapterSource):  # in the layers of its base model, which computes with it
+            return load_adapter(source, attention=attention, device=device).get_base_model()
+        return load_model(source, attention=attention, device=device)
+
+    policy = load_supported(load, attentions, console.print)
     check_vocabulary(policy, tokenizer)
     for sae in saes:
         check_fits(sae, policy)
+    if cache is not None:
+        name, token = cache.largest_token()
+        check_tokens(policy, [(f"cache {config.cache}, pair {name}", [token])], tokenizer)
     prompts = [] if cache is None else distinct_prompts(cache, config.prompts)
     longest = max((len(pair.prompt_ids) for pair in prompts), default=0)
     context = context_length(policy)
@@ -181,7 +202,8 @@ def _prepare(config: RunConfig) -> _Inputs:
             f"--max-new-tokens: expected prompt and answer within the model's {context} tokens, found a prompt of "
             f"{longest} and {config.max_new_tokens} more; lower it"
         )
-    return _Inputs(source, policy, attention, ChatFormat(tokenizer, template), cache, saes, reference, prompts)
+    chat = ChatFormat(tokenizer, template, day)
+    return _Inputs(source, policy, chat, cache, saes, reference, prompts)
 
 
 def _write_answers(config: RunConfig, inputs: _Inputs, sampling: Sampling, total: int, out: Path) -> None:
@@ -210,7 +232,8 @@ def _measure_pairs(config: RunConfig, inputs: _Inputs, cache: Cache, out: Path) 
     policy, reference = inputs.policy, None
     if inputs.reference is not None:
         same = inputs.reference.sha256 == inputs.source.sha256
-        reference = policy if same else load_model(inputs.reference, attention=inputs.attention, device=policy.device)
+        load = partial(load_model, inputs.reference, device=policy.device)
+        reference = policy if same else load_supported(load, (policy.config._attn_implementation,))
     with PairProgress(len(cache), "evaluate") as progress:
         columns = measure_policy(
             policy,

@@ -5,16 +5,18 @@ anything is written. Several workers may share a cache: ranks of torchrun or SLU
 actors of Ray.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..cache.files import Place
 from ..cache.manifest import Manifest
-from ..stages.models import check_vocabulary, choose_attention, load_model
+from ..stages.models import attentions_to_try, check_vocabulary, load_model
 from ..stages.precompute import precompute, repair
 from ..stages.preferences import Limits, Preferences
 from ..stages.reference import Reference
 from ..stages.sites import check_fits
+from ..stages.supported import load_supported
 from .config import RunConfig, to_yaml
 from .inputs import check_folder, compiles, device_of, load_data, load_saes, required
 from .progress import PairProgress, console
@@ -31,25 +33,26 @@ def run_precompute(config: RunConfig) -> None:
         found = f"{world_size} workers" if config.engine == "local" else f"--engine {config.engine}"
         raise ValueError(f"--repair: expected one worker, which reads every shard, found {found}; start one process")
     if config.engine == "local":
-        manifest, tokens_per_second = _run_worker(config, out, rank, world_size)
+        manifest, guessed, tokens_per_second = _run_worker(config, out, rank, world_size)
     elif world_size > 1:
         raise ValueError(f"--engine: ray starts its workers itself, found {world_size} of them; start one process")
     else:
-        manifest, tokens_per_second = _run_pool(config, out), 0.0
+        (manifest, guessed), tokens_per_second = _run_pool(config, out), 0.0
     if manifest is None:
         console.print("shards of this cache are still with other workers; whoever finishes last writes the manifest")
         return
-    _print_totals(manifest, out, tokens_per_second)
+    _print_totals(manifest, out, guessed, tokens_per_second)
 
 
-def _run_worker(config: RunConfig, out: Place, rank: int, world_size: int) -> tuple[Manifest | None, float]:
+def _run_worker(config: RunConfig, out: Place, rank: int, world_size: int) -> tuple[Manifest | None, int, float]:
+    """The manifest if this worker finished last, how many prompts are guessed, and tokens a second."""
     if config.workers is not None:
         raise ValueError(
             "--workers: only --engine ray reads it; leave it out, or start several processes with torchrun"
         )
     reference, preferences, limits, settings = load_stage_one(config)
     if config.repair:
-        return _repair(reference, preferences, limits, out, settings), 0.0
+        return _repair(reference, preferences, limits, out, settings), preferences.guessed_prompts, 0.0
     with PairProgress(len(preferences)) as progress:
         manifest = precompute(
             reference,
@@ -61,7 +64,7 @@ def _run_worker(config: RunConfig, out: Place, rank: int, world_size: int) -> tu
             on_pairs=progress.advance,
             **settings,
         )
-    return manifest, progress.tokens_per_second
+    return manifest, preferences.guessed_prompts, progress.tokens_per_second
 
 
 def _repair(
@@ -88,7 +91,7 @@ def _repair(
     return manifest
 
 
-def _run_pool(config: RunConfig, out: Place) -> Manifest:
+def _run_pool(config: RunConfig, out: Place) -> tuple[Manifest, int]:
     try:
         from .ray_pool import run_pool
     except ModuleNotFoundError as error:
@@ -102,7 +105,9 @@ def load_stage_one(config: RunConfig) -> tuple[Reference, Preferences, Limits, d
     device = device_of(config)
     take_own_gpu(device)
     saes = load_saes(config, device)
-    model = load_model(source, attention=choose_attention(config.attention, source, device), device=device)
+    model = load_supported(
+        partial(load_model, source, device=device), attentions_to_try(config.attention, source, device), console.print
+    )
     check_vocabulary(model, chat.tokenizer, chat.probe_ids)
     for sae in saes:
         check_fits(sae, model)
@@ -112,12 +117,13 @@ def load_stage_one(config: RunConfig) -> tuple[Reference, Preferences, Limits, d
         "shard_size": config.shard_size,
         "limit": config.limit,
         "compiled": compiles(config),
+        "keep_date": config.date is None,
         "options": to_yaml(config.model_copy(update={"rank": None, "world_size": None})),  # the same for all workers
     }
     return Reference(source, model, chat, saes, config.dtype), preferences, limits, settings
 
 
-def _print_totals(manifest: Manifest, out: Place, tokens_per_second: float) -> None:
+def _print_totals(manifest: Manifest, out: Place, guessed: int, tokens_per_second: float) -> None:
     counts = manifest.counts
     console.print(
         f"{out}: {manifest.num_pairs} pairs in {len(manifest.shards)} shards, {manifest.num_bytes / 1e6:.1f} MB "
@@ -131,6 +137,10 @@ def _print_totals(manifest: Manifest, out: Place, tokens_per_second: float) -> N
     )
     for reason, number in sorted(manifest.skipped.items()):
         console.print(f"skipped {number}: {reason}")
+    if guessed:
+        console.print(
+            f"guessed prompts {guessed}: no column holds them, so each is the beginning that both texts share"
+        )
     if manifest.noise:
         mse = ", ".join(f"{value:.2g}" for value in manifest.noise.feature_mse)
         console.print(f"noise between two packings: log-probs {manifest.noise.logp:.2g} nats, D_F {mse}")

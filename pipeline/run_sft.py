@@ -5,30 +5,50 @@ template that it was tuned in, in `--out`, with `run.yaml` and `metrics.jsonl`. 
 anything is written.
 """
 
+import datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from ..stages.chat import ChatFormat, load_template
+from accelerate.utils import broadcast_object_list
+
+from ..stages.chat import load_template
 from ..stages.conversations import load_conversations
-from ..stages.models import check_vocabulary, choose_attention, find_model, load_model, load_tokenizer
+from ..stages.models import attentions_to_try, check_vocabulary, find_model, load_model, load_tokenizer
 from ..stages.row_config import RowConfig
 from ..stages.sft import SFTTrainer
+from ..stages.supported import load_supported
 from .config import RunConfig
-from .inputs import device_of, required
+from .inputs import chat_of, device_of, required
+from .plain_yaml import read_yaml
 from .progress import console
-from .training import check_resume, last_checkpoint, missing_trackers, run_callbacks, sole_run, trainer_settings
+from .training import (
+    check_resume,
+    finish,
+    is_finished,
+    last_checkpoint,
+    missing_trackers,
+    run_callbacks,
+    sole_run,
+    trainer_settings,
+)
 
 
 def run_sft(config: RunConfig, given: frozenset[str]) -> None:
     """`fpo sft`."""
     name, dataset, out = required(config, "model", "dataset", "out")
     args = RowConfig(**trainer_settings(config, given))
+    config = _on_recorded_day(config, out)
     check_resume(config, out, {})  # once more below: tokenising takes its time
     template = load_template(config.chat_template)
     source = find_model(name)
     tokenizer = load_tokenizer(source)
-    chat = ChatFormat(tokenizer, template)
+    chat = chat_of(config, tokenizer, template)
+    if chat.date is not None:
+        (day,) = broadcast_object_list([chat.date.isoformat()])  # it may be midnight between two ranks
+        config, chat = config.model_copy(update={"date": day}), chat.on(datetime.date.fromisoformat(day))
     device = device_of(config)
-    attention = choose_attention(config.attention, source, device)
+    attentions = attentions_to_try(config.attention, source, device)
     with args.main_process_first(desc="tokenising"):
         conversations = load_conversations(
             dataset,
@@ -37,9 +57,12 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
             max_length=config.max_length,
             config=config.dataset_config,
             limit=config.limit,
+            renames=config.map,
         )
     identity = {"model_sha256": source.sha256, "data_sha256": conversations.sha256}
     check_resume(config, out, identity)
+    if is_finished(config, out):
+        return
     skipped = [f"skipped {number}: {reason}" for reason, number in sorted(conversations.skipped.items())]
     if not len(conversations):
         raise ValueError(
@@ -52,7 +75,8 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
         )
         for line in skipped:
             console.print(line)
-    model = load_model(source, attention=attention, device=device)
+    model = load_supported(partial(load_model, source, device=device), attentions, console.print)
+    model.name_or_path = source.lasting_name
     check_vocabulary(model, tokenizer, chat.probe_ids)
     _stop_at(model, chat.end_id)
     tokenizer.chat_template = chat.template
@@ -66,9 +90,21 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
         )
     with sole_run(config, out, identity):
         trainer.train(resume_from_checkpoint=last_checkpoint(config))
-        trainer.save_model(str(out))
+        finish(trainer, out)
     if args.process_index == 0:
         console.print(f"{out}: the model, run.yaml, metrics.jsonl")
+
+
+def _on_recorded_day(config: RunConfig, out: Path) -> RunConfig:
+    """The configuration with the day on which the run that is resumed was begun, unless it names one."""
+    record = out / "run.yaml"
+    if not config.resume or config.date is not None or not record.exists():
+        return config
+    try:
+        before = read_yaml(record.read_bytes())
+    except ValueError:  # `check_resume` says what is wrong
+        return config
+    return config.model_copy(update={"date": before.get("date") if isinstance(before, dict) else None})
 
 
 def _stop_at(model: Any, end_id: int) -> None:

@@ -6,14 +6,16 @@ In: a `RunConfig`. Out: an SAE in SAELens' format in `--out`, its quality on the
 import json
 import shutil
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 
 from ..cache.files import write_atomically
-from ..stages.models import check_vocabulary, choose_attention, load_model
+from ..stages.models import attentions_to_try, check_tokens, check_vocabulary, load_model
 from ..stages.preferences import tokenize_pair
 from ..stages.saving import move_model
 from ..stages.sites import parse_site
+from ..stages.supported import load_supported
 from ..stages.train_sae import train_sae
 from .config import RunConfig, to_yaml
 from .inputs import check_folder, device_of, load_data, required
@@ -31,7 +33,9 @@ def run_train_sae(config: RunConfig) -> None:
     site = parse_site(site_name)
     source, preferences, chat, limits = load_data(config)
     device = device_of(config)
-    model = load_model(source, attention=choose_attention(config.attention, source, device), device=device)
+    model = load_supported(
+        partial(load_model, source, device=device), attentions_to_try(config.attention, source, device), console.print
+    )
     check_vocabulary(model, chat.tokenizer, chat.probe_ids)
     sequences, seen = [], set()
     for row in range(len(preferences)):
@@ -40,6 +44,7 @@ def run_train_sae(config: RunConfig) -> None:
             continue
         for ids in (pair.chosen_ids, pair.rejected_ids):
             conversation = np.concatenate([pair.prompt_ids, ids])
+            check_tokens(model, [(f"row {row}", conversation)], chat.tokenizer)
             if conversation.tobytes() not in seen:  # prompts and answers repeat across pairs
                 seen.add(conversation.tobytes())
                 sequences.append(conversation)

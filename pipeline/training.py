@@ -15,15 +15,17 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..cache.files import remove_leftovers
-from ..cache.locks import Lock
 from ..stages.metrics import RunRecord
+from ..stages.saving import CONFIGS
+from ..stages.schedules import is_endless
 from ..stages.snapshots import Snapshots
 from .config import RunConfig, to_yaml
 from .inputs import check_new, compiles, device_of
-from .plain_yaml import read_yaml
 from .progress import console
+from .run_record import FINISHED, RECORD, differing, mark_finished, read_record, sole_writer
 
-# What a resumed run may change: where things are and what it tells meanwhile; with a constant schedule, its length.
+# What a resumed run may change: where things are and what it tells meanwhile; its length too,
+# unless the learning rates depend on it.
 RESUME_MAY_CHANGE = (
     *("resume", "cache", "eval_cache", "trust_hashes"),
     *("logging_steps", "save_steps", "eval_steps", "snapshot_steps", "report_to", "push_to_hub"),
@@ -61,6 +63,7 @@ def trainer_settings(config: RunConfig, given: frozenset[str]) -> dict[str, Any]
         "gradient_accumulation_steps": config.accumulation,
         "learning_rate": config.lr,
         "lr_scheduler_type": config.lr_scheduler,
+        "lr_scheduler_kwargs": config.lr_scheduler_kwargs,
         "warmup_steps": config.warmup_steps,
         "optim": {"adam": "adamw_torch_fused", "rmsprop": "rmsprop"}[config.optimizer],
         "weight_decay": 0.0,
@@ -92,7 +95,6 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
     """
     if os.environ.get("RANK", "0") != "0":  # the others may come when the first has already written
         return
-    record = out / "run.yaml"
     if out.is_dir():
         remove_leftovers(out)
     if not config.resume:
@@ -100,26 +102,51 @@ def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> N
             raise ValueError(f"--out: expected a new or empty folder, found files in {out}; pass --resume to go on")
         check_new(out)
         return
-    if not record.exists():
-        raise FileNotFoundError(f"--resume: expected a run in {out}, found no run.yaml; leave --resume out")
+    if not (out / RECORD).exists():
+        raise FileNotFoundError(f"--resume: expected a run in {out}, found no {RECORD}; leave --resume out")
     for path in out.rglob("*"):
         if path.is_symlink():  # what is written there would be elsewhere
             raise ValueError(f"--resume: expected no link in {out}, found {path}; put what it stands for in its place")
-    try:
-        before = read_yaml(record.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"--resume: {record}: {error}") from error
-    if not isinstance(before, dict):
-        raise ValueError(f"--resume: expected the settings of a run in {record}, found {type(before).__name__}")
-    free = RESUME_MAY_CHANGE + (LENGTH if config.lr_scheduler.startswith("constant") else ())
-    now = {**read_yaml(to_yaml(config).encode()), **identity}
-    changed = [
-        f"{key}: was {before.get(key)!r}, is {value!r}"
-        for key, value in now.items()
-        if key not in free and before.get(key) != value
-    ]
-    if changed:
-        raise ValueError(f"--resume: expected the settings of the run in {out}; {'; '.join(changed)}")
+    free = RESUME_MAY_CHANGE + (LENGTH if is_endless(config.lr_scheduler, config.warmup_steps) else ())
+    if changed := differing(read_record(out, "--resume"), config, identity, free):
+        raise ValueError(f"--resume: expected the settings of the run in {out}; {changed}")
+
+
+def is_finished(config: RunConfig, out: Path) -> bool:
+    """Whether the run that is to go on has nothing left to do; if so, says it.
+
+    That is what `finish` wrote into `run.yaml`, unless the run is to be longer now. Every rank looks for itself.
+
+    Raises:
+        ValueError: it is to be longer and has no checkpoint to go on from, or is to be uploaded only now.
+    """
+    if not config.resume or not (out / RECORD).exists():
+        return False
+    before = read_record(out, "--resume")
+    match before.get(FINISHED):
+        case {"step": int(step), "epoch": float(epoch)} if any((out / name).is_file() for name in CONFIGS):
+            reached = step >= config.max_steps if config.max_steps else epoch >= config.epochs
+        case _:
+            return False
+    if not reached and any(before.get(name) != getattr(config, name) for name in LENGTH):
+        if last_checkpoint(config) is None:
+            raise ValueError(f"--resume: expected a checkpoint to go on from in {out}, found none; give another --out")
+        return False
+    if config.push_to_hub and not before.get("push_to_hub"):
+        raise ValueError(f"--push-to-hub: the run in {out} is finished; upload it with `hf upload OWNER/NAME {out}`")
+    if os.environ.get("RANK", "0") == "0":
+        console.print(f"{out}: finished after {step} steps; nothing was left to do, and nothing was changed")
+    return True
+
+
+def finish(trainer: Any, out: Path) -> None:
+    """Saves what was trained and, once that is on disk, writes into `run.yaml` that the run is finished.
+
+    A run that goes on writes its `run.yaml` anew before anything else, without that.
+    """
+    trainer.save_model(str(out))
+    if trainer.is_world_process_zero():
+        mark_finished(out, step=trainer.state.global_step, epoch=float(trainer.state.epoch))
 
 
 @contextmanager
@@ -132,19 +159,9 @@ def sole_run(config: RunConfig, out: Path, identity: Mapping[str, str]) -> Itera
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
-    lock = Lock(out)
-    try:
-        try:
-            alone = lock.take()
-        except OSError:  # NFS, for one, locks no folders: there nobody can tell
-            alone = True
-        if not alone:
-            raise ValueError(f"--out: another run is writing into {out}; wait for it, or give another folder")
+    with sole_writer(out):
         check_resume(config, out, identity)
         yield
-    finally:
-        lock.close()
 
 
 def last_checkpoint(config: RunConfig) -> str | None:

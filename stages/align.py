@@ -8,24 +8,29 @@ Shapes: R responses of a packed row, B pairs of a packed row (R = 2B, chosen and
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..cache.manifest import Meaning
 from ..cache.reader import Cache
+from .anatomy import decoder_layers
 from .batches import RowBatch, RowCollator
-from .body import cast_weights, compile_layers
 from .finite import find_faults
 from .fpo_config import FPOConfig
+from .frozen import freeze
 from .metrics import ParityLog
+from .models import attentions_to_try, check_tokens, find_model, load_model, load_tokenizer, tokenizer_sha256
 from .objectives import PairLosses, PairScores, pair_losses
 from .packing import PackedRow, pack
 from .parity import check_cache, check_parity
 from .row_trainer import RowTrainer
 from .scoring import RowScores, causal_lm, live_reference, row_layout, score_row
 from .sites import SiteSAE
+from .supported import load_supported
 
 __all__ = ["FPOConfig", "FPOTrainer"]
 
@@ -34,28 +39,31 @@ class FPOTrainer(RowTrainer):
     """Trains a policy on cached preference pairs.
 
     Args:
-        model: the policy, a causal LM or a PEFT model around one, weights in fp32.
+        model: the policy, a causal LM or a PEFT model around one, weights in fp32; or what `find_model` takes.
         args: the settings.
-        train_cache: the cache to train on, opened with the sites of `saes`.
-        eval_cache: a cache of another split that agrees with it otherwise.
-        saes: SAEs of the sites that the constraint reads, in the cache's order; empty for other methods.
+        train_dataset: the cache to train on, opened with the sites of `saes`.
+        eval_dataset: a cache of another split that agrees with it otherwise.
+        saes: SAEs of the sites that the constraint reads, in the cache's order; empty for other methods. They are
+            moved to the trainer's device.
         reference: a live reference, for methods whose constraint is the KL.
-        processing_class: the tokenizer that is saved beside the weights.
+        processing_class: the tokenizer that is saved beside the weights, with the cache's chat template; default that
+            of a model given by name.
         callbacks: as the Trainer's.
 
     Raises:
         ValueError: if the method lacks its SAEs or its reference, or was given one that it does not read; if weights
-            are not fp32; if a cache does not fit (`check_cache`); as `RowTrainer`.
+            are not fp32; if data are no cache; if a cache does not fit (`check_cache`, `with_template`); as
+            `RowTrainer`.
     """
 
     args: FPOConfig
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str,
         args: FPOConfig,
-        train_cache: Cache,
-        eval_cache: Cache | None = None,
+        train_dataset: Cache,
+        eval_dataset: Cache | None = None,
         saes: Sequence[SiteSAE] = (),
         reference: nn.Module | None = None,
         processing_class: Any = None,
@@ -66,10 +74,26 @@ class FPOTrainer(RowTrainer):
             raise ValueError(f"method {args.method}: expected {'SAEs' if divergence == 'features' else 'no SAE'}")
         if (divergence == "kl") != (reference is not None):
             raise ValueError(f"method {args.method}: expected {'a' if divergence == 'kl' else 'no'} live reference")
-        for cache in (train_cache, eval_cache):
+        for name, cache in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
             if cache is not None:
+                _check_is_cache(name, cache)
                 check_cache(cache, saes, args.recipe, args.top_k)
-        self.policy, self.train_cache, self.saes = model, train_cache, tuple(saes)
+        if isinstance(model, str):
+            source = find_model(model)
+            model = load_supported(
+                partial(load_model, source, device=args.device), attentions_to_try("auto", source, args.device)
+            )
+            model.name_or_path = source.lasting_name
+            processing_class = load_tokenizer(source) if processing_class is None else processing_class
+        for cache in (train_dataset, eval_dataset):
+            if cache is not None:
+                name, token = cache.largest_token()
+                check_tokens(causal_lm(model), [(f"cache {cache.folder}, pair {name}", [token])], processing_class)
+        if processing_class is not None:
+            with_template(processing_class, train_dataset.manifest.meaning, args.allow_different_start)
+        for sae in saes:
+            sae.sae.to(args.device)
+        self.policy, self.train_cache, self.saes = model, train_dataset, tuple(saes)
         self._constraint_step = -1
         self.sites = [sae.site for sae in self.saes]
         pad_to, windows = row_layout(model)
@@ -77,22 +101,16 @@ class FPOTrainer(RowTrainer):
             model,
             args,
             data_collator=RowCollator(args.token_budget, pad_to, tuple(sae.width for sae in self.saes), windows),
-            train_dataset=train_cache,
-            eval_dataset=eval_cache,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
         )
         self.parity: dict[str, float] = {}
         self.add_callback(ParityLog(self))
-        self.reference = None if reference is None else self._frozen(reference)
-
-    def _frozen(self, reference: nn.Module) -> nn.Module:
-        """The live reference, as fast as a model that never changes can be."""
-        layers = causal_lm(reference).get_decoder().layers
-        cast_weights(layers, self.args.recipe)
-        if self.args.compile_layers:
-            compile_layers(layers)
-        return reference.to(self.args.device).requires_grad_(False).eval()
+        self.reference = None if reference is None else reference.to(args.device)
+        if self.reference is not None:
+            freeze(self.reference, args.recipe, compiled=args.compile_layers)
 
     def train(  # type: ignore[override]  # the Trainer's other arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
@@ -205,6 +223,20 @@ class FPOTrainer(RowTrainer):
         pairs = [pair for row in rows for pair in row.pairs()]
         return find_faults(score, pack(pairs, 1, *row_layout(self.policy)), self.saes)
 
+    def facts(self) -> dict[str, str]:
+        """The objective, the cache and the SAEs."""
+        objective, meaning = self.args.objective, self.train_cache.manifest.meaning
+        settings = (f"{name} = {getattr(objective, name)}" for name in objective.rule.defaults)
+        found = {
+            "method": f"{self.args.method}, {', '.join(settings)}",
+            "data": f"{len(self.train_cache)} pairs of split {meaning.split}",
+            "cache": f"fingerprint `{meaning.fingerprint()}`",
+        }
+        if self.saes:
+            found["constraint"] = ", ".join(f"{sae.site.name}, SAE {sae.sha256[:12]}" for sae in self.saes)
+            found["constraint"] += f", k = {self.args.top_k}"
+        return found
+
     def _logs_this_step(self) -> bool:
         step, every = self.state.global_step + 1, max(1, self.state.logging_steps)
         return step % every == 0 or (step == 1 and self.args.logging_first_step)
@@ -222,7 +254,7 @@ class FPOTrainer(RowTrainer):
         if self.state.global_step == 0 and not self.args.allow_different_start:
             self._means["train"].add({"constraint/grad_ratio": torch.zeros((), device=self.args.device)})
             return
-        layers = causal_lm(self.policy).get_decoder().layers
+        layers = decoder_layers(causal_lm(self.policy))
         layer = layers[min((sae.site.layer for sae in self.saes), default=len(layers) - 1)]
         weights = [weight for weight in layer.parameters() if weight.requires_grad]
         if not weights:
@@ -248,3 +280,36 @@ class FPOTrainer(RowTrainer):
                 self.score(model, self._spare)
         self.check_losses(losses, f"evaluation at step {self.state.global_step}")
         return torch.zeros((), device=self.args.device), None, None
+
+
+def _check_is_cache(name: str, data: Any) -> None:
+    """Refuses what TRL's trainers take: pairs without what the reference said of them."""
+    if not isinstance(data, Cache):
+        found = f"{type(data).__module__.split('.')[0]}.{type(data).__name__}"
+        raise ValueError(
+            f"{name}: expected a cache, found {found}; a cache holds preference pairs and what the reference said of "
+            "them: make it once with `fpo precompute --model … --dataset … --sae … --out CACHE` and open it with "
+            "fpo.open_cache('CACHE', sites=[sae.site.name])"
+        )
+
+
+def with_template(processing_class: Any, meaning: Meaning, allow_different_start: bool) -> None:
+    """Gives a tokenizer the cache's chat template, in which the policy learns.
+
+    Raises:
+        ValueError: if it is not the cache's tokenizer, or has a template of its own, unless that is allowed.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)  # of a processor
+    found = tokenizer_sha256(tokenizer)
+    if found != meaning.tokenizer:
+        raise ValueError(
+            f"processing_class: expected the cache's tokenizer, found another (hashes {meaning.tokenizer[:12]} and "
+            f"{found[:12]}); give that of the model that the cache was made with"
+        )
+    template = tokenizer.chat_template
+    if template is not None and template != meaning.chat_template and not allow_different_start:
+        raise ValueError(
+            "processing_class: expected the cache's chat template, found another: the policy would learn in a format "
+            "that it is not asked in; leave it to the trainer (chat_template = None), or make the cache with it"
+        )
+    tokenizer.chat_template = meaning.chat_template

@@ -25,6 +25,7 @@ from ..cache.files import canonical_json, write_atomically
 from ..cache.records import decode, parse_json
 from .chat import ChatFormat, Message, Turns
 from .generate import Int32, Sampling, context_length, generate
+from .models import check_tokens
 
 Benchmark = Literal["alpaca-eval", "arena-hard", "mt-bench"]
 Format = Literal["alpaca-eval", "arena-hard-v0.1", "arena-hard-v2.0", "mt-bench"]
@@ -276,7 +277,9 @@ def _check_room(question: Question, model: PreTrainedModel, chat: ChatFormat, ma
     turns: Turns = (Message("user", question.prompts[0]),)
     for text in question.prompts[1:]:
         turns += (Message("assistant", "."), Message("user", text))
-    tokens = len(chat.prompt_ids(turns))
+    ids = chat.prompt_ids(turns)
+    check_tokens(model, [(f"{path}, {question.prompts[0][:40]!r}", ids)], chat.tokenizer)
+    tokens = len(ids)
     if limit is not None and tokens + len(question.prompts) * max_new_tokens > limit:
         raise ValueError(
             f"{path}: expected questions and answers within the model's {limit} tokens, found {tokens} and "

@@ -9,12 +9,14 @@ Shapes: L positions of a row, R responses of a row (two a pair).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..cache.schema import CachedPair, Pair
 from .features import CachedFeatures
-from .packing import CHOSEN, PROMPT, REJECTED, Conversation, PackedRow, pack, pack_conversations
+from .packing import Conversation, PackedRow, pack, pack_conversations
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +47,13 @@ class RowBatch:
         """The pairs of the row."""
         row = self.packed
         ids_L, pair_L, part_L = (t.cpu().numpy() for t in (row.input_ids_L, row.pair_L, row.part_L))
-        parts = (PROMPT, CHOSEN, REJECTED)
-        return [
-            Pair(name, *(ids_L[(pair_L == number) & (part_L == part)].astype("int32") for part in parts))
-            for number, name in enumerate(row.names)
-        ]
+        sources = iter(row.sources_T.cpu().split(list(row.lengths)))
+        pairs = []
+        for number, name in enumerate(row.names):
+            prompt, *sides = (((pair_L == number) & (part_L == part)).nonzero()[0] for part in range(3))
+            learnt = [_spans(next(sources).numpy(), side, int(prompt[-1])) for side in sides]
+            pairs.append(Pair(name, *(ids_L[where].astype("int32") for where in (prompt, *sides)), *learnt))
+        return pairs
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "RowBatch":
         """The same on `device`; accelerate's loader calls it."""
@@ -61,6 +65,13 @@ class RowBatch:
         """The same in memory that a GPU copies from while it computes; the loader calls it where there is one."""
         cached = tuple(features.pin_memory() for features in self.cached)
         return RowBatch(self.packed.pin_memory(), cached, self.ref_logps_R.pin_memory())
+
+
+def _spans(sources: NDArray[np.int64], positions: NDArray[np.int64], last_prompt: int) -> NDArray[np.int32]:
+    """Which tokens of a response are learnt, as in the cache: those that are predicted from `sources`."""
+    before = np.concatenate(([last_prompt], positions[:-1]))
+    edges = np.diff(np.isin(before, sources).astype(np.int8), prepend=0, append=0)
+    return edges.nonzero()[0].astype(np.int32)
 
 
 @dataclass(frozen=True)

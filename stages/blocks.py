@@ -59,7 +59,8 @@ class RowBlocks:
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "RowBlocks":
         """The same with every tensor changed."""
-        return replace(self, **{name: change(value) for name, value in self.tensors.items()})
+        changed: dict[str, Any] = {name: change(value) for name, value in self.tensors.items()}
+        return replace(self, **changed)
 
 
 def row_blocks(

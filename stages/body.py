@@ -18,7 +18,7 @@ from .models import Recipe
 from .sites import Site
 
 
-def compile_layers(layers: Sequence[nn.Module], sites: Sequence[Site] = ()) -> None:
+def compile_layers(layers: Iterable[nn.Module], sites: Sequence[Site] = ()) -> None:
     """Compiles decoder layers one by one: one graph with gradient and one without, for all layers and lengths.
 
     Activation checkpointing and hooks on layers stay outside what is compiled.
@@ -59,7 +59,7 @@ def are_cast(layers: Iterable[nn.Module]) -> bool:
     return any(weight.dtype == torch.bfloat16 for layer in layers for weight in layer.parameters())
 
 
-def cast_weights(layers: Sequence[nn.Module], recipe: Recipe) -> None:
+def cast_weights(layers: Iterable[nn.Module], recipe: Recipe) -> None:
     """Casts to bf16, once and for all, the weights that autocast would cast each time: the results are the same.
 
     Args:
@@ -78,7 +78,7 @@ def cast_weights(layers: Sequence[nn.Module], recipe: Recipe) -> None:
 class CheckpointEvery(TrainerCallback):
     """Of a model whose activations are checkpointed, lets only every n-th layer compute its own again in backward."""
 
-    def __init__(self, layers: Sequence[Any], every: int) -> None:
+    def __init__(self, layers: Iterable[Any], every: int) -> None:
         self._layers, self._every = layers, every
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

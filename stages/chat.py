@@ -1,16 +1,19 @@
 """The chat format that a model was (or will be) tuned in: from turns to token ids, cut between prompt and answers.
 
-In: an `Example` or a conversation (turns or plain text), a tokenizer, optionally the text of a chat template.
-Out: the token ids of the prompt and of each answer, cut where the template puts the boundary.
+In: an `Example` or a conversation (turns or plain text), a tokenizer, optionally a chat template's text and a date.
+Out: the token ids of the conversation, cut where the template puts the boundary, and which of them are learnt.
 """
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from .cutting import Answer, Cutter, Lesson, Span
+from .rendering import ANEW, EMPTY, LEFT_OUT, SHARED, SPEAKERS, Renderer, SkipError, TemplateRefusalError, Tools
 
 # Gemma's turns, for base models, whose tokenizers carry no template.
 GEMMA_TURNS = (
@@ -22,10 +25,6 @@ GEMMA_TURNS = (
 )
 
 PROBE = "fpo-probe-answer"  # an answer that no template writes by itself
-
-
-class TemplateRefusalError(ValueError):
-    """The chat template refuses a conversation, for example because its roles do not alternate."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class Example:
 
     Attributes:
         prompt: the turns both sides share, or plain text that takes no template.
-        chosen: the preferred response alone: one assistant turn (none if the row had no answer), or plain text.
+        chosen: the preferred response alone: an assistant turn, perhaps with others after it (none if the row had no
+            answer), or plain text.
         rejected: the other response, likewise.
         score_chosen: the annotator's score of the chosen response, if there is one.
         score_rejected: likewise.
@@ -66,14 +66,6 @@ class Example:
     score_chosen: float | None = None
     score_rejected: float | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
-
-    @property
-    def one_answer_each(self) -> bool:
-        """Whether both sides are one answer to the same turns; some of Anthropic-HH's dialogues part earlier."""
-        return all(
-            isinstance(response, str) or [message.role for message in response] in ([], ["assistant"])
-            for response in (self.chosen, self.rejected)
-        )
 
     @property
     def tie(self) -> bool:
@@ -98,152 +90,243 @@ def load_template(path: Path | str | None) -> str | None:
         raise ValueError(f"chat template {path}: expected UTF-8, found {error}") from error
 
 
+Turned = Literal["all", "last"]  # which assistant turns of a response are learnt
+
+
+class Response(NamedTuple):
+    """A response in tokens.
+
+    Attributes:
+        ids: from the prompt's end to the end of the last answer.
+        learnt: which of them are learnt, as spans; the others are other turns, and what the template writes around.
+    """
+
+    ids: list[int]
+    learnt: list[Span]
+
+
 class ChatFormat:
     """A tokenizer with a chat template: renders examples and cuts them into prompt and response tokens.
 
     Attributes:
         tokenizer: the tokenizer.
         template: the text of the template in use: the one given, else the tokenizer's own, else `GEMMA_TURNS`.
+        date: the day that it is to the template; None where the template does not read the clock.
         bos_id: the token that may begin a prompt, or `None`.
-        end_id: the token that closes every templated response: the template's end of turn, or EOS if it writes none.
+        end_id: the token that closes an ordinary answer: the template's end of turn, or EOS if it writes none.
         probe_ids: token ids of a conversation, with all that the template writes around a question and an answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
-        """Probes the template for what it writes after an answer.
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, date: datetime.date | None = None
+    ) -> None:
+        """Probes the template for what it writes after an answer; no `date` is today.
 
         Raises:
-            ValueError: the tokenizer has no EOS, or the template cannot be rendered, leaves the answer out, does not
-                only append, or closes answers in different ways.
+            ValueError: the tokenizer has no EOS, or the template cannot be rendered, draws at random, leaves the answer
+                out, opens it otherwise than it asks for it, or closes answers in different ways.
         """
         if tokenizer.eos_token_id is None:
             raise ValueError(f"expected a tokenizer with an EOS token, found none in {tokenizer.name_or_path!r}")
         own = tokenizer.get_chat_template() if tokenizer.chat_template else GEMMA_TURNS
         self.template = own if template is None else template
         self.tokenizer = tokenizer
+        self._renderer = Renderer(tokenizer, self.template, date)
+        self.date = self._renderer.date
         self.bos_id: int | None = tokenizer.bos_token_id
-        # A text, because some tokenizers give nothing at all for an empty one.
-        self._adds_bos = self.bos_id is not None and self._ids("a", True)[0] == self.bos_id
+        self._cutter = Cutter(tokenizer)
 
         asked = (Message("user", "Hi"),)
         _, found, self._closing = self._render((*asked, Message("assistant", PROBE)), False).rpartition(PROBE)
         if not found:
             raise ValueError("the chat template leaves out the assistant's answer; give another one by a file")
-        closing_ids = self._ids(self._closing.rstrip())
+        closing_ids = self._cutter.tokens(self._closing.rstrip())
         self._appends_eos = not closing_ids or closing_ids[-1] not in tokenizer.added_tokens_decoder
         self.end_id: int = tokenizer.eos_token_id if self._appends_eos else closing_ids[-1]
-        text = self._render(asked, answer_next=True)
-        answer, _ = self._answer(asked, text, (Message("assistant", f"{PROBE}: yes"),))
-        self.probe_ids = [*self._prompt_ids(text), *answer]
+        self.probe_ids = [*self._cutter.ids(self._probe(asked)), self.end_id]
 
-    def prompt_and_responses(self, example: Example) -> tuple[list[int], list[int], list[int]]:
+    def on(self, date: datetime.date) -> "ChatFormat":
+        """The same on another day."""
+        return ChatFormat(self.tokenizer, self.template, date)
+
+    def _probe(self, asked: Turns) -> str:
+        """A conversation's text; some templates open an answer as they ask for it only where it has a reasoning."""
+        plain = Message("assistant", f"{PROBE}: yes")
+        reasoned = replace(plain, more={"reasoning_content": PROBE})
+        for answer in (plain, reasoned, replace(plain, content=f"<think>\n{PROBE}\n</think>\n\n{PROBE}")):
+            try:
+                return self._answer(asked, answer).said
+            except SkipError as error:
+                fault = error
+        raise ValueError(f"{fault}; give a template that only appends, by a file") from fault
+
+    def prompt_and_responses(self, example: Example, turns: Turned = "all") -> tuple[list[int], Response, Response]:
         """Token ids of the prompt (BOS at most once, the opening of the answer included) and of both responses.
 
-        Each part is encoded on its own, so the prompt's ids are the same for both responses. A response ends with
-        the token that ends its turn, without the white space that some templates write after it.
+        Prompt and response are tokenised together; the prompt's ids are those that it has alone. A response ends with
+        the token that ends its last answer, without the white space that some templates write after it.
+
+        Args:
+            example: the pair.
+            turns: which assistant turns of a response of several are learnt.
 
         Raises:
-            ValueError: the template refuses the turns, or an answer does not follow the prompt it was asked with.
+            SkipError: the template refuses the turns, leaves out what they carry, or renders the prompt or an answer
+                otherwise once others follow; prompt and response share a token; there is nothing to learn.
+            ValueError: the pair is text in part, or the template closes an answer otherwise than others.
         """
-        prompt, chosen, rejected = example.prompt, example.chosen, example.rejected
+        prompt, chosen, rejected, tools = example.prompt, example.chosen, example.rejected, example.tools
+        if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+            prompt_ids = self._cutter.ids(prompt)
+            told = [[Answer(prompt, prompt + said)] for said in (chosen, rejected)]
+            texts = [self._response(prompt_ids, answers, turns, appends_eos=True) for answers in told]
+            return prompt_ids, texts[0], texts[1]
         if isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
-            if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
-                raise ValueError("expected prompt, chosen and rejected all as text or all as turns, found a mixture")
-            eos: list[int] = [self.tokenizer.eos_token_id]
-            return self._prompt_ids(prompt), self._ids(chosen) + eos, self._ids(rejected) + eos
-        prompt = self._accepted(prompt)
-        prompt_text = self._render(prompt, answer_next=True)
-        chosen_ids, rejected_ids = (self._answer(prompt, prompt_text, answer)[0] for answer in (chosen, rejected))
-        return self._prompt_ids(prompt_text), chosen_ids, rejected_ids
+            raise ValueError("expected prompt, chosen and rejected all as text or all as turns, found a mixture")
+        prompt, sides = self._accepted(prompt, tools), [_up_to_last_answer(side) for side in (chosen, rejected)]
+        for side in sides:
+            self._check_carried(prompt + side, tools)
+        # Both sides answer, or the user asks on, on one at least.
+        prompt_text = self._render(prompt, all(side[0].role == "assistant" for side in sides), tools)
+        prompt_ids = self._cutter.ids(prompt_text)
+        responses = []
+        for side in sides:
+            before, answers = prompt_text, self._answers(prompt, side, tools)
+            for answer in answers:
+                if not answer.asked.startswith(before):
+                    raise SkipError(ANEW, _anew(before))
+                before = answer.said
+            responses.append(self._response(prompt_ids, answers, turns, self._appends_eos))
+        return prompt_ids, responses[0], responses[1]
 
     def prompt_ids(self, turns: Turns) -> list[int]:
         """Token ids of a conversation that the assistant answers next, as in `prompt_and_responses`."""
-        return self._prompt_ids(self._render(self._accepted(turns), answer_next=True))
+        return self._cutter.ids(self._render(self._accepted(turns), answer_next=True))
 
-    def conversation(self, turns: Turns) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation up to its last answer, and which of them are an answer's.
+    def lessons(self, turns: Turns, tools: Tools = ()) -> tuple[list[Lesson], list[str]]:
+        """A conversation as a model is to learn it, and reasons why answers of it are not learnt, one each.
 
-        Prompt and answers are encoded as in `prompt_and_responses`, and so is what stands between them. Where the
-        template writes no end of turn, EOS closes every answer: without it the model could not learn to stop.
+        It is one lesson, up to its last answer; but where the template renders an answer otherwise once others follow,
+        every answer is learnt as it is rendered while it is the last. Where the template writes no end of turn, EOS
+        closes every answer: without it the model could not learn to stop.
+
+        Args:
+            turns: the conversation, with an assistant turn.
+            tools: schemas of the tools that may be called.
 
         Raises:
-            ValueError: the template refuses the turns, or a turn does not follow what stood before it.
+            SkipError: the template refuses the turns, or leaves out what they carry; an answer is empty.
+            ValueError: the template closes an answer otherwise than others.
         """
         first = [message.role for message in turns].index("assistant")
-        prompt = self._accepted(turns[:first])
-        turns, said = prompt + turns[first:], ""
-        ids: list[int] = []
-        learnt: list[bool] = []
-        for number in range(len(prompt), len(turns)):
-            if turns[number].role != "assistant":
-                continue
-            asked = self._render(turns[:number], answer_next=True)
-            self._check_appends(said, asked)
-            asked_ids = self._ids(asked[len(said) :]) if said else self._prompt_ids(asked)
-            answer_ids, said = self._answer(turns[:number], asked, turns[number : number + 1])
-            ids += asked_ids + answer_ids
-            learnt += [False] * len(asked_ids) + [True] * len(answer_ids)
-        return ids, learnt
+        prompt, rest = self._accepted(turns[:first], tools), _up_to_last_answer(turns[first:])
+        self._check_carried(prompt + rest, tools)
+        reasons: list[str] = []
+        answers = self._answers(prompt, rest, tools, reasons)
+        lessons, shared = self._cutter.lessons(answers, self._appends_eos)
+        return lessons, reasons + [SHARED] * shared
 
-    def _answer(self, prompt: Turns, prompt_text: str, answer: Turns) -> tuple[list[int], str]:
-        """Token ids of an answer, and the conversation's text up to its end."""
-        text = self._render(prompt + answer, answer_next=False)
-        self._check_appends(prompt_text, text)
-        if not text.endswith(self._closing):
-            raise ValueError(
-                f"the chat template closes this answer otherwise than others: expected {self._closing!r} at the end, "
-                f"found …{text[-40:]!r}; give a template that closes every answer alike, by a file"
+    def _answers(self, prompt: Turns, turns: Turns, tools: Tools, reasons: list[str] | None = None) -> list[Answer]:
+        """The assistant's turns after a prompt; those that cannot be cut are counted, where they may be left out."""
+        found, before = [], prompt
+        for message in turns:
+            if message.role == "assistant":
+                try:
+                    found.append(self._answer(before, message, tools))
+                except SkipError as error:
+                    if reasons is None or error.reason != ANEW:
+                        raise
+                    reasons.append(ANEW)
+            before = (*before, message)
+        return found
+
+    def _answer(self, prompt: Turns, answer: Message, tools: Tools = ()) -> Answer:
+        """One answer, its text up to the end of the token that closes it."""
+        asked = self._render(prompt, True, tools)
+        text = self._render((*prompt, answer), False, tools)
+        if not text.startswith(asked):
+            text = self._as_served(asked, text, answer.content)
+        if text.endswith(self._closing):
+            closing = self._closing
+        else:  # a call of a tool may be closed by a token of its own
+            last = self._cutter.tokens(text.rstrip()[-100:])[-1:]
+            token = self.tokenizer.added_tokens_decoder.get(last[0]) if last else None
+            if token is None or not text.rstrip().endswith(token.content):
+                raise ValueError(
+                    f"the chat template closes this answer otherwise than others: expected {self._closing!r} at the "
+                    f"end, found …{text[-40:]!r}; give a template that closes every answer alike, by a file"
+                )
+            closing = text[text.rindex(token.content) :]
+        opened = text[len(asked) : len(text) - len(closing)]
+        if not opened.strip():
+            raise SkipError(
+                EMPTY, f"expected an answer after …{asked[-40:]!r}, found that the chat template writes none"
             )
-        text = text[: len(text) - len(self._closing) + len(self._closing.rstrip())]
-        ids = self._ids(text[len(prompt_text) :])
-        return [*ids, self.end_id] if self._appends_eos else ids, text
+        return Answer(asked, text[: len(text) - len(closing)] + closing.rstrip())
 
-    def _check_appends(self, before: str, after: str) -> None:
-        if not after.startswith(before):
-            raise ValueError(
-                "the chat template renders a turn differently once another follows: expected the conversation to "
-                f"begin with …{before[-40:]!r}; give a template that only appends, by a file"
-            )
+    def _as_served(self, asked: str, text: str, content: str) -> str:
+        """The text of an answer that begins with what the template writes itself when it asks for one, as `<think>`.
 
-    def _accepted(self, prompt: Turns) -> Turns:
+        The model is asked with that; the template renders answers without it, and some without the whole reasoning.
+        """
+        shared = next((i for i, (a, b) in enumerate(zip(asked, text, strict=False)) if a != b), len(text))
+        for start in range(shared, max(0, len(asked) - len(content)) - 1, -1):
+            if content.startswith(asked[start:]):
+                return asked[:start] + content + self._closing
+        raise SkipError(ANEW, _anew(asked))
+
+    def _response(self, prompt_ids: list[int], answers: list[Answer], turns: Turned, appends_eos: bool) -> Response:
+        ids, spans = self._cutter.cut(answers, appends_eos)
+        learnt = spans if turns == "all" else spans[-1:]
+        size = len(prompt_ids)
+        kept = [(start - size, stop - size) for start, stop in filter(None, learnt)]
+        if len(kept) < len(learnt) or ids[:size] != prompt_ids:
+            raise SkipError(SHARED, f"expected tokens of the prompt's own before …{answers[-1].said[-40:]!r}")
+        return Response(ids[size:], kept)
+
+    def _check_carried(self, turns: Turns, tools: Tools) -> None:
+        carries = tools or any(message.role not in SPEAKERS or "tool_calls" in message.more for message in turns)
+        if carries and self._renderer.leaves_out(_messages(turns), tools):
+            raise SkipError(LEFT_OUT, "expected a chat template that writes tools, their calls and their results")
+
+    def _accepted(self, prompt: Turns, tools: Tools = ()) -> Turns:
         """The prompt, its system turn folded into the first user turn if the template refuses or drops it."""
         if not prompt or prompt[0].role != "system":
             return prompt
         system, rest = prompt[0], prompt[1:]
         try:
-            if system.content.strip() in self._apply(prompt, answer_next=True):
+            if system.content.strip() in self._render(prompt, True, tools):
                 return prompt
-        except TemplateError:
-            pass  # refused: fold it, and let the second rendering speak of anything else that is wrong
+        except TemplateRefusalError:
+            pass  # fold it, and let the second rendering speak of anything else that is wrong
         if not rest or rest[0].role != "user":
             return (replace(system, role="user"), *rest)
         parts = [part for part in (system.content, rest[0].content) if part.strip()]
         return (Message("user", "\n\n".join(parts)), *rest[1:])
 
-    def _render(self, messages: Turns, answer_next: bool) -> str:
-        try:
-            return self._apply(messages, answer_next)
-        except TemplateError as error:
-            roles = ", ".join(message.role for message in messages)
-            raise TemplateRefusalError(f"the chat template refuses the turns {roles}: {error}") from error
+    def _render(self, turns: Turns, answer_next: bool, tools: Tools = ()) -> str:
+        return self._renderer.render(_messages(turns), tools, answer_next=answer_next)
 
-    def _apply(self, messages: Turns, answer_next: bool) -> str:
-        turns = [{"role": message.role, "content": message.content, **message.more} for message in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                turns, chat_template=self.template, tokenize=False, add_generation_prompt=answer_next
-            )
-        except TemplateError:
-            raise
-        except Exception as error:  # a template's expressions raise as Python's do: 'a' + 1, 1 / 0, a range too large
-            raise TemplateError(f"{type(error).__name__}: {error}") from error
-        assert isinstance(text, str)
-        return text
 
-    def _prompt_ids(self, text: str) -> list[int]:
-        ids = self._ids(text)
-        return [self.bos_id, *ids] if self._adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids
+def _messages(turns: Turns) -> list[dict[str, Any]]:
+    return [{"role": message.role, "content": message.content, **message.more} for message in turns]
 
-    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        # verbose=False: a text over the model's length is no news, it is cut and counted later.
-        return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+def is_blank(message: Message) -> bool:
+    """Whether a turn says nothing: no content but white space, and no tool called."""
+    return not (message.content.strip() or message.more.get("tool_calls"))
+
+
+def _up_to_last_answer(turns: Turns) -> Turns:
+    """The turns without those after the last answer: nothing is learnt from them."""
+    answers = [number for number, message in enumerate(turns) if message.role == "assistant"]
+    if not answers:
+        raise SkipError(EMPTY, "expected an assistant turn in a response, found none")
+    return turns[: answers[-1] + 1]
+
+
+def _anew(before: str) -> str:
+    return (
+        "the chat template renders a turn differently once another follows: expected the conversation to begin with "
+        f"…{before[-40:]!r}"
+    )

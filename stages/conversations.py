@@ -1,13 +1,14 @@
 """Chat data to conversations whose assistant turns are to be learnt.
 
-In: a hub id with configuration and split, or a local Parquet, JSON or JSONL file or folder, with UltraChat-200K's
-column `messages`; a chat format and a length. Out: token ids with a mask of the assistant's tokens, and what was
+In: a hub id with configuration and split, or a local file or folder, with a column `messages` or `conversations`; a
+chat format and a length. Out: token ids with a mask of the assistant's tokens, and what was
 skipped or cut. Tokenising is a `datasets.map`: it shows its progress, and the same data are tokenised once.
 """
 
 import hashlib
 import importlib.metadata
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,25 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ..cache.files import canonical_json, sha256_file, sha256_text
+from . import boundary, cutting, rendering, shapes
 from . import chat as chat_file
-from .chat import ChatFormat, TemplateRefusalError, Turns
+from . import turns as turns_file
+from .chat import ChatFormat, Turns, is_blank
 from .models import tokenizer_sha256
 from .packing import Conversation
-from .preferences import load_rows, read_text
+from .raw_rows import load_rows, parse_row
+from .rendering import ANEW, EMPTY, LEFT_OUT, REFUSED, SHARED, SkipError, Tools
+from .shapes import check_readable, conversation_column, read_conversation
 
 CONVERSATION_SKIP_REASONS = (
     "no messages",
     "no assistant turn",
     "no turn before the first answer",
-    "empty answer",
-    "refused by the chat template",
+    EMPTY,
+    SHARED,
+    ANEW,
+    LEFT_OUT,
+    REFUSED,
     "no learnt token after truncation",
 )
 
@@ -38,15 +46,22 @@ FEATURES = datasets.Features(
         "learnt": datasets.List(datasets.Value("bool")),
         "skipped": datasets.Value("string"),
         "truncated": datasets.Value("bool"),
+        "row": datasets.Value("int32"),
     }
 )
+
+
+# What a row becomes depends on these files.
+CODE = [__file__, *(module.__file__ for module in (boundary, chat_file, cutting, rendering, shapes, turns_file))]
 
 
 class Conversations:
     """Tokenised conversations, in the order of their raw rows; those that were skipped have no number.
 
+    Where the template renders an answer otherwise once others follow, each answer is a conversation of its own.
+
     Attributes:
-        skipped: how many rows were skipped, by reason (`CONVERSATION_SKIP_REASONS`).
+        skipped: how many rows, or answers of a row, were skipped, by reason (`CONVERSATION_SKIP_REASONS`).
         truncated: how many conversations were cut at their end.
         tokens: tokens of all conversations.
         learnt_tokens: how many of them are the assistant's.
@@ -56,8 +71,8 @@ class Conversations:
         """Takes rows with the columns of `FEATURES`, empty lists where skipped; `load_conversations` makes them."""
         self._table = rows.data
         skipped = rows["skipped"][:]
-        self._raw_rows = [i for i, reason in enumerate(skipped) if reason is None]
-        self._kept = rows.select(self._raw_rows).with_format("numpy")
+        kept = [i for i, reason in enumerate(skipped) if reason is None]
+        self._kept = rows.select(kept).with_format("numpy")
         self.skipped = dict(Counter(reason for reason in skipped if reason is not None))
         self.truncated = sum(rows["truncated"][:])
         self.tokens = int(pc.sum(pc.list_value_length(self._table.column("ids"))).as_py() or 0)
@@ -68,7 +83,15 @@ class Conversations:
 
     def __getitem__(self, i: int) -> Conversation:
         row = self._kept[i]
-        return Conversation(np.asarray(row["ids"], np.int32), np.asarray(row["learnt"], np.bool_), self._raw_rows[i])
+        return Conversation(np.asarray(row["ids"], np.int32), np.asarray(row["learnt"], np.bool_), int(row["row"]))
+
+    def largest_token(self) -> tuple[str, int]:
+        """The raw row that holds the largest token id, as "row N", and that id."""
+        ids = self._table.column("ids")
+        largest = pc.list_flatten(ids).to_numpy()
+        place = int(np.argmax(largest))
+        row = int(np.searchsorted(np.cumsum(pc.list_value_length(ids).to_numpy()), place, side="right"))
+        return f"row {row}", int(largest[place])
 
     @cached_property
     def sha256(self) -> str:
@@ -89,6 +112,7 @@ def load_conversations(
     max_length: int,
     config: str | None = None,
     limit: int | None = None,
+    renames: Sequence[str] = (),
 ) -> Conversations:
     """Opens chat data and tokenises it.
 
@@ -99,36 +123,42 @@ def load_conversations(
         max_length: tokens of a conversation; its end is cut.
         config: the hub data set's configuration; local data has none.
         limit: keep only the first so many raw rows.
+        renames: `NEW=OLD`: the column OLD is called NEW.
 
     Raises:
         FileNotFoundError: there is no such file, folder or hub data set.
-        ValueError: as `load_preferences`; no column `messages`; a row that is malformed, with its number; a template
-            that does not only append, or closes answers in different ways.
+        ValueError: as `load_preferences`; no column with conversations; a row that is malformed, with its number; a
+            template that closes answers in different ways.
     """
-    rows = load_rows(source, split, config, limit, what="conversations")
-    if "messages" not in rows.column_names:
-        found = ", ".join(map(repr, rows.column_names))
-        raise ValueError(f"{source}: found columns {found}, expected 'messages' as lists of 'role' and 'content'")
-    if not len(rows):
-        raise ValueError(f"{source}: expected conversations in split {split!r}, found no row")
+    rows = load_rows(source, split, config, limit, "conversations", renames)
     try:
-        tokenised = rows.map(
-            partial(_tokenised_row, chat=chat, max_length=max_length, source=source, split=split),
-            with_indices=True,
-            input_columns=["messages"],
-            remove_columns=rows.column_names,
-            features=FEATURES,
-            new_fingerprint=_fingerprint(rows, chat, max_length),
-            desc="tokenising",
-        )
-    except UnicodeDecodeError as error:  # while it decodes a row
-        raise ValueError(f"{source}: expected UTF-8, found {error}") from error
+        conversation_column(rows.columns)
+        check_readable(rows.columns)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    tokenised = rows.data.map(
+        partial(
+            _tokenised_rows,
+            columns=tuple(rows.columns),
+            chat=chat,
+            max_length=max_length,
+            source=source,
+            split=split,
+        ),
+        with_indices=True,
+        batched=True,
+        input_columns=["row"],
+        remove_columns=["row"],
+        features=FEATURES,
+        new_fingerprint=_fingerprint(rows.data, chat, max_length),
+        desc="tokenising",
+    )
     return Conversations(tokenised)
 
 
 def tokenize_conversation(
-    turns: Turns, chat: ChatFormat, max_length: int
-) -> tuple[Conversation | None, str | None, bool]:
+    turns: Turns, chat: ChatFormat, max_length: int, tools: Tools = ()
+) -> tuple[list[Conversation], list[str], list[bool]]:
     """Tokenises one conversation.
 
     What stands after the last answer is left out: nothing is learnt from it.
@@ -137,23 +167,29 @@ def tokenize_conversation(
         turns: the conversation.
         chat: the chat format.
         max_length: tokens that are kept.
+        tools: schemas of the tools that may be called.
 
     Returns:
-        The conversation, or None and the reason to skip it; and whether its end was cut.
+        The conversation, or several where the template renders an answer otherwise once others follow; the reasons why
+        it, or answers of it, are skipped; for each conversation whether its end was cut.
 
     Raises:
-        ValueError: the template does not only append, or closes answers in different ways.
+        ValueError: the template closes answers in different ways.
     """
     if (reason := _reason_to_skip(turns)) is not None:
-        return None, reason, False
+        return [], [reason], []
     try:
-        ids, learnt = chat.conversation(turns)
-    except TemplateRefusalError:
-        return None, "refused by the chat template", False
-    if not any(learnt[:max_length]):
-        return None, "no learnt token after truncation", False
-    conversation = Conversation(np.asarray(ids[:max_length], np.int32), np.asarray(learnt[:max_length], np.bool_))
-    return conversation, None, len(ids) > max_length
+        lessons, reasons = chat.lessons(turns, tools)
+    except SkipError as error:
+        return [], [error.reason], []
+    found, truncated = [], []
+    for ids, learnt in lessons:
+        if not any(learnt[:max_length]):
+            reasons.append("no learnt token after truncation")
+            continue
+        found.append(Conversation(np.asarray(ids[:max_length], np.int32), np.asarray(learnt[:max_length], np.bool_)))
+        truncated.append(len(ids) > max_length)
+    return found, reasons, truncated
 
 
 def _reason_to_skip(turns: Turns) -> str | None:
@@ -164,23 +200,41 @@ def _reason_to_skip(turns: Turns) -> str | None:
         return "no assistant turn"
     if not any(message.content.strip() for message in turns[: roles.index("assistant")]):
         return "no turn before the first answer"
-    if any(message.role == "assistant" and not message.content.strip() for message in turns):
-        return "empty answer"
+    if any(message.role == "assistant" and is_blank(message) for message in turns):
+        return EMPTY
     return None
 
 
-def _tokenised_row(
-    messages: Any, row: int, *, chat: ChatFormat, max_length: int, source: str, split: str
-) -> dict[str, Any]:
-    try:
-        turns = read_text(messages, "messages")
-        if isinstance(turns, str) and turns:
-            raise ValueError(f"expected messages in 'messages', found text {turns!r:.80}")
-        found, skipped, truncated = tokenize_conversation(turns or (), chat, max_length)
-    except ValueError as error:
-        raise ValueError(f"{source}, row {row} of split {split!r}: {error}") from error
-    found = found or Conversation(np.zeros(0, np.int32), np.zeros(0, np.bool_))
-    return {"ids": found.ids, "learnt": found.learnt, "skipped": skipped, "truncated": truncated}
+def _tokenised_rows(
+    texts: list[str],
+    numbers: list[int],
+    *,
+    columns: Sequence[str],
+    chat: ChatFormat,
+    max_length: int,
+    source: str,
+    split: str,
+) -> dict[str, list[Any]]:
+    """Columns of `FEATURES` for some raw rows: one entry a conversation or reason to skip."""
+    made: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    for row, text in zip(numbers, texts, strict=True):
+        try:
+            turns, tools = read_conversation(parse_row(text), columns)
+            found, reasons, truncated = tokenize_conversation(turns, chat, max_length, tools)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{source}, row {row} of split {split!r}: {error}") from error
+        for one, cut in zip(found, truncated, strict=True):
+            _add(made, ids=one.ids, learnt=one.learnt, skipped=None, truncated=cut, row=row)
+        for reason in reasons:
+            _add(
+                made, ids=np.zeros(0, np.int32), learnt=np.zeros(0, np.bool_), skipped=reason, truncated=False, row=row
+            )
+    return made
+
+
+def _add(columns: dict[str, list[Any]], **entry: Any) -> None:
+    for name, value in entry.items():
+        columns[name].append(value)
 
 
 def _fingerprint(rows: datasets.Dataset, chat: ChatFormat, max_length: int) -> str:
@@ -189,8 +243,9 @@ def _fingerprint(rows: datasets.Dataset, chat: ChatFormat, max_length: int) -> s
         "rows": rows._fingerprint,
         "tokenizer": tokenizer_sha256(chat.tokenizer),
         "template": chat.template,
+        "date": None if chat.date is None else chat.date.isoformat(),
         "max_length": max_length,
-        "code": [sha256_file(Path(str(file))) for file in (__file__, chat_file.__file__)],
+        "code": [sha256_file(Path(str(file))) for file in CODE],
         "versions": [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
     }
     return sha256_text(canonical_json(content))[:32]

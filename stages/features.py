@@ -184,8 +184,7 @@ def select_largest(pooled_RM: Tensor, keep: int | None) -> LargestFeatures:
 
 def keep_largest(pooled_M: Tensor, keep: int | None) -> SparseFeatures:
     """`select_largest` of one response, as the cache stores it."""
-    largest = select_largest(pooled_M[None], keep)
-    return LargestFeatures(*(None if t is None else t.cpu() for t in vars(largest).values())).stored(len(pooled_M))[0]
+    return select_largest(pooled_M.cpu()[None], keep).stored(len(pooled_M))[0]
 
 
 def _encode_columns(sae: Any, sae_in_TD: Tensor, ids_I: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class RowMask(BlockMask):
     def __init__(self, blocks: RowBlocks) -> None:
         ranges_3L, *listed = blocks.tensors.values()
         size = ranges_3L.shape[1]
-        super().__init__((size, size), *listed, (BLOCK, BLOCK))
+        super().__init__((size, size), *listed, BLOCK_SIZE=(BLOCK, BLOCK))  # type: ignore[misc,arg-type]
         self.tensors = (ranges_3L, *listed)
         for tensor in self.tensors:
             for dimension in range(1 if tensor is ranges_3L else 2, tensor.ndim):
@@ -63,7 +63,8 @@ def _attend(
         scaled = score * scale
         return scaled if cap is None else cap * torch.tanh(scaled / cap)
 
-    mask = BlockMask((query_1HLD.shape[2], key_1KLD.shape[2]), *listed, (BLOCK, BLOCK), mask_mod)
+    lengths = query_1HLD.shape[2], key_1KLD.shape[2]
+    mask = BlockMask(lengths, *listed, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)  # type: ignore[misc,arg-type]
     attended: Tensor = flex_attention(
         query_1HLD, key_1KLD, value_1KLD, score_mod=score_mod, block_mask=mask, scale=1.0, enable_gqa=True
     )
@@ -123,7 +124,7 @@ def packed_flex_attention(
     device = query_1HLD.device
     # Rotary positions are fp32 under autocast, the values are not: a kernel takes one dtype.
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query_1HLD.dtype
-    rows = tuple(tensor.to(dtype) for tensor in (query_1HLD, key_1KLD, value_1KLD))
+    rows = query_1HLD.to(dtype), key_1KLD.to(dtype), value_1KLD.to(dtype)
     if not isinstance(attention_mask, RowMask):
         return _eager(*rows, attention_mask, scaling, softcap), None
     with torch.autocast(device.type, enabled=False):

@@ -96,7 +96,7 @@ def _adds_in_fp32(device: torch.device) -> bool:
     """Whether torch has products of bf16 that are added to fp32 without being rounded first."""
     left, total = torch.ones(16, 16, dtype=torch.bfloat16, device=device), torch.ones(16, 16, device=device)
     try:
-        torch.addmm(total, left, left, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, left, left, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return bool((total == 17).all())
@@ -110,7 +110,7 @@ def add_product(total_VD: Tensor | None, left_VC: Tensor, right_CD: Tensor) -> T
         return total_VD.addmm_(left_VC, right_CD)
     if not _adds_in_fp32(left_VC.device):
         return total_VD.add_(left_VC @ right_CD)
-    torch.addmm(total_VD, left_VC, right_CD, out_dtype=torch.float32, out=total_VD)  # type: ignore[call-overload]
+    torch.addmm(total_VD, left_VC, right_CD, out_dtype=torch.float32, out=total_VD)
     return total_VD
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def check_model_folder(folder: Path, name: str) -> None:
@@ -20,10 +21,10 @@ def check_model_folder(folder: Path, name: str) -> None:
     Raises:
         ValueError: it lacks configuration or weights, has an adapter, or takes weights from elsewhere.
     """
-    if (folder / "adapter_config.json").exists():  # transformers would load it too, whatever it changes
+    if (folder / ADAPTER_CONFIG).exists():  # transformers would load it too, whatever it changes
         raise ValueError(
-            f"model {name}: expected a model in {folder}, found an adapter (adapter_config.json); merge it into its "
-            "model, as `fpo align --merge` does, and give that"
+            f"model {name}: expected a model in {folder}, found an adapter ({ADAPTER_CONFIG}); merge it into its "
+            f"model with `fpo merge {name} --out MODEL`, and give that"
         )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model {name}: expected config.json in {folder}, found none; give a transformers model")

@@ -8,19 +8,23 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..cache.files import canonical_json, sha256_file, user_folder, write_atomically
 from ..cache.locks import locked
 from .attention import PACKED
 from .flex import FLEX
+from .gguf_metadata import check_tensors, settle_config
 from .model_folder import check_model_folder
+from .randomness import silence_config, silence_modules
 from .reading import reading
 
 if TYPE_CHECKING:
@@ -46,6 +50,12 @@ class ModelSource:
     folder: Path
     gguf_file: str | None
 
+    @property
+    def lasting_name(self) -> str:
+        """What it can be found by later: a path whole, a hub id as it is."""
+        local = Path(self.name).expanduser()
+        return str(local.resolve()) if local.exists() else self.name
+
     @cached_property
     def sha256(self) -> str:
         """Hash of the weight files and the model's configuration: equal hashes mean the same model."""
@@ -66,6 +76,19 @@ def find_model(name: str) -> ModelSource:
         FileNotFoundError: if nothing of that name exists here and it cannot be a hub id.
         ValueError: if it is no model with safetensors weights (`check_model_folder`), or the hub cannot give it.
     """
+    source = find_files(name)
+    if source.gguf_file is None:
+        check_model_folder(source.folder, name)
+    return source
+
+
+def find_files(name: str) -> ModelSource:
+    """As `find_model`, whatever the folder holds.
+
+    Raises:
+        FileNotFoundError: as `find_model`.
+        ValueError: if the hub cannot give it.
+    """
     path = _packaged_file(name) if name.startswith("package:") else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -79,7 +102,6 @@ def find_model(name: str) -> ModelSource:
         )
     else:
         folder = _download(name)
-    check_model_folder(folder, name)
     return ModelSource(name, folder, None)
 
 
@@ -112,7 +134,7 @@ def _download(name: str) -> Path:
 
 
 def load_model(source: ModelSource, *, attention: str, device: torch.device | str) -> "PreTrainedModel":
-    """Loads the model with fp32 weights, in eval mode, without dropout.
+    """Loads the model with fp32 weights, in eval mode, without anything random (`randomness.py`).
 
     The weights are fp32 under both recipes: at the learning rates of preference optimization a bf16 weight does not
     move. Compute runs in bf16 where autocast says so (`autocast`).
@@ -129,10 +151,12 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
     """
     from transformers import AutoModelForCausalLM
 
+    config = _config(source)
+    silence_config(config)  # a policy that drops out at random is not the reference it starts from
     with reading(f"model {source.name}: transformers cannot load it"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
-            config=_config(source),  # without it one in config.json, code of a stranger's repository, goes before ours
+            config=config,  # without it one in config.json, code of a stranger's repository, goes before ours
             gguf_file=source.gguf_file,
             dtype=torch.float32,
             attn_implementation=attention,
@@ -149,7 +173,9 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
                 f"--attention: expected one that {type(model).__name__} has, found {PACKED}, which has no "
                 "soft-capping; leave the option out"
             )
-    if source.gguf_file:  # de-quantised while loading; transformers still calls it quantised and would not train it
+    if source.gguf_file:
+        check_tensors(model, source.folder / source.gguf_file, source.name)
+        # De-quantised while loading; transformers still calls it quantised and would not train it.
         model.hf_quantizer.remove_quantization_config(model)
     dtypes = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
     assert not dtypes, f"weights must be float32, found {dtypes}"
@@ -159,11 +185,7 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
             f"model {source.name}: expected finite weights, found infinities in {len(infinite)} of them, as "
             f"{infinite[0]}; give another copy"
         )
-    for module in model.modules():  # a policy that drops out at random is not the reference it starts from
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (torch's type for a module's attributes)
+    silence_modules(model)
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
@@ -214,6 +236,32 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
         )
 
 
+def check_tokens(
+    model: "PreTrainedModel",
+    named: Iterable[tuple[str, Sequence[int] | NDArray[np.int32]]],
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> None:
+    """Checks that the model has an embedding for every token of texts: a data set may write what no template does.
+
+    Args:
+        model: the model.
+        named: where each text comes from, and its token ids.
+        tokenizer: says which token it is.
+
+    Raises:
+        ValueError: it lacks one; names the text and the token.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    known = len(embeddings.weight)
+    for name, ids in named:
+        if len(ids) and (largest := int(np.max(ids))) >= known:
+            token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(largest)!r})"
+            raise ValueError(
+                f"{name}: expected tokens below {known}, which the model embeds, found {largest}{token}; take the "
+                "token out of the text, or give a model that embeds it"
+            )
+
+
 def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hash of what the tokenizer does: its pipeline and special tokens, whatever files it came from.
 
@@ -227,11 +275,12 @@ def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
-def choose_attention(requested: str, source: ModelSource, device: torch.device | str) -> str:
-    """The attention implementation: the one requested, or the fastest that is right for this model and device.
+def attentions_to_try(requested: str, source: ModelSource, device: torch.device | str) -> tuple[str, ...]:
+    """The attention implementation requested, or all that this model has and this device runs, the fastest first.
 
-    Packed rows need a mask of their own, which eager and "packed_flex" take, or are taken apart again by "packed".
-    "packed_flex" has no backward on CPU; "packed" stands on sdpa, which has no soft-capping: Gemma-2 has neither there.
+    Whether one is right for the model is tried once it is loaded (`load_supported`). Packed rows need a mask of their
+    own, which eager and "packed_flex" take, or are taken apart again by "packed". "packed_flex" has no backward on CPU;
+    "packed" stands on sdpa, which has no soft-capping, so that Gemma-2 has neither there.
 
     Args:
         requested: "auto" or an implementation.
@@ -239,30 +288,32 @@ def choose_attention(requested: str, source: ModelSource, device: torch.device |
         device: where it will run.
 
     Raises:
-        ValueError: if "packed_flex" is requested on CPU.
+        ValueError: if "packed_flex" is requested on CPU; if it is no causal language model.
     """
     if requested == FLEX and torch.device(device).type == "cpu":
         raise ValueError(f"--attention: {FLEX} has no backward on CPU; leave the option out, or take eager")
     if requested != "auto":
-        return requested
+        return (requested,)
     from transformers import AutoModelForCausalLM
 
-    with reading(f"model {source.name}: transformers cannot read its configuration"):
-        config = _config(source)
+    config = _config(source)
     model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None:
         raise ValueError(f"model {source.name}: expected a causal language model, found a {config.model_type}")
-    if torch.device(device).type == "cuda" and model_class._supports_flex_attn:
-        return FLEX
-    return PACKED if model_class._supports_sdpa else "eager"
+    flex = torch.device(device).type == "cuda" and model_class._supports_flex_attn
+    return (*([FLEX] * flex), *([PACKED] * model_class._supports_sdpa), "eager")
 
 
 def _config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(
-        source.folder, gguf_file=source.gguf_file, local_files_only=True, trust_remote_code=False
-    )
+    with reading(f"model {source.name}: transformers cannot read its configuration"):
+        config = AutoConfig.from_pretrained(
+            source.folder, gguf_file=source.gguf_file, local_files_only=True, trust_remote_code=False
+        )
+    if source.gguf_file:
+        settle_config(config, source.folder / source.gguf_file, source.name)
+    return config
 
 
 def autocast(recipe: Recipe, device: torch.device | str) -> torch.autocast:

@@ -5,7 +5,7 @@ that restart after each prompt, the attention masks that keep pairs and response
 every response token is predicted. Packing is a pure function of (pairs, token budget). Conversations are packed end to
 end by the same rules; there the assistant's tokens are the ones that are predicted.
 
-Shapes: L positions of a row, T response tokens of a row, R responses of a row (two a pair: chosen, rejected; or one a
+Shapes: L positions of a row, T learnt tokens of a row, R responses of a row (two a pair: chosen, rejected; or one a
 conversation: its assistant turns together).
 """
 
@@ -51,6 +51,21 @@ class RowLayout(NamedTuple):
     pad_to: int = 1
     windows: tuple[int | None, ...] = ()
 
+    def padding(self, tokens: int) -> int:
+        """How many positions follow so many tokens."""
+        return max(-tokens % self.pad_to, LEAST_BLOCKS * BLOCK - tokens if self.windows else 0)
+
+    def blocks(
+        self,
+        position_ids_L: NDArray[np.int64],
+        pair_L: NDArray[np.int64],
+        part_L: NDArray[np.int64],
+        device: torch.device | str = "cpu",
+    ) -> tuple[RowBlocks, ...]:
+        """Of every window, what `row_blocks` makes of a row."""
+        made = (row_blocks(position_ids_L, pair_L, part_L, window) for window in self.windows)
+        return tuple(blocks.with_tensors(lambda tensor: tensor.to(device)) for blocks in made)
+
 
 @dataclass(frozen=True, eq=False)
 class PackedRow:
@@ -63,10 +78,11 @@ class PackedRow:
         position_ids_L: int64, restart at 0 for each pair and after its prompt for its rejected response.
         pair_L: int64, which pair of the row a position belongs to; `PADDING` on padding.
         part_L: int64, `PROMPT`, `CHOSEN` or `REJECTED`.
-        sources_T: int64, the row position from which each response token is predicted: the last prompt position and
-            the response's own positions but the last. Chosen before rejected, pair by pair.
-        targets_T: int64, the response tokens, in the order of `sources_T`.
-        lengths: number of tokens of each response, R entries that sum to T.
+        sources_T: int64, the row position from which each learnt token is predicted: the last prompt position and
+            the response's own positions but the last; of a response of several turns only those before learnt tokens.
+            Chosen before rejected, pair by pair.
+        targets_T: int64, the learnt response tokens, in the order of `sources_T`.
+        lengths: number of learnt tokens of each response, R entries that sum to T.
         tokens: tokens of the row without padding.
         blocks: what attends to what, an entry for each window of the layout that it was packed for.
     """
@@ -211,14 +227,16 @@ def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], layout: RowLayout) 
         positions.append(np.arange(prompt))
         part_of.append(np.full(prompt, PROMPT))
         last_prompt, start = start + prompt - 1, start + prompt
-        for part, response in ((CHOSEN, pair.chosen_ids), (REJECTED, pair.rejected_ids)):
+        sides = ((CHOSEN, pair.chosen_ids, pair.chosen_learnt), (REJECTED, pair.rejected_ids, pair.rejected_learnt))
+        for part, response, spans in sides:
             length = response.size
             assert length > 0, "a response has at least one token"
             tokens.append(response)
             positions.append(np.arange(prompt, prompt + length))
             part_of.append(np.full(length, part))
-            sources.append(np.concatenate(([last_prompt], np.arange(start, start + length - 1))))
-            targets.append(response)
+            learnt = np.concatenate([np.arange(*span) for span in spans.reshape(-1, 2)])
+            sources.append(np.concatenate(([last_prompt], np.arange(start, start + length - 1)))[learnt])
+            targets.append(response[learnt])
             start += length
         pair_of.append(np.full(prompt + pair.chosen_ids.size + pair.rejected_ids.size, number))
     return _row(
@@ -248,7 +266,7 @@ def _row(
 ) -> PackedRow:
     """Joins the arrays of a row's parts, and pads those that have an entry a position."""
     size = sum(part.size for part in tokens)
-    padding = max(-size % layout.pad_to, LEAST_BLOCKS * BLOCK - size if layout.windows else 0)
+    padding = layout.padding(size)
 
     def joined(parts: Sequence[Any], fill: int | None = None) -> NDArray[np.int64]:
         values = np.concatenate(parts).astype(np.int64)
@@ -267,7 +285,7 @@ def _row(
         targets_T=torch.from_numpy(joined(targets)),
         lengths=tuple(part.size for part in targets),
         tokens=size,
-        blocks=tuple(row_blocks(*structure, window) for window in layout.windows),
+        blocks=layout.blocks(*structure),
     )
 
 

@@ -4,7 +4,16 @@ In: two lists of measured pairs. Out: the largest difference of log-probabilitie
 sample twice, with two packings, and stores the difference as the cache's noise; stage two measures a sample with the
 policy and compares it with the cache, within a tolerance that stands on that noise.
 
-The tolerance of a response is the larger of two numbers, for log-probs as for D_F:
+Noise is bounded: two packings of a response of T tokens may differ by what rounding explains. More is a model whose
+values depend on what it is packed with, and stops stage one; whatever noise a cache states, stage two allows no more.
+
+- Log-probs: `LOGP_BOUND` · √T nats. The errors of tokens hardly depend on one another, so that their sum grows as √T;
+  measured, for T from 4 to 400: SmolLM2-135M up to 1.1e-5 · √T in fp32 and 0.11 · √T in bf16 (0.07 in the root mean
+  square), random Llamas with logits far from ordinary up to 1.8e-5 · √T and 0.22 · √T. In fp32, where the bound costs
+  nothing, it is 60 times that, for deeper models; in bf16, 4 to 5 times the root mean square.
+- D_F: one feature that fires in one packing alone, at every token (see the floor below; `FLIPS_BOUND`). Measured: 0.05.
+
+The tolerance of a response is the larger of two numbers, for log-probs as for D_F, but at most that bound:
 
 - 8 times the noise (`NOISE_FACTOR`). The noise is the largest difference of a few responses, the difference found is
   the largest of 16 others, perhaps longer ones. Were differences normal, it would be twice the noise or more in one
@@ -40,6 +49,8 @@ TOP_K = 50
 NOISE_FACTOR = 8.0
 LOGP_FLOOR: dict[Recipe, float] = {"fp32": 1e-3, "bf16": 1.0}  # nats
 FLIPS = 0.1  # of a token
+LOGP_BOUND: dict[Recipe, float] = {"fp32": 1e-3, "bf16": 0.3}  # nats, for one token
+FLIPS_BOUND = 1.0
 
 NO_FEATURES = SparseFeatures(np.zeros(0, np.uint16), np.zeros(0, np.float32), floor=0.0, nnz=0)
 
@@ -81,6 +92,26 @@ def _responses(rows: Sequence[CachedPair]) -> list[ReferenceResponse]:
     return [response for row in rows for response in (row.chosen, row.rejected)]
 
 
+def bound(recipe: Recipe, sample: Sequence[CachedPair]) -> list[Noise]:
+    """The largest differences that rounding explains.
+
+    Args:
+        recipe: the compute recipe.
+        sample: pairs as measured once.
+
+    Returns:
+        One entry a response, chosen and rejected in turn.
+    """
+    responses = _responses(sample)
+    sizes_SR = _sizes(responses)
+    logps = [max(LOGP_FLOOR[recipe], LOGP_BOUND[recipe] * response.num_tokens**0.5) for response in responses]
+    flips = [FLIPS_BOUND * np.maximum(sizes_R, np.mean(sizes_R)) for sizes_R in sizes_SR]
+    return [
+        Noise(logp, tuple(float(size_R[i]) / response.num_tokens for size_R in flips))
+        for i, (logp, response) in enumerate(zip(logps, responses, strict=True))
+    ]
+
+
 def tolerance(noise: Noise, recipe: Recipe, sample: Sequence[CachedPair]) -> list[Noise]:
     """The largest differences that are still taken for noise.
 
@@ -93,19 +124,56 @@ def tolerance(noise: Noise, recipe: Recipe, sample: Sequence[CachedPair]) -> lis
         One entry a response, chosen and rejected in turn.
     """
     responses = _responses(sample)
-    sites = zip(*(response.features for response in responses), strict=True)
-    sizes = [np.mean([feature_mse(features, NO_FEATURES) for features in of_site]) for of_site in sites]
+    sizes = [np.mean(sizes_R) for sizes_R in _sizes(responses)]
     logp = max(LOGP_FLOOR[recipe], NOISE_FACTOR * noise.logp)
     return [
         Noise(
-            logp,
+            min(logp, most.logp),
             tuple(
-                max(float(FLIPS * size) / response.num_tokens, NOISE_FACTOR * value)
-                for size, value in zip(sizes, noise.feature_mse, strict=True)
+                min(max(float(FLIPS * size) / response.num_tokens, NOISE_FACTOR * value), limit)
+                for size, value, limit in zip(sizes, noise.feature_mse, most.feature_mse, strict=True)
             ),
         )
-        for response in responses
+        for response, most in zip(responses, bound(recipe, sample), strict=True)
     ]
+
+
+def _sizes(responses: Sequence[ReferenceResponse]) -> list[np.ndarray]:
+    """By site, D_F of each response against no feature at all."""
+    sites = zip(*(response.features for response in responses), strict=True)
+    return [np.array([feature_mse(features, NO_FEATURES) for features in of_site]) for of_site in sites]
+
+
+def check_packings(first: Sequence[CachedPair], second: Sequence[CachedPair], recipe: Recipe) -> None:
+    """Checks that two measurements of the same pairs, in two packings, differ by no more than rounding explains.
+
+    Args:
+        first: one measurement.
+        second: another, of the same pairs in the same order and at the same sites.
+        recipe: the compute recipe of both.
+
+    Raises:
+        ValueError: they differ by more; names the pairs, with both numbers of the one that is farthest off.
+    """
+    names = [f"{row.pair.pair_id} {side}" for row in first for side in ("chosen", "rejected")]
+    logps = [(one.logp, other.logp) for one, other in zip(_responses(first), _responses(second), strict=True)]
+    wrong: dict[str, tuple[float, str]] = {}
+    for name, both, found, most in zip(names, logps, apart(first, second), bound(recipe, first), strict=True):
+        limits = {"log-probs {:.6g} and {:.6g} nats".format(*both): (found.logp, most.logp)}
+        limits |= {
+            f"features at site {site} {value:.2g} apart in D_F": (value, limit)
+            for site, (value, limit) in enumerate(zip(found.feature_mse, most.feature_mse, strict=True))
+        }
+        for what, (value, limit) in limits.items():
+            if not value <= limit:
+                wrong.setdefault(name, (value / (limit or 1.0), f"{what} (at most {limit:.2g} apart in {recipe})"))
+    if wrong:
+        worst, *others = sorted(wrong, key=lambda name: -wrong[name][0])
+        more = f", and {', '.join(others[:3])}{' …' if len(others) > 3 else ''}" if others else ""
+        raise ValueError(
+            f"expected a pair to mean the same in two packings, found {worst}: {wrong[worst][1]}{more}; what this "
+            "model computes depends on what it is packed with: give --attention eager, or another model"
+        )
 
 
 def check_cache(cache: Cache, saes: Sequence[SiteSAE], recipe: Recipe, top_k: int) -> None:

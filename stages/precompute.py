@@ -5,6 +5,8 @@ A shard is a range of raw rows and the unit of work: it is written whole or not 
 any moment and run again, and several workers can share a folder.
 """
 
+import dataclasses
+import datetime
 import functools
 import math
 import time
@@ -15,12 +17,13 @@ from typing import Any
 
 from ..cache.manifest import Manifest, ShardReport
 from ..cache.store_writer import open_writer
-from .body import are_cast, are_compiled, cast_weights, compile_layers
+from .frozen import freeze
+from .models import check_tokens
 from .packing import PackedRow
-from .parity import difference
+from .parity import check_packings, difference
 from .preferences import Limits, Preferences, tokenize_pair
 from .reference import Reference, describe_meaning, describe_numerics, provenance
-from .scoring import causal_lm, check_model, measure_pairs
+from .scoring import measure_pairs
 
 # One pair for so many, and at least two a shard, are measured a second time in another packing, for the cache's noise.
 PAIRS_PER_SAMPLE = 256
@@ -48,6 +51,7 @@ class ShardWorker:
         compiled: bool = False,
         options: str | None = None,
         repair: bool = False,
+        keep_date: bool = False,
         on_pairs: Callable[[int, int], None] | None = None,
     ) -> None:
         """Opens the cache's place, which may hold shards of an earlier, interrupted run.
@@ -64,15 +68,20 @@ class ShardWorker:
             compiled: whether the model's layers are compiled.
             options: the text of `run.yaml`; None for no such file.
             repair: as `open_writer`'s.
+            keep_date: whether a template that reads the clock is to show the day on which the cache was begun, if it
+                was, in place of the reference's.
             on_pairs: called with (raw rows, scored tokens) after each piece of work, (rows, 0) for a finished shard.
 
         Raises:
             ValueError: if the folder holds another cache (`IdentityError`), or the model is not supported.
         """
-        _prepare(reference, compiled)
+        freeze(reference.model, reference.recipe, compiled=compiled, sites=[sae.site for sae in reference.saes])
         meaning = describe_meaning(reference, preferences, limits, keep_features=keep_features, limit=limit)
         numerics = describe_numerics(reference.model, token_budget, shard_size)
-        self.writer = open_writer(out, meaning, numerics, len(preferences), repair=repair)
+        self.writer = open_writer(out, meaning, numerics, len(preferences), repair=repair, keep_date=keep_date)
+        if (begun := self.writer.meaning.date) != meaning.date:
+            assert begun is not None, "whether the template reads the clock is the template's"
+            reference = dataclasses.replace(reference, chat=reference.chat.on(datetime.date.fromisoformat(begun)))
         if options is not None:
             self.writer.write_options(options)
         self._reference, self._preferences, self._limits = reference, preferences, limits
@@ -87,6 +96,7 @@ class ShardWorker:
 
         Raises:
             FloatingPointError: if a log-probability or a feature is not finite; names the pair and the site.
+            ValueError: if two packings differ by more than rounding explains (`check_packings`).
         """
         if self.writer.is_done(index):
             self._advance(len(self.writer.shard_range(index)), 0)
@@ -107,7 +117,7 @@ class ShardWorker:
 
     def _write_shard(self, index: int) -> ShardReport:
         rows = self.writer.shard_range(index)
-        pairs, skipped = [], []
+        pairs, skipped, tokens = [], [], []
         counts: Counter[str] = Counter(ties=0, truncated_prompts=0, truncated_responses=0, scored_tokens=0)
         for raw_row in rows:
             example = self._preferences.example(raw_row)
@@ -116,10 +126,14 @@ class ShardWorker:
                 assert tokenized.skipped is not None
                 skipped.append((raw_row, tokenized.skipped))
                 continue
-            pairs.append(tokenized.pair)
+            pair = tokenized.pair
+            pairs.append(pair)
+            name = f"{self._preferences.source}, row {raw_row}"
+            tokens += [(name, ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
             counts["ties"] += tokenized.tie
             counts["truncated_prompts"] += tokenized.prompt_truncated
             counts["truncated_responses"] += tokenized.responses_truncated
+        check_tokens(self._reference.model, tokens, self._reference.chat.tokenizer)
         self._advance(len(skipped), 0)
 
         rows_of_one: set[int] = set()
@@ -142,6 +156,8 @@ class ShardWorker:
         sample = min(len(pairs), max(2, math.ceil(len(pairs) / PAIRS_PER_SAMPLE)))
         another_packing = TOGETHER if rows_of_one.issuperset(range(sample)) else ALONE
         again = measure(pairs[:sample], token_budget=another_packing)
+        if sample:
+            check_packings(measured[:sample], again, self._reference.recipe)
         report = ShardReport(
             index=index,
             start=rows.start,
@@ -152,21 +168,6 @@ class ShardWorker:
         )
         self.writer.write_shard(measured, report)
         return report
-
-
-def _prepare(reference: Reference, compiled: bool) -> None:
-    """Checks the model, and makes it as fast as one that never changes can be.
-
-    Raises:
-        ValueError: if it is not supported.
-    """
-    layers = causal_lm(reference.model).get_decoder().layers
-    if are_compiled(layers) or are_cast(layers):  # for an earlier worker, which checked it
-        return
-    check_model(reference.model)
-    cast_weights(layers, reference.recipe)
-    if compiled:
-        compile_layers(layers, [sae.site for sae in reference.saes])
 
 
 def precompute(
@@ -196,7 +197,8 @@ def precompute(
         The manifest; None if other workers still hold shards (whoever finishes last writes it).
 
     Raises:
-        ValueError: if the folder holds another cache (`IdentityError`), or no pair is left to score.
+        ValueError: if the folder holds another cache (`IdentityError`), no pair is left to score, or two packings of
+            a pair differ by more than rounding explains.
         OSError: if a store does not answer.
         FloatingPointError: if a log-probability or a feature is not finite; names the pair and the site.
     """

@@ -16,6 +16,7 @@ import torch
 
 from ..cache.manifest import Meaning, Numerics, SiteMeaning
 from ..cache.schema import FORMAT_VERSION
+from .anatomy import decoder_layers
 from .body import are_compiled
 from .models import ModelSource, Recipe, tokenizer_sha256
 from .preferences import SKIP_REASONS, ChatFormat, Limits, Preferences
@@ -43,7 +44,7 @@ class Reference:
 
 def describe_numerics(model: Any, token_budget: int, shard_size: int) -> Numerics:
     """What changes rounding but not meaning."""
-    device, layers = next(model.parameters()).device, model.get_decoder().layers
+    device, layers = next(model.parameters()).device, decoder_layers(model)
     cuda = device.type == "cuda"
     return Numerics(
         attention=model.config._attn_implementation + (" in compiled layers" if are_compiled(layers) else ""),
@@ -64,6 +65,7 @@ def describe_meaning(
         model=reference.source.sha256,
         tokenizer=tokenizer_sha256(reference.chat.tokenizer),
         chat_template=reference.chat.template,
+        date=None if reference.chat.date is None else reference.chat.date.isoformat(),
         sites=tuple(SiteMeaning(sae.site.name, sae.sha256, sae.width, sae.architecture) for sae in reference.saes),
         recipe=reference.recipe,
         pooling="mean over prediction positions",
@@ -73,6 +75,7 @@ def describe_meaning(
         truncation="prompt keeps BOS and its end, response keeps its start",
         skip_rules=tuple(SKIP_REASONS),
         drop_ties=limits.drop_ties,
+        turns=limits.turns,
         dataset=preferences.content_hash,
         split=preferences.split,
         limit=limit,

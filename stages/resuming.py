@@ -1,7 +1,8 @@
-"""A Trainer that goes on from a checkpoint as long as that holds nothing but tensors, numbers and text.
+"""A Trainer that goes on from a checkpoint, and not beyond its last step, as long as that holds only plain data.
 
-In: a checkpoint's folder. Out: the state of a Trainer, or one line that says what is wrong. transformers reads pickles
-with torch's `weights_only`, which makes nothing else of them; what it raises is made a `ValueError` here.
+In: a checkpoint's folder. Out: the state of a Trainer, or one line that says what is wrong. Plain data are tensors,
+numbers and text: transformers reads pickles with torch's `weights_only`, which makes nothing else of them; what it
+raises is made a `ValueError` here.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,22 @@ from .reading import reading
 
 class ResumingTrainer(Trainer):
     """A Trainer whose checkpoints may be damaged or a stranger's; what it overrides raises a `ValueError` then."""
+
+    def _init_training_state(self, max_steps: int, *others: Any) -> Any:
+        found = super()._init_training_state(max_steps, *others)  # type: ignore[no-untyped-call]
+        if self.state.global_step > max_steps:
+            raise ValueError(
+                f"--resume: expected a run of {self.state.global_step} steps or more, which its checkpoint has behind "
+                f"it, found {max_steps}; give a larger --max-steps or --epochs, or another --out"
+            )
+        return found
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing once all steps are done: transformers looks at their number after a step, never before the first."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _reading(resume_from_checkpoint):

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .models import Recipe
+from .schedules import check_name, check_settings
 
 
 @dataclass
@@ -46,9 +47,12 @@ class RowConfig(TrainingArguments):
         """Checks what the Trainer cannot know.
 
         Raises:
-            ValueError: if reentrant checkpointing is asked for.
+            ValueError: if reentrant checkpointing is asked for, or the schedule cannot be used (`schedules.py`).
         """
+        schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        check_name(schedule)
         super().__post_init__()  # type: ignore[no-untyped-call]
+        check_settings(schedule, self.lr_scheduler_kwargs or {})
         kwargs = self.activation_checkpointing_kwargs
         if isinstance(kwargs, dict) and kwargs.get("use_reentrant", True):
             raise ValueError("activation_checkpointing_kwargs: expected use_reentrant=False; features need gradients")

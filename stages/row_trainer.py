@@ -20,16 +20,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback
 
+from .anatomy import decoder_layers
 from .body import CheckpointEvery, compile_layers
 from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
+from .model_card import is_adapter, model_card, training_facts
+from .randomness import check_repeats
+from .reading import reading
+from .rehearsal import rehearse
 from .resuming import ResumingTrainer
 from .row_config import RowConfig
-from .saving import move_model, saving
-from .scoring import RowScores, attach_scoring, causal_lm, check_model
+from .saving import copy_processor, move_model, saving
+from .schedules import check_rates, own_length
+from .scoring import RowScores, attach_scoring, causal_lm
 from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
 from .sites import Site
+from .supported import check_model
 
 
 class RowTrainer(ResumingTrainer):
@@ -68,10 +75,11 @@ class RowTrainer(ResumingTrainer):
         if dtypes != {"torch.float32"}:
             raise ValueError(f"model: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
         check_model(model)
-        layers = causal_lm(model).get_decoder().layers
+        layers = decoder_layers(causal_lm(model))
         if args.compile_layers:
             compile_layers(layers, self.sites)
         attach_scoring(model)
+        self._started_from = model  # merging takes another object
         self._means = {"train": PairMeans(), "eval": PairMeans()}
         self._tokens, self._started = 0, time.monotonic()
         self._losses: list[tuple[Any, Tensor]] = []
@@ -83,7 +91,8 @@ class RowTrainer(ResumingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[MetricsFile(), self._memory, CheckpointEvery(layers, args.checkpoint_every), *(callbacks or [])],
+            # The run's record goes before its log.
+            callbacks=[*(callbacks or []), MetricsFile(), self._memory, CheckpointEvery(layers, args.checkpoint_every)],
         )
         several = self.args.world_size > 1
         self._ranks = torch.distributed.new_group(backend="gloo") if several else None  # for counts alone
@@ -102,6 +111,28 @@ class RowTrainer(ResumingTrainer):
             # Gradients that wait for the last accumulated batch would wait whole on every device.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Makes the schedule of the learning rate, once its rates over the whole run have been checked."""
+        args, settings = self.args, self.args.lr_scheduler_kwargs or {}
+        check_rates(
+            str(args.lr_scheduler_type.value),  # type: ignore[attr-defined]  # an enumeration by now
+            settings,
+            lr=args.learning_rate,
+            warmup_steps=args.get_warmup_steps(num_training_steps),
+            steps=num_training_steps,
+        )
+        with own_length(settings):
+            return super().create_scheduler(num_training_steps, optimizer)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository to upload to, when the Trainer is made.
+
+        Raises:
+            ValueError: the hub does not answer, or does not know who asks.
+        """
+        with reading("--push-to-hub: expected a hub to upload to, log in with `hf auth login` or leave it out"):
+            super().init_hf_repo(token, private)  # type: ignore[no-untyped-call]
+
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *others: Any, **settings: Any
     ) -> Any:
@@ -114,7 +145,7 @@ class RowTrainer(ResumingTrainer):
             ),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",  # there is nothing to copy to
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
@@ -146,7 +177,15 @@ class RowTrainer(ResumingTrainer):
     def train(  # type: ignore[override]  # the Trainer's other arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """Trains; see `Trainer.train`."""
+        """Trains; see `Trainer.train`.
+
+        Raises:
+            ValueError: the model is random in training mode (`check_repeats`), or the end of the run would fail
+                (`rehearse`).
+        """
+        model: Any = self.model
+        check_repeats(model, lambda: self.score(model, self._spare).token_logps_T)
+        rehearse(self)
         self._tokens, self._started = 0, time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -258,9 +297,28 @@ class RowTrainer(ResumingTrainer):
         with saving(folder):
             super()._save(str(new), state_dict)
             if self.args.should_save:
+                (new / "README.md").write_text(self.model_card())  # PEFT leaves one of blanks
                 # A pickle of the settings: nothing here reads it, and run.yaml holds them.
                 (new / "training_args.bin").unlink(missing_ok=True)
+                if self.processing_class is not None:
+                    copy_processor(self.processing_class, new)
                 move_model(new, folder)
+
+    def model_card(self) -> str:
+        """The card of what is saved: what it stands on, how it was trained, and how it is loaded."""
+        started = causal_lm(self._started_from)
+        return model_card(
+            str(started.name_or_path),
+            self.facts() | training_facts(self.args, self._started_from),
+            adapter=is_adapter(self.model),
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: every saved model has its card."""
+
+    def facts(self) -> dict[str, str]:
+        """What a card says of the method, which comes first, and of what was learnt from."""
+        raise NotImplementedError
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with saving(Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"):

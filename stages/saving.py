@@ -7,14 +7,19 @@ model's files moved to where they are found all at once.
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..cache.files import naming
 
 # Without one of these nothing takes a folder for a model's, an adapter's or an SAE's.
 CONFIGS = ("config.json", "adapter_config.json", "cfg.json")
+
+# What a model that sees or hears has beside its tokenizer, by the names under which transformers looks for it.
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 _RUST = re.compile(r"\(os error (\d+)\)")
 # Of a file that it could not write torch says where in its own source, and not why.
@@ -49,3 +54,11 @@ def move_model(new: Path, folder: Path) -> None:
     for file in sorted(new.iterdir(), key=lambda file: file.name in CONFIGS):
         file.replace(folder / file.name)
     new.rmdir()
+
+
+def copy_processor(tokenizer: Any, folder: Path) -> None:
+    """Copies what lies beside a tokenizer for pictures and sounds, which training leaves alone, to a saved model."""
+    for name in PROCESSOR:
+        source = Path(tokenizer.name_or_path) / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.schema import CachedPair, Pair, ReferenceResponse
+from .anatomy import anatomy
 from .attention import PACKED, sequences_of
-from .blocks import BLOCK
 from .features import CachedFeatures, FeatureDrift, LargestFeatures, feature_drift, pooled_features, select_largest
 from .finite import all_finite, find_faults, not_finite
-from .flex import FLEX, RowMask
 from .logprobs import token_scores
+from .masks import layout_for, masks_for
 from .models import Recipe, autocast
-from .packing import PackedRow, RowLayout, attention_mask, pack, packed_rows
+from .packing import PackedRow, RowLayout, pack, packed_rows
+from .rotary import forget_lengths, of_same_frequencies
 from .sites import Site, SiteSAE, capture_sites
 from .transfer import HostCopy
 
@@ -36,10 +37,12 @@ class LiveReference:
     Attributes:
         hidden_TD: hidden states after the final norm at the prediction positions.
         head_VD: weight of the output head.
+        bias_V: its bias; None for none.
     """
 
     hidden_TD: Tensor
     head_VD: Tensor
+    bias_V: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +72,12 @@ def causal_lm(model: nn.Module) -> Any:
 
 def softcap(model: nn.Module) -> float | None:
     """Final logit soft-capping of the model (Gemma-2: 30)."""
-    value = getattr(causal_lm(model).config.get_text_config(), "final_logit_softcapping", None)
-    return None if value is None else float(value)
+    return anatomy(causal_lm(model)).softcap
+
+
+def logit_scale(model: nn.Module) -> float:
+    """What the head's output is multiplied with to be logits (Cohere: 0.0625)."""
+    return anatomy(causal_lm(model)).scale
 
 
 def head_weight(model: nn.Module) -> Tensor:
@@ -81,53 +88,7 @@ def head_weight(model: nn.Module) -> Tensor:
 
 def row_layout(model: nn.Module) -> RowLayout:
     """What the model's attention asks of rows."""
-    config = causal_lm(model).get_decoder().config  # of the text model, where the causal LM wraps several
-    if config._attn_implementation != FLEX:
-        return RowLayout()
-    return RowLayout(BLOCK, tuple(dict.fromkeys(_windows(config).values())))
-
-
-def _windows(config: Any) -> dict[str, int | None]:
-    """What a decoder's layers see, by their kind; a decoder that names no kinds has one, here called ''."""
-    window = getattr(config, "sliding_window", None)
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
-    return {kind: window if kind == "sliding_attention" else None for kind in kinds} or {"": window}
-
-
-def _mask(row: PackedRow, window: int | None, implementation: str) -> Any:
-    """The mask of one kind of layer in the form that an attention implementation takes."""
-    if implementation == FLEX:
-        return RowMask(next(blocks for blocks in row.blocks if blocks.window == window))
-    if implementation == PACKED:  # which reads none: a tensor whose shape alone says that it is a mask
-        return torch.empty(1, 1, 0, 0, device=row.input_ids_L.device)
-    return attention_mask(row, window)
-
-
-def check_model(model: nn.Module) -> None:
-    """Checks that packed rows mean to this model what sequences do, and that its head is the one computed here.
-
-    Raises:
-        ValueError: if it has layers that attend in a way that is not known here, or turns hidden states into logits
-            in another way (a bias, a scale), which is tried on a few tokens.
-    """
-    kinds = set(getattr(causal_lm(model).get_decoder().config, "layer_types", None) or ())
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(
-            f"model {causal_lm(model).config.model_type}: expected layers of full or sliding attention, found "
-            f"{', '.join(sorted(unknown))}; this architecture is not supported"
-        )
-    device = next(model.parameters()).device
-    tokens = torch.arange(1, 9, device=device)[None]
-    with torch.no_grad():
-        expected_TV = torch.log_softmax(model(input_ids=tokens, use_cache=False).logits[0].float(), dim=-1)
-        hidden_TD = causal_lm(model).get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
-        found_T, _ = run_head(model, hidden_TD, tokens[0])
-    difference = float((found_T - expected_TV.gather(1, tokens[0, :, None]).squeeze(1)).abs().max())
-    if difference > 1e-3:  # numbers that are not finite are named with their pair, when it is scored
-        raise ValueError(
-            f"model {causal_lm(model).config.model_type}: its logits are not head · hidden states (with soft-capping): "
-            f"log-probs differ by {difference:.3g}; this architecture is not supported"
-        )
+    return layout_for(causal_lm(model).get_decoder().config)  # of the text model, where the causal LM wraps several
 
 
 def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[Tensor, dict[Site, Tensor]]:
@@ -142,16 +103,33 @@ def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[T
         Hidden states after the final norm [T, D], and the activations of each site [T, D].
     """
     inner = causal_lm(model)
-    config = inner.get_decoder().config  # of the text model, where the causal LM wraps several
+    parts = of_same_frequencies(inner.get_decoder(), row, row_layout(model))
+    if len(parts) == 1:
+        return _run_decoder(inner, row, sites)
+    if any(hasattr(weight, "full_tensor") for weight in inner.parameters()):  # all ranks must run as many passes
+        raise ValueError(
+            f"pairs {', '.join(row.names[:3])}: expected one set of rotary frequencies for all sequences, found some "
+            "above the length from which this model scales them, which is not supported under FSDP; lower --max-length"
+        )
+    runs = [_run_decoder(inner, part, sites) for part, _ in parts]
+    order_T = torch.cat([targets_T for _, targets_T in parts if targets_T is not None]).argsort()
+    acts = {site: torch.cat([acts[site] for _, acts in runs])[order_T] for site in sites}
+    return torch.cat([hidden_TD for hidden_TD, _ in runs])[order_T], acts
+
+
+def _run_decoder(inner: Any, row: PackedRow, sites: Sequence[Site]) -> tuple[Tensor, dict[Site, Tensor]]:
+    """`run_body` of a row whose sequences have the same rotary frequencies."""
+    decoder = inner.get_decoder()
+    forget_lengths(decoder)
+    config = decoder.config  # of the text model, where the causal LM wraps several
     implementation = config._attn_implementation
-    masks: dict[str, Any] = {kind: _mask(row, window, implementation) for kind, window in _windows(config).items()}
     more: dict[str, Any] = {"sequences": sequences_of(row)} if implementation == PACKED else {}
     with ExitStack() as stack:
         captured = stack.enter_context(capture_sites(inner, sites)) if sites else {}
-        hidden_LD = inner.get_decoder()(
+        hidden_LD = decoder(
             input_ids=row.input_ids_L[None],
             position_ids=row.position_ids_L[None],
-            attention_mask=masks.get("", masks),
+            attention_mask=masks_for(config, row),
             use_cache=False,
             **more,
         ).last_hidden_state[0]
@@ -172,10 +150,19 @@ def run_head(
     Returns:
         `logps_T` and `kl_T`, fp32, nats.
     """
+    scale, cap = logit_scale(model), softcap(model)
 
     def forward(self: nn.Linear, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
-        theirs = None if reference is None else (reference.hidden_TD, reference.head_VD)
-        return token_scores(hidden_TD, self.weight, targets_T, softcap=softcap(model), reference=theirs)
+        return token_scores(
+            hidden_TD,
+            self.weight,
+            targets_T,
+            bias_V=self.bias,
+            scale=scale,
+            softcap=cap,
+            reference=None if reference is None else (reference.hidden_TD, reference.head_VD),
+            reference_bias_V=None if reference is None else reference.bias_V,
+        )
 
     head = causal_lm(model).get_output_embeddings()
     head.forward = types.MethodType(forward, head)
@@ -256,7 +243,12 @@ def live_reference(model: nn.Module, row: PackedRow, recipe: Recipe) -> LiveRefe
     """Runs a frozen reference over a row, for the KL of `score_row`."""
     with autocast(recipe, row.input_ids_L.device):
         hidden_TD, _ = run_body(model, row, [])
-    return LiveReference(hidden_TD, head_weight(model))
+    return reference_state(model, hidden_TD)
+
+
+def reference_state(model: nn.Module, hidden_TD: Tensor) -> LiveReference:
+    """What the KL needs of a reference whose hidden states at the prediction positions are these."""
+    return LiveReference(hidden_TD, head_weight(model), causal_lm(model).get_output_embeddings().bias)
 
 
 def attach_scoring(model: nn.Module) -> None:
@@ -348,8 +340,8 @@ class _RowResult:
         by_site = []
         for site, width in zip(self._sites, widths, strict=True):
             own, rest = rest[: len(site.tensors)], rest[len(site.tensors) :]
-            ids = [None] if site.ids_RK is None else []
-            by_site.append(LargestFeatures(*ids, *own).stored(width))
+            ids_RK = None if site.ids_RK is None else own.pop(0)
+            by_site.append(LargestFeatures(ids_RK, *own).stored(width))
         return [
             ReferenceResponse(logp, lengths[number], tuple(site[number] for site in by_site))
             for number, logp in enumerate(logps_R.tolist())

@@ -12,10 +12,11 @@ from transformers import TrainerCallback
 
 from .batches import ConversationCollator
 from .conversations import Conversations
+from .models import check_tokens
 from .packing import Conversation, PackedRow
 from .row_config import RowConfig
 from .row_trainer import RowTrainer
-from .scoring import RowScores, row_layout
+from .scoring import RowScores, causal_lm, row_layout
 
 __all__ = ["RowConfig", "SFTTrainer"]
 
@@ -44,6 +45,15 @@ class SFTTrainer(RowTrainer):
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        if isinstance(conversations, Conversations):
+            name, token = conversations.largest_token()
+            check_tokens(causal_lm(model), [(name, [token])], processing_class)
+        else:
+            check_tokens(
+                causal_lm(model),
+                ((f"conversation {number}", one.ids) for number, one in enumerate(conversations)),
+                processing_class,
+            )
         super().__init__(
             model,
             args,
@@ -52,6 +62,13 @@ class SFTTrainer(RowTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+
+    def facts(self) -> dict[str, str]:
+        """The conversations."""
+        found = {"method": "sft", "data": f"{len(self.train_dataset)} conversations"}  # type: ignore[arg-type]
+        if isinstance(self.train_dataset, Conversations):
+            found["data"] += f", SHA-256 {self.train_dataset.sha256[:12]}"
+        return found
 
     def score(self, model: nn.Module, row: PackedRow) -> RowScores:
         """Scores one row, inside the forward of what wraps the model."""

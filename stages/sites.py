@@ -1,8 +1,9 @@
 """A sparse autoencoder (SAE) and the activation that it reads.
 
 In: the text a user gives for an SAE; a causal LM. Out: the SAE with its site and hash; the activations at the sites as
-a forward pass computes them. `resid_post` is the output of a decoder layer; `mlp_out` is what the layer's MLP adds to
-the residual stream, which for Gemma-2 and Gemma-3 is the output of `post_feedforward_layernorm`.
+a forward pass computes them. `resid_post` is the output of a decoder layer, which is what goes into the next one;
+`mlp_out` is what the layer's MLP adds to the residual stream. Which module computes it differs between architectures
+(Gemma-2's `post_feedforward_layernorm`, Llama's `mlp`): `anatomy.py` finds it.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .anatomy import anatomy, decoder_layers
 from .npz import read_npz
 from .reading import reading
 
@@ -28,17 +30,17 @@ SiteKind = Literal["resid_post", "mlp_out"]
 # kinds as "jumprelu". Transcoders reconstruct another activation than they read; temporal SAEs look at other positions.
 _READABLE_ARCHITECTURES = ("standard", "gated", "topk", "jumprelu")
 _READABLE_SITES = (
-    "blocks.L.hook_resid_post, blocks.L.hook_mlp_out, model.layers.L, model.layers.L.output or "
-    "model.layers.L.post_feedforward_layernorm.output"
+    "blocks.L.hook_resid_post, blocks.L.hook_resid_pre, blocks.L.hook_mlp_out, model.layers.L or transformer.h.L (with "
+    "or without .output) or model.layers.L.post_feedforward_layernorm.output"
 )
+_LAYER = r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)"
 _SITE_SPELLINGS: tuple[tuple[str, SiteKind], ...] = (
     (r"blocks\.(\d+)\.hook_resid_post", "resid_post"),
     (r"blocks\.(\d+)\.hook_mlp_out", "mlp_out"),
-    (r"model\.layers\.(\d+)(?:\.output)?", "resid_post"),
-    (r"model\.layers\.(\d+)\.post_feedforward_layernorm(?:\.output)?", "mlp_out"),
+    (_LAYER + r"(?:\.output)?", "resid_post"),
+    # What these names mean is the same wherever they occur: the last norm before the sum (Gemma-2, OLMo-2; GLM-4).
+    (_LAYER + r"\.(?:post_feedforward_layernorm|post_mlp_layernorm)(?:\.output)?", "mlp_out"),
 )
-# Layers whose MLP output enters the residual stream as it is hold these and nothing else.
-_PLAIN_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
 
 @dataclass(frozen=True, order=True)
@@ -92,10 +94,11 @@ def parse_site(text: str) -> Site:
     for pattern, kind in _SITE_SPELLINGS:
         if match := re.fullmatch(pattern, text):
             return Site(int(match[1]), kind)
-    hint = ""
-    if (match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", text)) and int(match[1]) > 0:
-        hint = f" (the same activation is blocks.{int(match[1]) - 1}.hook_resid_post)"
-    raise ValueError(f"expected a site as {_READABLE_SITES}, got {text!r}{hint}")
+    if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", text):
+        if int(match[1]) > 0:  # what goes into a layer is what the one before it puts out
+            return Site(int(match[1]) - 1, "resid_post")
+        raise ValueError(f"expected a site after a layer, found {text!r}, which is before all of them; choose another")
+    raise ValueError(f"expected a site as {_READABLE_SITES}, got {text!r}")
 
 
 def load_sae(spec: str, *, device: torch.device | str = "cpu") -> SiteSAE:
@@ -234,7 +237,7 @@ def check_fits(site_sae: SiteSAE, model: PreTrainedModel) -> None:
     Raises:
         ValueError: it does not.
     """
-    _module_at(model, site_sae.site)
+    module_at(model, site_sae.site)
     hidden_size = model.config.get_text_config().hidden_size
     if site_sae.d_in != hidden_size:
         raise ValueError(
@@ -251,14 +254,14 @@ def capture_sites(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[dic
     False): the reentrant one cuts `mlp_out` off from the gradient without a word.
 
     Args:
-        model: a causal LM whose `get_decoder()` has `layers`; of a PEFT model, the model inside.
+        model: a causal LM; of a PEFT model, the model inside.
         sites: which activations to capture.
 
     Yields:
         A dict that the forward pass fills: `[batch, length, d]` for every site, in the model's dtype.
 
     Raises:
-        ValueError: the model has no such layer, or it is not known where its layers hold the site.
+        ValueError: the model has no such layer, or no module of it computes the site.
     """
     captured: dict[Site, Tensor] = {}
 
@@ -268,7 +271,7 @@ def capture_sites(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[dic
 
         return hook
 
-    modules = {site: _module_at(model, site) for site in sites}
+    modules = {site: module_at(model, site) for site in sites}
     handles = [module.register_forward_hook(hook_for(site)) for site, module in modules.items()]
     try:
         yield captured
@@ -277,20 +280,22 @@ def capture_sites(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[dic
             handle.remove()
 
 
-def _module_at(model: PreTrainedModel, site: Site) -> nn.Module:
+def module_at(model: PreTrainedModel, site: Site) -> nn.Module:
     """Returns the module whose output is the activation at `site`."""
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"expected a decoder with `layers`, {type(decoder).__name__} has none: not a supported model")
+    layers = decoder_layers(model)
     if site.layer >= len(layers):
         raise ValueError(f"the site {site.name} is not in the model, whose layers are 0 to {len(layers) - 1}")
-    layer = layers[site.layer]
-    if site.kind == "resid_post":
+    layer, found = layers[site.layer], anatomy(model)
+    if site.kind == "resid_post" and found.resid_post[site.layer]:
         return layer
-    children = dict(layer.named_children())
-    if "post_feedforward_layernorm" in children:
-        return children["post_feedforward_layernorm"]
-    if "mlp" in children and children.keys() <= _PLAIN_LAYER:
-        return children["mlp"]
-    raise ValueError(f"no part of {type(layer).__name__} is known to be {site.name}; its parts are {list(children)}")
+    part = found.mlp_out[site.layer]
+    if site.kind == "mlp_out" and part is not None:
+        return layer.get_submodule(part)
+    wanted = {
+        "resid_post": "whose output is the next one's input",
+        "mlp_out": "one of whose parts puts out what its MLP adds",
+    }[site.kind]
+    raise ValueError(
+        f"the site {site.name}: expected a layer {wanted}, found {type(layer).__name__}, where it is not so; its parts "
+        f"are {', '.join(name for name, _ in layer.named_children())}; choose another site"
+    )

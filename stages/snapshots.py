@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from .finite import check_weights
-from .saving import saving
+from .saving import copy_processor, saving
 from .shares import gather_weights
 
 
@@ -44,6 +44,7 @@ class Snapshots(TrainerCallback):
             model.save_pretrained(new, state_dict=weights)
             if processing_class is not None:
                 processing_class.save_pretrained(new)
+                copy_processor(processing_class, new)
         if folder.exists():  # a folder that is not empty cannot be replaced in one move
             folder.rename(old)
         new.rename(folder)

@@ -1,8 +1,9 @@
 """Appendix B's bound, per response token: KL(π_ref ‖ π_θ) ≤ (M²/2)·‖Δc‖².
 
 In: policy and reference, pairs, an SAE at one site. Out: per token the KL and the squared change of all features, and
-M = ‖W_U W_decᵀ‖₂. The bound takes logits for a linear map of the features: it leaves out the layers above the site, the
-final norm, the soft-cap and the SAE's error, and holds for small differences. How many tokens violate it is measured.
+M = ‖W_U W_decᵀ‖₂, with W_U scaled as the logits are. The bound takes logits for a linear map of the features: it leaves
+out the layers above the site, the final norm, the soft-cap and the SAE's error, and holds for small differences. How
+many tokens violate it is measured.
 
 Shapes: T response tokens of a row, C rows of one chunk, D hidden size, F SAE width, V vocabulary. (M is the bound's
 constant.)
@@ -21,10 +22,9 @@ from torch import Tensor, nn
 from ..cache.schema import Float32, Pair
 from .evaluate import Estimate, estimate
 from .features import CHUNK_ENTRIES
-from .logprobs import token_scores
 from .models import Recipe, autocast
 from .packing import pack
-from .scoring import head_weight, row_layout, run_body, softcap
+from .scoring import head_weight, logit_scale, reference_state, row_layout, run_body, run_head
 from .sites import SiteSAE
 
 
@@ -102,10 +102,7 @@ def token_bound(
         with autocast(recipe, device):
             hidden_TD, acts = run_body(policy, row, [sae.site])
             ref_hidden_TD, ref_acts = run_body(reference, row, [sae.site])
-            reference_state = (ref_hidden_TD, head_weight(reference))
-            _, kl_T = token_scores(
-                hidden_TD, head_weight(policy), row.targets_T, softcap=softcap(policy), reference=reference_state
-            )
+            _, kl_T = run_head(policy, hidden_TD, row.targets_T, reference_state(reference, ref_hidden_TD))
         feature_sq_T = _feature_distance(sae.sae, acts[sae.site], ref_acts[sae.site])
         sizes = [sum(row.lengths[side : side + 2]) for side in range(0, len(row.lengths), 2)]
         by_pair = zip(kl_T.cpu().split(sizes), feature_sq_T.cpu().split(sizes), strict=True)
@@ -115,7 +112,7 @@ def token_bound(
         kl=np.concatenate(kl),
         feature_sq=np.concatenate(feature_sq),
         pair_tokens=np.array([len(part) for part in kl]),
-        spectral_norm=product_norm(head_weight(reference), sae.sae.W_dec),
+        spectral_norm=logit_scale(reference) * product_norm(head_weight(reference), sae.sae.W_dec),
     )
 
 

@@ -7,28 +7,36 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..cache.schema import Pair, pair_id
-from .chat import ChatFormat, Example, TemplateRefusalError, Text
+from ..cache.schema import Int32, Pair, pair_id
+from .chat import ChatFormat, Example, Response, Text, Turned, is_blank
+from .rendering import ANEW, EMPTY, LEFT_OUT, REFUSED, SHARED, SkipError
+
+WHITE_SPACE = "responses that differ in white space alone"
 
 SKIP_REASONS = (
-    "responses of several turns",
-    "empty response",
+    EMPTY,
     "identical responses",
+    WHITE_SPACE,
     "empty prompt",
     "tie",
+    SHARED,
+    ANEW,
+    LEFT_OUT,
     "identical after truncation",
-    "refused by the chat template",
+    "no learnt token after truncation",
+    REFUSED,
 )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a pair is kept.
+    """How much of a pair is kept, and of its responses learnt.
 
     Attributes:
         max_length: tokens of prompt and one response together; the response's end is cut.
         max_prompt_length: tokens of the prompt; BOS and the prompt's end are kept.
         drop_ties: skip pairs whose scores are equal, instead of only counting them.
+        turns: which assistant turns of a response of several are learnt.
 
     Raises:
         ValueError: the prompt could fill the whole length, or has no room for BOS and one token.
@@ -37,6 +45,7 @@ class Limits:
     max_length: int
     max_prompt_length: int
     drop_ties: bool = False
+    turns: Turned = "all"
 
     def __post_init__(self) -> None:
         if not 2 <= self.max_prompt_length < self.max_length:
@@ -72,7 +81,7 @@ def tokenize_pair(example: Example, raw_row: int, chat: ChatFormat, limits: Limi
         example: the pair as text.
         raw_row: its row number in the split, from 0.
         chat: the chat format that makes tokens of it.
-        limits: the lengths to cut to, and what to do with ties.
+        limits: the lengths to cut to, what is learnt, and what to do with ties.
 
     Raises:
         ValueError: the chat template does not close every answer alike; the message has the row's number.
@@ -81,12 +90,12 @@ def tokenize_pair(example: Example, raw_row: int, chat: ChatFormat, limits: Limi
     if skipped is not None:
         return Tokenized(None, skipped, example.tie)
     try:
-        prompt, *responses = chat.prompt_and_responses(example)
-    except TemplateRefusalError:
-        return Tokenized(None, "refused by the chat template", example.tie)
+        prompt, *responses = chat.prompt_and_responses(example, limits.turns)
+    except SkipError as error:
+        return Tokenized(None, error.reason, example.tie)
     except ValueError as error:
         raise ValueError(f"row {raw_row}: {error}") from error
-    if responses[0] == responses[1]:  # they differed in white space that the template trims
+    if responses[0] == responses[1]:
         return Tokenized(None, "identical responses", example.tie)
 
     kept_prompt = prompt
@@ -94,30 +103,56 @@ def tokenize_pair(example: Example, raw_row: int, chat: ChatFormat, limits: Limi
         bos = prompt[:1] if prompt[0] == chat.bos_id else []
         kept_prompt = bos + prompt[len(prompt) - limits.max_prompt_length + len(bos) :]
     room = limits.max_length - len(kept_prompt)
-    kept = [response[:room] for response in responses]
+    kept = [_cut(response, room) for response in responses]
+    if not all(response.learnt for response in kept):
+        return Tokenized(None, "no learnt token after truncation", example.tie)
     if kept[0] == kept[1]:
         return Tokenized(None, "identical after truncation", example.tie)
-    ids = [np.asarray(part, dtype=np.int32) for part in (kept_prompt, *kept)]
+    ids = (_int32(kept_prompt), _int32(kept[0].ids), _int32(kept[1].ids))
     return Tokenized(
-        Pair(pair_id(ids[0], ids[1], ids[2], raw_row), ids[0], ids[1], ids[2]),
+        Pair(pair_id(*ids, raw_row), *ids, _int32(kept[0].learnt).ravel(), _int32(kept[1].learnt).ravel()),
         None,
         example.tie,
         prompt_truncated=len(prompt) > limits.max_prompt_length,
-        responses_truncated=sum(len(response) > room for response in responses),
+        responses_truncated=sum(len(response.ids) > room for response in responses),
     )
 
 
+def _cut(response: Response, room: int) -> Response:
+    """The response's beginning, up to the last token of it that is learnt."""
+    learnt = [(start, min(stop, room)) for start, stop in response.learnt if start < room]
+    return Response(response.ids[: learnt[-1][1] if learnt else 0], learnt)
+
+
+def _int32(values: object) -> Int32:
+    return np.asarray(values, dtype=np.int32)
+
+
 def _reason_to_skip(example: Example, limits: Limits) -> str | None:
-    if not example.one_answer_each:
-        return "responses of several turns"
-    if _is_blank(example.chosen) or _is_blank(example.rejected):
-        return "empty response"
+    if _is_empty(example.chosen) or _is_empty(example.rejected):
+        return EMPTY
     if example.chosen == example.rejected:
         return "identical responses"
+    if _without_white_space(example.chosen) == _without_white_space(example.rejected):
+        return WHITE_SPACE
     if _is_blank(example.prompt):
         return "empty prompt"
     return "tie" if limits.drop_ties and example.tie else None
 
 
-def _is_blank(text: Text) -> bool:
-    return not (text if isinstance(text, str) else "".join(message.content for message in text)).strip()
+def _is_blank(prompt: Text) -> bool:
+    return not prompt.strip() if isinstance(prompt, str) else all(map(is_blank, prompt))
+
+
+def _is_empty(response: Text) -> bool:
+    """Whether there is an answer that says nothing, or none at all."""
+    if isinstance(response, str):
+        return not response.strip()
+    answers = [message for message in response if message.role == "assistant"]
+    return not answers or any(map(is_blank, answers))
+
+
+def _without_white_space(text: Text) -> object:
+    if isinstance(text, str):
+        return "".join(text.split())
+    return [(message.role, "".join(message.content.split()), dict(message.more)) for message in text]

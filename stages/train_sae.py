@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .finite import check_weights
+from .rotary import forget_lengths, frequencies_of
 from .saving import saving
 from .sites import Site, capture_sites, load_sae
 
@@ -130,6 +131,8 @@ def _activations(model: PreTrainedModel, sequences: Sequence[TokenIds], site: Si
             longest = max(longest, len(sequences[stop]))
             if longest * (stop + 1 - start) > _FORWARD_TOKENS:
                 break
+            if frequencies_of(model, len(sequences[stop])) != frequencies_of(model, len(sequences[start])):
+                break  # a batch has the rotary frequencies of its longest sequence
             stop += 1
         group = sequences[start:stop]
         lengths = torch.tensor([len(ids) for ids in group])
@@ -138,6 +141,7 @@ def _activations(model: PreTrainedModel, sequences: Sequence[TokenIds], site: Si
             row[: len(ids)] = torch.from_numpy(ids.astype(np.int64))
         position = torch.arange(input_ids.shape[1])
         wanted = (position > 0) & (position < lengths[:, None])
+        forget_lengths(model)
         with torch.no_grad(), capture_sites(model, [site]) as captured:
             model.get_decoder()(input_ids=input_ids.to(model.device), use_cache=False)
         acts_BLD = captured[site].float()

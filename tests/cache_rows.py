@@ -23,10 +23,11 @@ SITES = (
 )
 WIDTHS = [site.width for site in SITES]
 MEANING = Meaning(
-    format_version=1,
+    format_version=2,
     model="11" * 32,
     tokenizer="22" * 32,
     chat_template="{{ bos }}«é»",
+    date=None,
     sites=SITES,
     recipe="fp32",
     pooling="mean",
@@ -36,6 +37,7 @@ MEANING = Meaning(
     truncation="keep_bos_and_prompt_end",
     skip_rules=("empty", "identical"),
     drop_ties=False,
+    turns="all",
     dataset="33" * 32,
     split="train",
     limit=None,
@@ -57,11 +59,25 @@ def random_features(rng: np.random.Generator, width: int, keep: int) -> SparseFe
 
 def random_row(rng: np.random.Generator, raw_row: int, widths: Sequence[int] = WIDTHS, keep: int = 8) -> CachedPair:
     prompt, chosen, rejected = (rng.integers(0, 1 << 18, rng.integers(1, 12)).astype(np.int32) for _ in range(3))
+    learnt = [random_spans(rng, len(ids)) for ids in (chosen, rejected)]
     answers = [
-        ReferenceResponse(-float(rng.random()), len(ids), tuple(random_features(rng, width, keep) for width in widths))
-        for ids in (chosen, rejected)
+        ReferenceResponse(
+            -float(rng.random()),
+            int(np.diff(spans.reshape(-1, 2)).sum()),
+            tuple(random_features(rng, width, keep) for width in widths),
+        )
+        for spans in learnt
     ]
-    return CachedPair(Pair(pair_id(prompt, chosen, rejected, raw_row), prompt, chosen, rejected), *answers)
+    return CachedPair(Pair(pair_id(prompt, chosen, rejected, raw_row), prompt, chosen, rejected, *learnt), *answers)
+
+
+def random_spans(rng: np.random.Generator, length: int) -> np.ndarray:
+    """Which tokens of a response are learnt, mostly all of them."""
+    if rng.random() < 0.5:
+        return np.asarray([0, length], np.int32)
+    learnt = rng.random(length) < 0.5
+    learnt[-1] = True
+    return np.diff(learnt.astype(np.int8), prepend=0, append=0).nonzero()[0].astype(np.int32)
 
 
 def random_rows(seed: int, raw_rows: Sequence[int], widths: Sequence[int] = WIDTHS) -> list[CachedPair]:
@@ -131,7 +147,7 @@ def with_damaged_pages(data: bytes) -> Iterator[bytes]:
 def assert_same(found: CachedPair, expected: CachedPair) -> None:
     """Bit for bit and dtype for dtype."""
     assert found.pair.pair_id == expected.pair.pair_id
-    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_learnt", "rejected_learnt"):
         assert_same_array(getattr(found.pair, name), getattr(expected.pair, name))
     for side in ("chosen", "rejected"):
         left, right = getattr(found, side), getattr(expected, side)

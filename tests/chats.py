@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from tiny_tokenizers import chatml, gemma
 
 BARE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
 FORMATS = {
     "chatml": ChatFormat(chatml()),

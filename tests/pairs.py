@@ -5,7 +5,7 @@ through plain transformers, full logits, every SAE feature.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,23 @@ def random_pair(prompt: int, chosen: int, rejected: int, seed: int = 0, raw_row:
     rng = np.random.default_rng([seed, raw_row])
     ids = [rng.integers(0, 128, length).astype(np.int32) for length in (prompt, chosen, rejected)]
     return Pair(pair_id(*ids, raw_row), *ids)
+
+
+def with_context(pair: Pair, seed: int) -> Pair:
+    """The pair as one of several turns: random tokens of its responses are context, the last one is learnt."""
+    rng = np.random.default_rng(seed)
+    spans = []
+    for response in (pair.chosen_ids, pair.rejected_ids):
+        learnt = rng.random(response.size) < 0.5
+        learnt[-1] = True
+        spans.append(np.diff(learnt.astype(np.int8), prepend=0, append=0).nonzero()[0].astype(np.int32))
+    return replace(pair, chosen_learnt=spans[0], rejected_learnt=spans[1])
+
+
+def learnt_tokens(pair: Pair) -> list[list[int]]:
+    """Which tokens of chosen and rejected are learnt."""
+    sides = (pair.chosen_learnt, pair.rejected_learnt)
+    return [[token for start, stop in spans.reshape(-1, 2) for token in range(start, stop)] for spans in sides]
 
 
 def random_pairs(seed: int, count: int, longest: int = 24) -> list[Pair]:

@@ -141,6 +141,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file with its bytes and the time at which it was written; folders too."""
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in (folder, *sorted(folder.rglob("*")))
+    }
+
+
 def rows(seed: int, count: int) -> list[dict[str, Any]]:
     """Preference rows as message lists, with scores."""
     rng = random.Random(seed)

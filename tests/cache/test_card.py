@@ -68,11 +68,12 @@ def test_the_folder_loads_as_a_data_set_of_the_same_values(tmp_path: Path, split
             assert row[name] == getattr(expected.pair, name).tolist()
         for side in ("chosen", "rejected"):
             answer = getattr(expected, side)
+            assert row[f"{side}_learnt"] == getattr(expected.pair, f"{side}_learnt").tolist()
             assert (row[f"{side}_ref_logp"], row[f"{side}_num_tokens"]) == (answer.logp, answer.num_tokens)
             for site, features in enumerate(answer.features):
                 entry = {"ids": features.ids.tolist(), "values": features.values.tolist()}
                 assert row[f"{side}_features_{site}"] == entry | {"floor": features.floor, "nnz": features.nnz}
     columns = {"pair_id", "prompt_ids", "chosen_ids", "rejected_ids"}
     for side in ("chosen", "rejected"):
-        columns |= {f"{side}_{name}" for name in ("ref_logp", "num_tokens", "features_0", "features_1")}
+        columns |= {f"{side}_{name}" for name in ("learnt", "ref_logp", "num_tokens", "features_0", "features_1")}
     assert set(loaded[split].column_names) == columns

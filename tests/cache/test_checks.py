@@ -20,13 +20,14 @@ def features(ids=(3, 5, 9), values=(1.0, 3.0, 2.0), floor=0.5, nnz=7) -> SparseF
 
 
 def row(
-    prompt=(1, 2), chosen=(3,), rejected=(4, 5), name: str | None = None, raw_row: int = BAD_ROW, **answer
+    prompt=(1, 2), chosen=(3,), rejected=(4, 5), learnt=(), name: str | None = None, raw_row: int = BAD_ROW, **answer
 ) -> CachedPair:
     lists = [np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected)]
     entry = answer.get("features", features())
     left = ReferenceResponse(-1.0, len(chosen), (features(),))
     right = ReferenceResponse(answer.get("logp", -1.0), answer.get("num_tokens", len(rejected)), (entry,))
-    return CachedPair(Pair(name or pair_id(*lists, raw_row), *lists), left, right)
+    spans = np.array(learnt, dtype=np.int32)
+    return CachedPair(Pair(name or pair_id(*lists, raw_row), *lists, rejected_learnt=spans), left, right)
 
 
 RULES: dict[str, tuple[str, CachedPair]] = {
@@ -35,6 +36,13 @@ RULES: dict[str, tuple[str, CachedPair]] = {
     "negative token": ("chosen_ids: holds a negative token id", row(chosen=(-1,))),
     "foreign pair_id": ("pair_id: does not belong", row(name=f"{'0' * 16}-2")),
     "repeated raw row": ("pair_id: has a raw row number", row(raw_row=BAD_ROW - 1)),
+    "no span": ("rejected_learnt: is not a first token and one past", row(learnt=(0, 1, 2))),
+    "empty span": ("rejected_learnt: has spans that are empty", row(learnt=(0, 0, 1, 2), num_tokens=1)),
+    "spans that overlap": ("rejected_learnt: has spans that are empty or not in", row(learnt=(0, 2, 1, 2))),
+    "span before the response": ("rejected_learnt: has spans that are empty or not in", row(learnt=(-1, 2))),
+    "context at the end": ("rejected_learnt: does not end with the response", row(learnt=(0, 1), num_tokens=1)),
+    "span past the end": ("rejected_learnt: does not end with the response", row(learnt=(0, 3), num_tokens=3)),
+    "num_tokens of all": ("rejected_num_tokens: is not the number", row(learnt=(1, 2), num_tokens=2)),
     "num_tokens": ("rejected_num_tokens: is not the number", row(num_tokens=3)),
     "logp above 0": ("rejected_ref_logp: is not finite or above 0", row(logp=1e-9)),
     "logp nan": ("rejected_ref_logp: is not finite", row(logp=math.nan)),

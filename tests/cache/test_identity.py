@@ -5,10 +5,11 @@ from cache_rows import MEANING, NUMERICS, SITES
 from fpo.cache.identity import Meaning, Numerics, SiteMeaning, differences
 
 OTHER_MEANING = {
-    "format_version": 2,
+    "format_version": 3,
     "model": "aa" * 32,
     "tokenizer": "bb" * 32,
     "chat_template": MEANING.chat_template + " ",
+    "date": "2026-11-27",
     "sites": SITES[::-1],
     "recipe": "bf16",
     "pooling": "max",
@@ -18,6 +19,7 @@ OTHER_MEANING = {
     "truncation": "keep_end",
     "skip_rules": ("empty",),
     "drop_ties": True,
+    "turns": "last",
     "dataset": "cc" * 32,
     "split": "test",
     "limit": 10,

@@ -75,8 +75,8 @@ def test_rewriting_without_a_change_is_accepted(tmp_path: Path):
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("expected format version 1, found 2", lambda d: d["meaning"].update(format_version=2)),
-        ("expected format version 1, found None", lambda d: d.update(meaning=[])),
+        ("expected format version 2, found 3; another version", lambda d: d["meaning"].update(format_version=3)),
+        ("expected format version 2, found None", lambda d: d.update(meaning=[])),
         ("unknown fields colour", lambda d: d["meaning"].update(colour="red")),
         ("manifest: unknown fields extra", lambda d: d.update(extra=1)),
         ("manifest.numerics: missing fields device", lambda d: d["numerics"].pop("device")),

@@ -37,7 +37,7 @@ def test_encoding_is_the_documented_one():
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
     for path, column in columns.items():
         expected = "PLAIN"
-        if path.endswith("ids.list.element"):
+        if path.endswith(("ids.list.element", "learnt.list.element")):
             expected = "DELTA_BINARY_PACKED"
         elif path.endswith("values.list.element"):
             expected = "BYTE_STREAM_SPLIT"

@@ -117,6 +117,24 @@ for index in writer.missing():
     assert verify(url) == []
 
 
+def test_a_store_keeps_the_date_of_what_was_begun(url: str, machine):
+    monday, tuesday = (dataclasses.replace(MEANING, date=f"2026-11-{day}") for day in (23, 24))
+    first = open_writer(url, monday, NUMERICS, 10, keep_date=True)
+    # Another worker of this machine, before anything is in the store.
+    assert open_writer(url, tuesday, NUMERICS, 10, keep_date=True).meaning == monday
+    first.write_shard(*shard(first, 0))
+    machine("second")
+    second = open_writer(url, tuesday, NUMERICS, 10, keep_date=True)
+    assert second.meaning == monday
+    for index in second.missing():
+        second.write_shard(*shard(second, index))
+    assert second.finish().meaning == monday
+    machine("third")
+    assert open_writer(url, tuesday, NUMERICS, 10, keep_date=True).meaning == monday
+    with pytest.raises(IdentityError, match="date: expected '2026-11-24', found '2026-11-23'"):
+        open_writer(url, tuesday, NUMERICS, 10)
+
+
 def test_half_a_shard_is_not_done(url: str, machine):
     writer = writer_of(url)
     writer.write_shard(*shard(writer, 0))

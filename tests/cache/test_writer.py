@@ -12,6 +12,7 @@ from cache_rows import (
     NUMERICS,
     SITES,
     assert_same,
+    forge,
     random_rows,
     shard,
     table_to_rows,
@@ -20,7 +21,8 @@ from cache_rows import (
 )
 from fpo.cache.claim import claim
 from fpo.cache.locks import Lock
-from fpo.cache.manifest import IdentityError, Manifest
+from fpo.cache.manifest import FormatError, IdentityError, Manifest, Meaning
+from fpo.cache.reader import open_cache
 from fpo.cache.shard import read_table
 from fpo.cache.writer import CacheWriter
 
@@ -213,7 +215,7 @@ def test_provenance_lines_of_many_writers_stay_whole(tmp_path: Path):
 
 def test_a_spec_that_cannot_be_written_is_refused(tmp_path: Path):
     for meaning, numerics, num_rows in [
-        (dataclasses.replace(MEANING, format_version=2), NUMERICS, 1),
+        (dataclasses.replace(MEANING, format_version=1), NUMERICS, 1),
         (dataclasses.replace(MEANING, split="../up"), NUMERICS, 1),
         (dataclasses.replace(MEANING, sites=(SITES[0], SITES[0])), NUMERICS, 1),
         (MEANING, dataclasses.replace(NUMERICS, shard_size=0), 1),
@@ -248,3 +250,77 @@ def test_a_writer_that_ended_while_another_spec_looked_at_the_folder_is_seen(tmp
     with pytest.raises(IdentityError, match=r"train-00000-of-00003\.parquet is of another spec"):
         CacheWriter(tmp_path, OTHER, NUMERICS, 10)
     assert CacheWriter(tmp_path, MEANING, NUMERICS, 10).missing() == [1, 2]
+
+
+# The day on which a cache was begun.
+
+MONDAY, TUESDAY = (dataclasses.replace(MEANING, date=f"2026-11-{day}") for day in (23, 24))
+
+
+def writer_on(folder: Path, meaning: Meaning, **options: bool) -> CacheWriter:
+    return CacheWriter(folder, meaning, NUMERICS, 10, keep_date=True, **options)
+
+
+def test_a_cache_that_was_begun_keeps_its_date(tmp_path: Path):
+    writer = writer_on(tmp_path, MONDAY)
+    assert writer.meaning == MONDAY
+    writer.write_shard(*shard(writer, 1))
+    del writer
+    for options in ({}, {"repair": True}):
+        assert writer_on(tmp_path, TUESDAY, **options).meaning == MONDAY
+    writer = writer_on(tmp_path, TUESDAY)
+    assert writer.missing() == [0, 2]
+    for index in writer.missing():
+        writer.write_shard(*shard(writer, index))
+    assert writer.finish().meaning == MONDAY
+    del writer
+    assert writer_on(tmp_path, TUESDAY).meaning == MONDAY  # finished, by its manifest
+    with pytest.raises(IdentityError, match="date: expected '2026-11-24', found '2026-11-23'"):
+        CacheWriter(tmp_path, TUESDAY, NUMERICS, 10)
+
+
+def test_of_two_workers_about_midnight_the_first_says_what_day_it_is(tmp_path: Path):
+    first = writer_on(tmp_path, MONDAY)
+    second = writer_on(tmp_path, TUESDAY)
+    assert second.meaning == first.meaning == MONDAY
+    with pytest.raises(IdentityError, match=r"others are writing it .*date: expected '2026-11-24'"):
+        CacheWriter(tmp_path, TUESDAY, NUMERICS, 10)
+    # Nobody lives who said so, and nothing was written: it is another day.
+    del first, second
+    assert writer_on(tmp_path, TUESDAY).meaning == TUESDAY
+
+
+def test_what_a_worker_wrote_between_a_look_and_the_claim_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def claim_late(*args):
+        monkeypatch.undo()
+        other = writer_on(tmp_path, MONDAY)
+        other.write_shard(*shard(other, 0))
+        del other
+        return claim(*args)
+
+    monkeypatch.setattr("fpo.cache.writer.claim", claim_late)
+    assert writer_on(tmp_path, TUESDAY).meaning == MONDAY
+
+
+def test_a_template_without_a_clock_has_no_date(tmp_path: Path):
+    writer = writer_on(tmp_path, MEANING)
+    assert writer.meaning.date is None
+    with pytest.raises(IdentityError, match="date: expected '2026-11-23', found None"):
+        writer_on(tmp_path, MONDAY)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_cache_of_another_version_is_refused_and_left_alone(tmp_path: Path, finished: bool, repair: bool):
+    write_cache(tmp_path / "new")
+    old = forge(tmp_path / "new", tmp_path / "old", format_version=1)
+    if not finished:
+        (old / "manifest.json").unlink()
+    before = contents(old)
+    message = r"\A[^\n]*expected format version 2, found 1; [^\n]*make it again in a new folder[^\n]*\Z"
+    with pytest.raises(FormatError, match=message):
+        CacheWriter(old, MEANING, NUMERICS, 10, repair=repair)
+    assert contents(old) == before
+    if finished:
+        with pytest.raises(FormatError, match=message):
+            open_cache(old)

@@ -18,7 +18,7 @@ from fpo.stages.models import find_model
 from fpo.stages.sft import SFTTrainer
 from pairs import calm_gemma2, calm_llama
 from tiny_tokenizers import chatml, gemma
-from tiny_world import WORDS, files, losses, metrics, save_model, write_rows
+from tiny_world import WORDS, files, losses, metrics, save_model, state_of, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # What differs between two runs of the same command, or is a mean since the last start.
@@ -112,9 +112,10 @@ def test_the_first_loss_is_that_of_the_base_model_on_the_answers_and_what_was_re
     total, count, tokens = 0.0, 0, 0
     for row in datasets.load_dataset("json", data_files=str(folder / "chat.jsonl"), split="train"):
         turns = tuple(Message(**message) for message in row["messages"])
-        found, _, _ = tokenize_conversation(turns, chat, 64)
-        if found is None:
+        kept, _, _ = tokenize_conversation(turns, chat, 64)
+        if not kept:
             continue
+        (found,) = kept
         ids, learnt = torch.from_numpy(found.ids).long(), torch.from_numpy(found.learnt)
         with torch.no_grad():
             logps = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1], -1)
@@ -188,6 +189,18 @@ def test_a_run_stopped_and_resumed_ends_where_one_in_one_go_ends(sft, whole, tmp
         for run in (whole, broken)
     )
     assert found == expected
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 4, "snapshot_steps": 2}, {"epochs": 1.5}])
+def test_a_finished_run_that_is_resumed_says_so_and_touches_nothing(sft, tmp_path, monkeypatch, capsys, options):
+    run = sft(tmp_path / "run", **options)
+    before, steps = state_of(run), len(losses(run))
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("loads a model"))
+    capsys.readouterr()
+    sft(run, resume=True, **options)
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"{run}: finished after {steps} steps; nothing was left to do" in said
+    assert state_of(run) == before
 
 
 def test_resuming_with_other_data_or_other_settings_is_refused(sft, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ import pytest
 import torch
 import yaml
 from fpo.cache.reader import open_cache
-from fpo.pipeline import inputs, run_align
+from fpo.pipeline import inputs, run_align, run_record
 from fpo.stages.align import FPOTrainer
 from fpo.stages.methods import METHODS
 from fpo.stages.models import load_model
 from peft import PeftModel
-from tiny_world import SITES, files, losses, metrics, ran
+from tiny_world import SITES, files, losses, metrics, ran, state_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LOG_2 = pytest.approx(math.log(2), rel=1e-6)
@@ -206,13 +207,93 @@ def test_a_run_stopped_and_resumed_ends_where_one_in_one_go_ends(
     assert found == expected
 
 
-def test_a_finished_run_resumed_stays_as_it_is(world, tmp_path):
+FINISHED = {
+    "in the middle of an epoch": {"max_steps": 3},
+    "a whole epoch": {"epochs": 1, "lr_scheduler": "cosine"},
+    "half an epoch": {"epochs": 1.5},
+    "accumulated": {"max_steps": 3, "accumulation": 2},
+    "evaluated": {"max_steps": 3, "eval_cache": True},
+    "snapshots": {"max_steps": 3, "snapshot_steps": 1},
+    "an adapter": {"max_steps": 3, "lora_r": 2},
+    "a merged adapter": {"max_steps": 3, "lora_r": 2, "merge": True},
+}
+
+
+@pytest.mark.parametrize("case", FINISHED)
+def test_a_finished_run_that_is_resumed_says_so_and_touches_nothing(world, tmp_path, monkeypatch, case):
+    run, options = tmp_path / "run", {"method": "dpo", **FINISHED[case]}
+    if options.get("eval_cache"):
+        options["eval_cache"] = world.eval_cache
+    ran(world.align(run, **options))
+    before, steps = state_of(run), len(losses(run))
+    monkeypatch.setattr(run_align, "load_model", lambda *_, **__: pytest.fail("loads a model"))
+    for _ in range(2):
+        said = ran(world.align(run, "--resume", **options)).stdout.replace("\n", " ")
+        assert f"{run}: finished after {steps} steps; nothing was left to do" in said
+        assert state_of(run) == before
+
+
+@pytest.mark.parametrize(
+    ("case", "left"),
+    [("in the middle of an epoch", "no mark"), ("half an epoch", "nothing"), ("a merged adapter", "nothing")],
+)
+def test_a_run_killed_in_its_last_save_saves_and_trains_no_more(world, tmp_path, monkeypatch, case, left):
+    run, options = tmp_path / "run", {"method": "dpo", **FINISHED[case]}
+    with monkeypatch.context() as patch:
+        if left == "nothing":
+            real = FPOTrainer.save_model
+
+            def save_model(self: FPOTrainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+                if not _internal_call:
+                    raise KeyboardInterrupt
+                real(self, output_dir, _internal_call)
+
+            patch.setattr(FPOTrainer, "save_model", save_model)
+        else:
+            patch.setattr(run_record, "sync_files", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert world.align(run, **options).exit_code == 130
+    steps = losses(run)
+    ran(world.align(run, "--resume", **options))
+    ran(world.align(tmp_path / "whole", **options))
+    assert (run / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert losses(run) == steps == losses(tmp_path / "whole")
+    assert "finished after" in ran(world.align(run, "--resume", **options)).stdout.replace("\n", " ")
+
+
+def test_a_finished_run_goes_on_if_it_is_to_be_longer_and_ends_as_one_in_one_go(world, tmp_path):
     run = tmp_path / "run"
-    ran(world.align(run, method="dpo", max_steps=2))
-    before, lines = (run / "model.safetensors").read_bytes(), losses(run)
-    ran(world.align(run, "--resume", method="dpo", max_steps=2))
-    assert (run / "model.safetensors").read_bytes() == before
-    assert losses(run) == lines
+    ran(world.align(run, method="dpo", max_steps=3))
+    result = world.align(run, "--resume", method="dpo", max_steps=5)
+    assert "finished after" not in ran(result).stdout
+    ran(world.align(tmp_path / "whole", method="dpo", max_steps=5))
+    assert (run / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    before = state_of(run)
+    for shorter in ({"max_steps": 4}, {"epochs": 2}, {"max_steps": 5}):
+        assert "finished after 5 steps" in ran(world.align(run, "--resume", method="dpo", **shorter)).stdout
+        assert state_of(run) == before
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    result = world.align(run, "--resume", method="dpo", max_steps=6)
+    assert (result.exit_code, "expected a checkpoint to go on from" in result.stderr) == (2, True), result.stderr
+
+
+def test_a_checkpoint_beyond_the_end_of_a_shorter_run_is_not_taken_for_its_end(world, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        world.align(run, method="dpo", max_steps=6, save_steps=2)
+    before = state_of(run)
+    result = world.align(run, "--resume", method="dpo", max_steps=3, save_steps=2)
+    assert result.exit_code == 2
+    assert "--resume: expected a run of 4 steps or more, which its checkpoint has behind it, found 3" in result.stderr
+    assert state_of(run) == before
+
+
+def test_a_finished_run_is_not_uploaded_in_silence(world, tmp_path):
+    run = tmp_path / "run"
+    ran(world.align(run, method="dpo", max_steps=1))
+    result = world.align(run, "--resume", "--push-to-hub", method="dpo", max_steps=1)
+    assert (result.exit_code, "is finished; upload it with `hf upload" in result.stderr) == (2, True), result.stderr
 
 
 def test_resuming_with_other_settings_is_refused(world, tmp_path):

@@ -106,7 +106,7 @@ def test_a_manifest_that_is_huge_is_not_read(sound, usual, tmp_path, tally):
 def test_a_manifest_of_many_parts_takes_the_memory_that_is_promised(usual, tmp_path, tries, tally):
     size = 4 * MB
     for part in ["[[]],", '{"a":{}},', "[],", "{},", '"a",', "1e9,"][: tries(2, 6)]:
-        text = '{"meaning": {"format_version": 1}, "shards": [' + part * (size // len(part)) + "1]}"
+        text = '{"meaning": {"format_version": 2}, "shards": [' + part * (size // len(part)) + "1]}"
         (tmp_path / "cache").mkdir(exist_ok=True)
         (tmp_path / "cache" / MANIFEST_NAME).write_text(text)
         ((said, more),) = in_fresh_process(OPEN, usual, [tmp_path / "cache"], tmp_path / "home")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fpo.stages import flex, memory
 from fpo.stages.align import FPOConfig, FPOTrainer
+from fpo.stages.anatomy import anatomy
 from fpo.stages.body import cast_weights, compile_layers
 from fpo.stages.flex import FLEX
 from fpo.stages.packing import pack
@@ -60,6 +61,7 @@ def test_compiled_layers_give_the_values_gradients_and_sites_of_plain_ones(make,
 
 def test_one_graph_with_gradient_and_one_without_serve_all_layers_and_lengths():
     model = calm_gemma2(attn_implementation=FLEX).train()
+    anatomy(model)  # found in a plain forward, once a model
     compile_layers(model.model.layers)
     for number in range(10):
         (row,) = pack([random_pair(5 + 60 * number, 3, 4)], 10, *row_layout(model))
@@ -104,6 +106,7 @@ def test_checkpointing_and_adapters_around_compiled_layers_change_no_gradient(lo
 @pytest.mark.parametrize("make", [calm_gemma2, calm_llama, lambda **kwargs: tiny_family("qwen2")])
 def test_weights_cast_once_give_the_bits_of_autocast(make):
     plain, cast = make(attn_implementation="eager"), make(attn_implementation="eager")
+    anatomy(cast)  # which is found in fp32
     cast_weights(cast.model.layers, "fp32")
     assert {weight.dtype for weight in cast.parameters()} == {torch.float32}
     cast_weights(cast.model.layers, "bf16")

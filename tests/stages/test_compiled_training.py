@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.stages import memory, scoring
+from fpo.stages import memory
 from fpo.stages.align import FPOConfig, FPOTrainer
 from fpo.stages.methods import METHODS
 from tiny_world import SITES
@@ -39,8 +39,6 @@ def compiled(monkeypatch):
     """Policies and references with compiled attention; their masks are those of eager attention."""
     torch._dynamo.reset()
     monkeypatch.setattr(memory, "COUNTED_STEPS", 0)  # nothing is compiled while operations are counted
-    plain = scoring.attention_mask
-    monkeypatch.setattr(scoring, "attention_mask", lambda row, window, name: plain(row, window, "eager"))
 
     def make(model: Any) -> Any:
         model.set_attn_implementation("compiled_eager")

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from chats import FORMATS
 from fpo.stages import conversations
 from fpo.stages.chat import ChatFormat, Example, Message, Turns
 from fpo.stages.conversations import (
@@ -15,22 +16,14 @@ from fpo.stages.conversations import (
     load_conversations,
     tokenize_conversation,
 )
+from fpo.stages.rendering import LEFT_OUT, SHARED
 from fpo.stages.tokenized import Limits, tokenize_pair
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import Template
 from pairs import few_examples
-from tiny_tokenizers import CHATML, chatml, gemma
+from tiny_tokenizers import CHATML, chatml
 
-BARE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
-FORMATS = {
-    "chatml": ChatFormat(chatml()),
-    "gemma": ChatFormat(gemma()),
-    "no end of turn": ChatFormat(gemma(), BARE),
-}
 LONG = 10_000
 
 
@@ -40,7 +33,7 @@ def turns(*said: str) -> Turns:
 
 
 def messages(conversation: Turns) -> dict[str, Any]:
-    return {"messages": [vars(message) for message in conversation]}
+    return {"messages": [{"role": m.role, "content": m.content, **m.more} for m in conversation]}
 
 
 TWO = turns("Hello", "Hi.", "Who?", "Me.")
@@ -57,9 +50,9 @@ CHATML_PARTS = [
     ("Me.<|im_end|>", True),
 ]
 BARE_PARTS = [
-    ("<bos>user: Hello\nassistant: ", False),
+    ("<bos>user:\nHello\nassistant:\n", False),
     ("Hi.<eos>", True),
-    ("\nuser: Who?\nassistant: ", False),
+    ("\nuser:\nWho?\nassistant:\n", False),
     ("Me.<eos>", True),
 ]
 
@@ -77,8 +70,8 @@ BARE_PARTS = [
 )
 def test_the_assistant_s_turns_are_learnt_with_the_token_that_closes_them(name, conversation, parts):
     chat = FORMATS[name]
-    found, skipped, truncated = tokenize_conversation(conversation, chat, LONG)
-    assert (skipped, truncated) == (None, False)
+    (found,), skipped, truncated = tokenize_conversation(conversation, chat, LONG)
+    assert (skipped, truncated) == ([], [False])
     encoded = [chat.tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in parts]
     assert found.ids.tolist() == [token for ids in encoded for token in ids]
     assert found.learnt.tolist() == [
@@ -94,13 +87,14 @@ said_in_turn = st.lists(st.tuples(texts, texts), min_size=1, max_size=4).map(
 )
 
 
-@pytest.mark.parametrize("name", FORMATS)
+# Where turns end in plain text, the text that follows may share a token with them.
+@pytest.mark.parametrize("name", ["chatml", "gemma", "no end of turn"])
 @few_examples
 @given(conversation=said_in_turn)
 def test_the_ids_are_those_of_the_rendered_conversation_and_the_mask_those_of_the_answers(name, conversation):
     chat = FORMATS[name]
     bos, end = chat.tokenizer.bos_token or "", chat.tokenizer.decode([chat.end_id])
-    found, _, _ = tokenize_conversation(conversation, chat, LONG)
+    (found,), _, _ = tokenize_conversation(conversation, chat, LONG)
     rendered = Template(chat.template).render(messages=messages(conversation)["messages"], bos_token=bos)
     text = chat.tokenizer.decode(found.ids)
     if name == "no end of turn":
@@ -119,7 +113,7 @@ def test_a_conversation_of_one_answer_is_a_pair_s_prompt_and_response(name, aske
     sides = [(Message("assistant", text),) for text in (answered, answered + " Not.")]
     pair = tokenize_pair(Example(prompt, *sides), 0, chat, Limits(LONG, LONG - 1)).pair
     for side, ids in zip(sides, (pair.chosen_ids, pair.rejected_ids), strict=True):
-        found, _, _ = tokenize_conversation(prompt + side, chat, LONG)
+        (found,), _, _ = tokenize_conversation(prompt + side, chat, LONG)
         assert found.ids.tolist() == [*pair.prompt_ids, *ids]
         assert found.learnt.tolist() == [False] * pair.prompt_ids.size + [True] * ids.size
 
@@ -127,41 +121,87 @@ def test_a_conversation_of_one_answer_is_a_pair_s_prompt_and_response(name, aske
 @few_examples
 @given(conversation=said_in_turn, max_length=st.integers(1, 80))
 def test_what_is_too_long_loses_its_end(conversation, max_length):
-    whole, _, _ = tokenize_conversation(conversation, FORMATS["gemma"], LONG)
-    found, skipped, truncated = tokenize_conversation(conversation, FORMATS["gemma"], max_length)
+    (whole,), _, _ = tokenize_conversation(conversation, FORMATS["gemma"], LONG)
+    kept, skipped, truncated = tokenize_conversation(conversation, FORMATS["gemma"], max_length)
     if not whole.learnt[:max_length].any():
-        assert (found, skipped, truncated) == (None, "no learnt token after truncation", False)
+        assert (kept, skipped, truncated) == ([], ["no learnt token after truncation"], [])
         return
+    (found,) = kept
     assert found.ids.tolist() == whole.ids[:max_length].tolist()
     assert found.learnt.tolist() == whole.learnt[:max_length].tolist()
-    assert (skipped, truncated) == (None, whole.ids.size > max_length)
+    assert (skipped, truncated) == ([], [whole.ids.size > max_length])
 
 
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "search", "arguments": "{}"}}]}
 SKIPPED: dict[str, Turns] = {
     "no messages": (),
     "no assistant turn": TWO[:1],
     "no turn before the first answer": TWO[1:],
-    "empty answer": turns("Hello", "Hi.", "Who?", " \n"),
+    "empty response": turns("Hello", "Hi.", "Who?", " \n"),
+    LEFT_OUT: (*TWO[:1], Message("assistant", "", CALL), *TWO[2:]),
     "refused by the chat template": (TWO[0], Message("system", "Be brief."), *TWO[1:]),
     "no learnt token after truncation": turns("Hello " * 30, "Hi."),
 }
 
 
-@pytest.mark.parametrize("reason", CONVERSATION_SKIP_REASONS)
+@pytest.mark.parametrize("reason", SKIPPED)
 def test_a_conversation_that_teaches_nothing_is_skipped_with_its_reason(reason):
-    assert tokenize_conversation(SKIPPED[reason], FORMATS["gemma"], 64) == (None, reason, False)
+    assert tokenize_conversation(SKIPPED[reason], FORMATS["gemma"], 64) == ([], [reason], [])
+    assert reason in CONVERSATION_SKIP_REASONS
+
+
+def test_what_shares_a_token_with_its_prompt_is_not_learnt_and_counted():
+    spaced = ChatFormat(
+        chatml(), CHATML.replace("assistant\n'", "assistant '").replace("m['role'] + '\n'", "m['role'] + ' '")
+    )
+    # In " Paris" the space is part of the word's token, in " 7" it is not.
+    found, skipped, truncated = tokenize_conversation(turns("Hello", "Paris.", "Who?", "7"), spaced, LONG)
+    assert (skipped, truncated) == ([SHARED], [False])
+    assert spaced.tokenizer.decode(found[0].ids[found[0].learnt]) == "7<|im_end|>"
+
+
+# Templates that render a turn differently once another follows: of an answer they drop the reasoning, or the end.
+REASONED = turns("Hello", "<think>A</think>Hi.", "Who?", "<think>B</think>Me.")
+DROPPING = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'].split('</think>')[-1])")
+OPENING = DROPPING.replace("m['content'] if loop.last else ", "").replace("assistant\n'", "assistant\n<think>'")
+OTHER_END = CHATML.replace(
+    "'<|im_end|>'", "('<|endoftext|>' if loop.last and m['role'] == 'assistant' else '<|im_end|>')"
+)
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("template", "lessons"),
     [
-        (CHATML.replace("m['content']", "(m['content'] if loop.last else '-')"), "renders a turn differently"),
-        (CHATML.replace("'<|im_end|>'", "('<|im_end|>' if loop.last else '')"), "renders a turn differently"),
+        (DROPPING, [("<think>A</think>Hi.<|im_end|>", "Hello"), ("<think>B</think>Me.<|im_end|>", "Hi.<|im_end|>\n")]),
+        # The model is asked with `<think>`, so it goes on from there.
+        (OPENING, [("A</think>Hi.<|im_end|>", "<think>"), ("B</think>Me.<|im_end|>", "\nHi.<|im_end|>\n")]),
+        (
+            OTHER_END,
+            [("<think>A</think>Hi.<|endoftext|>", "Hello"), ("<think>B</think>Me.<|endoftext|>", "Hi.<|im_end|>")],
+        ),
     ],
 )
-def test_a_template_that_rewrites_what_was_said_is_refused(template, message):
-    with pytest.raises(ValueError, match=rf"\A[^\n]*{message}[^\n]*by a file\Z"):
-        ChatFormat(chatml(), template).conversation(TWO)
+def test_an_answer_is_learnt_as_it_is_rendered_while_it_is_the_last(template, lessons):
+    chat = ChatFormat(chatml(), template)
+    found, skipped, _ = tokenize_conversation(REASONED, chat, LONG)
+    assert skipped == []
+    assert len(found) == len(lessons)
+    for number, (one, (said, before)) in enumerate(zip(found, lessons, strict=True)):
+        assert chat.tokenizer.decode(one.ids[one.learnt]) == said
+        asked = chat.tokenizer.decode(one.ids[~one.learnt])
+        assert before in asked
+        # As the model is served: asked by the template's rendering of what was said before.
+        served = [vars(message) for message in REASONED[: 2 * number + 1]]
+        assert asked == chat.tokenizer.apply_chat_template(
+            served, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+
+
+def test_answers_that_are_rendered_alike_stay_in_one_conversation():
+    told = (*turns("Hello", "Hi.", "Who?", "Me."), *REASONED[2:])
+    chat = ChatFormat(chatml(), DROPPING)
+    (found,), _, _ = tokenize_conversation(told, chat, LONG)
+    assert chat.tokenizer.decode(found.ids[found.learnt]) == "Hi.<|im_end|>Me.<|im_end|><think>B</think>Me.<|im_end|>"
 
 
 # Files.
@@ -185,15 +225,16 @@ def load(path: Path, name: str = "gemma", max_length: int = 64, **options: Any) 
 
 
 def test_a_file_gives_its_conversations_in_order_and_counts_the_rest(tmp_path):
-    told = [TWO, *SKIPPED.values(), turns("Hello", "Hi."), turns("Hello", "Hi. " * 40), SKIPPED["no messages"]]
+    skipped = {reason: told for reason, told in SKIPPED.items() if reason != LEFT_OUT}
+    told = [TWO, *skipped.values(), turns("Hello", "Hi."), turns("Hello", "Hi. " * 40), skipped["no messages"]]
     loaded = load(write(tmp_path / "a.jsonl", [messages(one) for one in told]))
-    expected = [found for one in told if (found := tokenize_conversation(one, FORMATS["gemma"], 64)[0])]
+    expected = [found for one in told for found in tokenize_conversation(one, FORMATS["gemma"], 64)[0]]
     assert len(loaded) == len(expected) == 3
     for found, one in zip((loaded[i] for i in range(len(loaded))), expected, strict=True):
         assert found.ids.tolist() == one.ids.tolist()
         assert found.learnt.tolist() == one.learnt.tolist()
         assert (found.ids.dtype, found.learnt.dtype) == (np.int32, np.bool_)
-    assert loaded.skipped == {reason: 1 + (reason == "no messages") for reason in SKIPPED}
+    assert loaded.skipped == {reason: 1 + (reason == "no messages") for reason in skipped}
     assert loaded.truncated == 1
     assert loaded.tokens == sum(one.ids.size for one in expected)
     assert loaded.learnt_tokens == sum(int(one.learnt.sum()) for one in expected)
@@ -216,7 +257,7 @@ def test_the_hash_is_that_of_the_content_however_it_is_stored(tmp_path):
 
 def test_the_hash_sees_lengths_and_masks():
     def stored(ids: list[list[int]], learnt: list[list[bool]]) -> Conversations:
-        other = {"skipped": [None] * len(ids), "truncated": [False] * len(ids)}
+        other = {"skipped": [None] * len(ids), "truncated": [False] * len(ids), "row": [*range(len(ids))]}
         return Conversations(
             datasets.Dataset.from_dict({"ids": ids, "learnt": learnt, **other}, conversations.FEATURES)
         )
@@ -248,7 +289,7 @@ def test_the_same_data_are_tokenised_once_and_others_again(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([{"role": "user", "content": None}], "'role' and 'content' as text in 'messages'"),
+        ([{"role": "user", "content": 3}], "'role' and 'content' as text in 'messages'"),
         ([{"role": "user", "text": "Hello"}], "'role' and 'content' as text in 'messages'"),
     ],
 )
@@ -266,13 +307,10 @@ def test_a_column_of_another_type_is_an_error(tmp_path, value):
         load(write(tmp_path / "a.jsonl", [{"messages": value}]))
 
 
-def test_mistakes_in_the_source_are_one_line(tmp_path, monkeypatch):
+def test_mistakes_in_the_source_are_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"\Aexpected conversations at [^\n]*none.jsonl[^\n]*\Z"):
         load(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match=r"\A[^\n]*found columns 'chosen', 'rejected', expected 'messages'[^\n]*\Z"):
         load(write(tmp_path / "a.jsonl", [{"chosen": "a", "rejected": "b"}]))
     with pytest.raises(ValueError, match="at least 1 row, found 0"):
         load(write(tmp_path / "b.jsonl", [messages(TWO)]), limit=0)
-    monkeypatch.setattr(conversations, "load_rows", lambda *_, **__: datasets.Dataset.from_dict({"messages": []}))
-    with pytest.raises(ValueError, match=r"expected conversations in split 'train_sft', found no row"):
-        load(tmp_path / "b.jsonl")

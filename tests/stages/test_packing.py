@@ -5,7 +5,15 @@ from fpo.cache.schema import Pair
 from fpo.stages.packing import PADDING, PackedRow, attention_mask, pack, plan_rows, visible
 from hypothesis import given
 from hypothesis import strategies as st
-from pairs import few_examples, many_examples, pair_lists, random_pair, random_pairs
+from pairs import (
+    few_examples,
+    learnt_tokens,
+    many_examples,
+    pair_lists,
+    random_pair,
+    random_pairs,
+    with_context,
+)
 
 budgets = st.integers(1, 160)
 windows = st.one_of(st.none(), st.integers(1, 30))
@@ -54,6 +62,21 @@ def test_every_response_token_is_predicted_from_the_token_before_it(pairs, budge
             assert targets.tolist() == sequence[prompt:].tolist()
             assert row.input_ids_L[sources].tolist() == sequence[prompt - 1 : -1].tolist()
             assert row.position_ids_L[sources].tolist() == list(range(prompt - 1, len(sequence) - 1))
+
+
+@few_examples
+@given(pairs=pair_lists(), budget=budgets, seed=st.integers(0, 99))
+def test_of_a_response_of_several_turns_learnt_tokens_alone_are_predicted(pairs, budget, seed):
+    several = [with_context(pair, seed) for pair in pairs]
+    for row, whole in zip(pack(several, budget), pack(pairs, budget), strict=True):
+        kept = [learnt for index in row.pairs for learnt in learnt_tokens(several[index])]
+        assert list(row.lengths) == [len(learnt) for learnt in kept]
+        for name in ("sources_T", "targets_T"):
+            parts = getattr(whole, name).split(list(whole.lengths))
+            expected = [part[learnt] for part, learnt in zip(parts, kept, strict=True)]
+            assert torch.equal(getattr(row, name), torch.cat(expected))
+        for name in ("input_ids_L", "position_ids_L", "pair_L", "part_L"):
+            assert torch.equal(getattr(row, name), getattr(whole, name))
 
 
 @few_examples

@@ -94,7 +94,8 @@ def test_no_raw_row_is_lost(world):
     assert len(cache) == RAW_ROWS - len(SKIPPED)
     kept = [int(cache[i].pair.pair_id.split("-")[1]) for i in range(len(cache))]
     assert kept == [row for row in range(RAW_ROWS) if row not in SKIPPED]
-    scored = sum(len(ids) for i in range(len(cache)) for ids in list(vars(cache[i].pair).values())[1:])
+    pairs = [cache[i].pair for i in range(len(cache))]
+    scored = sum(len(ids) for pair in pairs for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
     assert manifest.counts["scored_tokens"] == scored
 
 
@@ -260,6 +261,31 @@ def test_a_feature_that_is_not_finite_names_its_site(world, tmp_path, monkeypatc
     with pytest.raises(FloatingPointError, match=rf"\Apair [0-9a-f]{{16}}-0: [^\n]*{SITES[1].name}[^\n]*\Z"):
         precompute(reference, world.preferences(), LIMITS, tmp_path, shard_size=4)
     assert content(tmp_path) == {}
+
+
+class OfTheRow(torch.nn.Module):
+    """Rotary frequencies that depend on how long the packed row is, as if every row were one sequence."""
+
+    def __init__(self, inner: Any, ordinary: int) -> None:
+        super().__init__()
+        self.inner, self.ordinary = inner, ordinary
+
+    def forward(self, x: Any, position_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        stretch = max(1.0, position_ids.shape[-1] / self.ordinary)
+        return self.inner(x, position_ids / stretch, *args, **kwargs)
+
+
+@pytest.mark.parametrize("token_budget", [1, 160])
+def test_a_model_whose_values_depend_on_the_packing_stops_stage_one(
+    write, reference, monkeypatch, tmp_path, token_budget
+):
+    decoder = reference.model.get_decoder()
+    monkeypatch.setitem(decoder._modules, "rotary_emb", OfTheRow(decoder.rotary_emb, 40))
+    with pytest.raises(
+        ValueError, match=r"\Aexpected a pair to mean the same in two packings, found [0-9a-f]{16}-\d+ "
+    ):
+        write(token_budget=token_budget)
+    assert content(tmp_path / "out") == {}
 
 
 def test_a_data_set_of_which_all_is_skipped_is_an_error_and_gives_no_cache(world, tmp_path):

@@ -1,4 +1,6 @@
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,43 +146,12 @@ def test_limit_selects_the_first_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names",
-    [
-        ("train.parquet",),
-        ("train_prefs.jsonl",),
-        ("train/a.parquet", "train/b.parquet"),
-        ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"),
-        ("train-1.jsonl", "train-2.jsonl"),
-    ],
-)
-def test_a_folder_gives_the_files_of_its_split_in_order(tmp_path: Path, names: tuple[str, ...]) -> None:
-    for number, name in enumerate(names):
-        write(tmp_path / name, [plain_row(number)])
-        write(tmp_path / name.replace("train", "test"), [plain_row(9)])
-    loaded = load_preferences(str(tmp_path), split="train")
-    assert [loaded.example(i).prompt for i in range(len(loaded))] == [f"prompt {i}" for i in range(len(names))]
-
-
-def test_a_folder_does_not_mix_splits(tmp_path: Path) -> None:
-    for name in ("train_sft", "train_prefs", "test"):
-        write(tmp_path / f"{name}.jsonl", [plain_row(0)])
-    for split in ("train", "validation"):  # the first fits two, the second none
-        with pytest.raises(ValueError, match=rf"'{split}', found test.jsonl, train_prefs.jsonl, train_sft.jsonl$"):
-            load_preferences(str(tmp_path), split=split)
-    write(tmp_path / "train.jsonl", [plain_row(1)])
-    assert load_preferences(str(tmp_path), split="train").example(0).prompt == "prompt 1"
-    write(tmp_path / "train.parquet", [plain_row(1)])
-    with pytest.raises(ValueError, match=r"one kind .* found train.jsonl, train.parquet"):
-        load_preferences(str(tmp_path), split="train")
-
-
-@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"chosen": 3}, "'chosen', found int"),
         ({"prompt": 1.5}, "'prompt', found float"),
         ({"chosen": [{"role": "user", "text": "Hello"}]}, "'role' and 'content' as text in 'chosen'"),
-        ({"chosen": PROMPT + GOOD}, "text beside message lists"),
+        ({"chosen": PROMPT + GOOD}, "text beside messages"),
         ({"score_chosen": "high"}, "finite number or null in 'score_chosen', found 'high'"),
         ({"score_rejected": float("nan")}, "'score_rejected', found nan"),
     ],
@@ -193,28 +164,49 @@ def test_an_unusable_row_is_an_error_with_its_number(row: dict[str, Any], messag
         _ = data.content_hash
 
 
-def test_mistakes_in_the_source_are_one_line(tmp_path: Path) -> None:
-    def refused(source: Path, **settings: Any) -> str:
-        with pytest.raises((ValueError, OSError)) as caught:
-            load_preferences(str(source), split="train", **settings)
-        assert "\n" not in str(caught.value)
-        return f"{caught.type.__name__}: {caught.value}"
+def test_unknown_columns_are_answered_with_the_nearest_shape_and_how_to_rename(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"Prompt": "Hello", "preferred": "Hi", "loser": "Ha"}])
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
+        load_preferences(str(source), split="train")
+    assert "found columns 'Prompt', 'preferred', 'loser'" in str(caught.value)
+    renames = re.findall(r"--map (\S+)", str(caught.value))
+    assert renames == ["prompt=Prompt", "chosen=preferred", "rejected=loser"]
+    found = load_preferences(str(source), split="train", renames=renames)
+    assert found.example(0) == Example("Hello", "Hi", "Ha")
 
-    assert refused(tmp_path / "nothing.jsonl").startswith("FileNotFoundError: expected preference data at ")
-    message = refused(write(tmp_path / "a.jsonl", [{"question": "Hello", "chosen": "Hi"}]))
-    assert "found columns 'question', 'chosen'" in message
-    assert "dialogue strings" in message
-    assert "no configurations, found 'default'" in refused(
-        write(tmp_path / "b.jsonl", [plain_row(0)]), config="default"
-    )
-    (tmp_path / "c.csv").write_text("chosen,rejected")
-    assert "found c.csv" in refused(tmp_path / "c.csv")
-    (tmp_path / "d.jsonl").write_text('{"chosen": \n no json')
-    assert "not readable as one table" in refused(tmp_path / "d.jsonl")
-    (tmp_path / "e.jsonl").touch()
-    assert "found e.jsonl empty" in refused(tmp_path / "e.jsonl")
-    for number, text in enumerate(("null\n", ' null, {"chosen": "a"}\n', "\ufeffnull", '[{"chosen": "a"}, null]')):
-        (tmp_path / f"{number}.json").write_text(text)  # Arrow's reader would end the process
-        assert "null in place of row" in refused(tmp_path / f"{number}.json")
-    (tmp_path / "folder").mkdir()
-    assert "found no Parquet, JSON or JSONL file" in refused(tmp_path / "folder")
+
+def test_the_hash_sees_what_else_a_turn_carries_and_the_tools() -> None:
+    call = {"type": "function", "function": {"name": "search", "arguments": {"q": "a"}}}
+    other = {"type": "function", "function": {"name": "search", "arguments": {"q": "b"}}}
+    tool = {"type": "function", "function": {"name": "search", "parameters": {}}}
+    row: dict[str, Any] = {"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}
+    variants = [
+        row,
+        row | {"tools": [tool]},
+        row | {"tools": [tool, tool]},
+        row | {"chosen": [GOOD[0] | {"tool_calls": [call]}]},
+        row | {"chosen": [GOOD[0] | {"tool_calls": [other]}]},
+        row | {"chosen": [GOOD[0] | {"reasoning_content": "Hm."}]},
+        row | {"rejected": [BAD[0] | {"name": "Ada"}]},
+    ]
+    assert len({of_rows(one).content_hash for one in variants}) == len(variants)
+
+
+def test_the_hash_of_ordinary_rows_is_what_it_was() -> None:
+    # Of the fingerprints of caches that are there: SHA-256 of prompt, chosen, rejected and scores, a JSON line each.
+    turns = [[[message["role"], message["content"]] for message in part] for part in (PROMPT, GOOD, BAD)]
+    lines = [[*turns, 8.5, 3.0], ["prompt 1", "yes", "no", None, None]]
+    expected = hashlib.sha256("".join(json.dumps(line) + "\n" for line in lines).encode()).hexdigest()
+    assert of_rows(SHAPES["explicit"] | SCORES, plain_row(1)).content_hash == expected
+
+
+def test_guessed_prompts_are_counted_and_nothing_else_is_guessed() -> None:
+    alike = {"chosen": "Sure! Here you are. Yes.", "rejected": "Sure! Here you are. No."}
+    assert of_rows(alike, alike | {"chosen": None}, {"chosen": "a", "rejected": "b"}, alike).guessed_prompts == 2
+    for column in ("question", "prompt", "instruction", "input"):
+        found = of_rows({column: "What is it?", **alike})
+        assert found.guessed_prompts == 0
+        prompt = found.example(0).prompt
+        assert (prompt if isinstance(prompt, str) else prompt[0].content) == "What is it?"
+        assert of_rows({column: "What is it?", **alike}, {column: None, **alike}).guessed_prompts == 0
+    assert of_rows({"source": "a web page", "model": "one of ours", "words": 7, **alike}).guessed_prompts == 1

@@ -9,7 +9,7 @@ import torch
 from fpo.stages import features, logprobs
 from fpo.stages.features import CachedFeatures, keep_largest
 from fpo.stages.packing import pack
-from fpo.stages.scoring import attach_scoring, check_model, live_reference, measure_pairs, run_body, score_row
+from fpo.stages.scoring import attach_scoring, live_reference, measure_pairs, run_body, score_row
 from fpo.stages.sites import Site
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,10 +20,12 @@ from pairs import (
     dense_drift,
     few_examples,
     gradients,
+    learnt_tokens,
     pair_lists,
     random_pair,
     random_pairs,
     score_alone,
+    with_context,
 )
 from tiny import tiny_family, tiny_gemma2, tiny_sae
 from torch import Tensor
@@ -47,6 +49,7 @@ TOP_K = 8
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     monkeypatch.setitem(logprobs.CHUNK_ENTRIES, "cpu", 128 * 7)
+    monkeypatch.setattr(logprobs, "LEAST_TOKENS", 1)
     monkeypatch.setattr(features, "CHUNK_ENTRIES", 64 * 7)
 
 
@@ -109,6 +112,24 @@ def test_packed_rows_score_as_separate_sequences(model, pairs, budget, pad_to):
                 torch.testing.assert_close(scores.logps_R[number], total, rtol=1e-7, atol=1e-5)
                 for sae, pooled_RM in zip(SAES, scores.pooled, strict=True):
                     torch.testing.assert_close(pooled_RM[number], alone.pooled_M(sae), rtol=1e-5, atol=1e-5)
+
+
+@few_examples
+@given(pairs=pair_lists(), budget=st.integers(1, 160), seed=st.integers(0, 99))
+def test_context_in_a_response_is_read_and_not_scored(model, pairs, budget, seed):
+    several = [with_context(pair, seed) for pair in pairs]
+    cached = measure_pairs(model, several, SAES, "fp32", token_budget=budget, keep_features=None)
+    for pair, row in zip(several, cached, strict=True):
+        with torch.no_grad():
+            alone = score_alone(model, pair, SITES)
+        for truth, side, learnt in zip(alone, (row.chosen, row.rejected), learnt_tokens(pair), strict=True):
+            assert side.num_tokens == len(learnt)
+            assert side.logp == pytest.approx(float(truth.token_logps_T[learnt].double().sum()), abs=1e-5)
+            for sae, kept in zip(SAES, side.features, strict=True):
+                dense_M = torch.zeros(sae.width)
+                dense_M[kept.ids.astype("int64")] = torch.from_numpy(kept.values)
+                pooled_M = sae.sae.encode(truth.acts[sae.site][learnt]).mean(0)
+                torch.testing.assert_close(dense_M, pooled_M, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["eager", "packed"])
@@ -289,18 +310,3 @@ def test_a_fresh_adapter_scores_as_the_model_that_it_wraps():
     assert torch.equal(found.pooled[0], expected.pooled[0])
     grads = gradients(adapted, adapted(packed=row, saes=(), recipe="fp32").logps_R.sum())
     assert grads.keys() == {name for name, _ in adapted.named_parameters() if "lora" in name}
-
-
-def test_a_head_that_is_not_a_product_is_refused():
-    from transformers import GraniteConfig, GraniteForCausalLM
-
-    for name in MODELS:
-        check_model(MODELS[name]())
-    torch.manual_seed(0)
-    model = GraniteForCausalLM(
-        GraniteConfig(vocab_size=64, hidden_size=64, intermediate_size=16, num_hidden_layers=1, initializer_range=0.5)
-    )
-    check_model(model)
-    model.config.logits_scaling = 8.0
-    with pytest.raises(ValueError, match=r"granite: its logits are not head .* not supported"):
-        check_model(model)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from fpo.stages.sites import Site, capture_sites, check_fits, load_sae, parse_site
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny_sae, tiny_gemma2, tiny_llama, tiny_sae
+from tiny import randomize, save_tiny_sae, tiny_gemma2, tiny_llama, tiny_sae
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 ALL_SITES = [Site(layer, kind) for layer in range(4) for kind in ("resid_post", "mlp_out")]
 RESID_2 = Site(2, "resid_post")
@@ -32,9 +32,13 @@ def test_a_sites_name_is_read_back(site):
         ("model.layers.1", Site(1, "resid_post")),
         ("model.layers.15.output", Site(15, "resid_post")),
         ("model.layers.12.post_feedforward_layernorm.output", Site(12, "mlp_out")),
+        ("model.layers.12.post_mlp_layernorm", Site(12, "mlp_out")),
+        ("transformer.h.7", Site(7, "resid_post")),
+        ("transformer.h.7.output", Site(7, "resid_post")),
+        ("blocks.8.hook_resid_pre", Site(7, "resid_post")),
     ],
 )
-def test_hugging_face_paths_are_read(text, site):
+def test_other_spellings_are_read(text, site):
     assert parse_site(text) == site
 
 
@@ -47,9 +51,9 @@ def test_other_sites_are_refused(text):
         parse_site(text)
 
 
-def test_the_input_of_a_layer_is_refused_with_the_name_of_the_same_activation():
-    with pytest.raises(ValueError, match=r"the same activation is blocks\.2\.hook_resid_post"):
-        parse_site("blocks.3.hook_resid_pre")
+def test_the_input_of_the_first_layer_is_refused():
+    with pytest.raises(ValueError, match=r"blocks\.0\.hook_resid_pre'?, which is before all of them"):
+        parse_site("blocks.0.hook_resid_pre")
 
 
 def gemma2_in_transformer_lens(model: PreTrainedModel) -> "torch.nn.Module":
@@ -111,7 +115,7 @@ def test_what_a_llama_layer_adds_to_the_residual_stream_last_is_its_mlp_out():
     with torch.no_grad():
         captured = capture(model, [Site(1, "resid_post"), Site(1, "mlp_out")])
     handle.remove()
-    after_attention = seen[0]
+    after_attention = seen[-1]
     torch.testing.assert_close(after_attention + captured[Site(1, "mlp_out")], captured[Site(1, "resid_post")])
 
 
@@ -156,16 +160,19 @@ def test_nothing_stays_on_the_model_even_after_an_error():
 def test_sites_that_a_model_does_not_have_are_refused():
     with pytest.raises(ValueError, match="layers are 0 to 3"):
         capture(tiny_llama(), [Site(4, "resid_post")])
-    with pytest.raises(ValueError, match="GPT2Model has none"):
-        capture(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)), [Site(0, "resid_post")])
 
 
-def test_a_layer_of_unknown_parts_has_no_mlp_out():
-    model = tiny_llama()
-    model.get_decoder().layers[1].post_mlp_layernorm = torch.nn.Identity()
-    with pytest.raises(ValueError, match=r"LlamaDecoderLayer .*'post_mlp_layernorm'"):
-        capture(model, [Site(1, "mlp_out")])
-    assert capture(model, [Site(1, "resid_post"), Site(0, "mlp_out")])
+def test_a_layer_that_scales_what_its_mlp_puts_out_has_no_mlp_out():
+    def granite(**multipliers: float) -> GraniteForCausalLM:
+        sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        config = GraniteConfig(**sizes, num_attention_heads=4, **multipliers)  # type: ignore[arg-type]
+        return randomize(GraniteForCausalLM(config), 0, embedding_std=0.5, norm_mean=1.0, final_norm_mean=1.0)
+
+    sites = [Site(1, "mlp_out"), Site(1, "resid_post")]
+    assert len(capture(granite(), sites)) == 2
+    with pytest.raises(ValueError, match=r"blocks\.1\.hook_mlp_out: expected .* found GraniteDecoderLayer[^\n]* mlp"):
+        capture(granite(residual_multiplier=0.22), sites[:1])
+    assert capture(granite(residual_multiplier=0.22), sites[1:])
 
 
 # Loading

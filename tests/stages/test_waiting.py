@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from fpo.stages.anatomy import anatomy
 from fpo.stages.scoring import measure_pairs
 from fpo.stages.sites import Site
 from fpo.stages.transfer import HostCopy
@@ -55,10 +56,10 @@ def test_a_row_is_read_once_however_many_responses_it_holds(monkeypatch, count, 
     for name in plain:
         monkeypatch.setattr(torch.Tensor, name, counted(name))
     monkeypatch.setattr(HostCopy, "read", read)
+    model = calm_gemma2()
+    anatomy(model)  # found once a model
     with waits:
-        measured = measure_pairs(
-            calm_gemma2(), random_pairs(0, count), saes, "fp32", token_budget=10_000, keep_features=keep
-        )
+        measured = measure_pairs(model, random_pairs(0, count), saes, "fp32", token_budget=10_000, keep_features=keep)
     assert len(measured) == count
     assert reads["read"] == reads["finished"] == 1
     assert sum(waits.found.values()) + reads["read"] <= 3, waits.found

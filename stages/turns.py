@@ -1,0 +1,181 @@
+"""What a value of a row says: text, or turns in any of the forms in which data sets write them.
+
+In: a value of JSON's. Out: text, `Message`s, tools. A turn is `role`/`content` (OpenAI's form) or `from`/`value`
+(ShareGPT's), its content text or parts of text; a list of turns may also be JSON in a text.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .chat import Message, Text
+
+# Who speaks, by the names that data sets have for them; ShareGPT's form knows no others.
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "developer": "developer",
+}
+CALLS = ("function_call", "tool_call")  # whose content is a call of a tool, as JSON
+# What else of a turn chat templates read, and what none reads here; any other key is like an ordinary extra column.
+READ = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking", "tool_plan")
+NOT_READ = ("audio", "image", "images", "video", "videos", "refusal")
+REPR = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)'\s*:")
+
+
+def read_text(value: Any, name: str) -> Text:
+    """The text or the turns in column `name`; null counts as empty text.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, list | dict):
+        raise ValueError(f"expected text or messages in {name!r}, found {type(value).__name__}")
+    return tuple(_message(message, name) for message in (value if isinstance(value, list) else [value]))
+
+
+def from_json(text: Any, name: str) -> Any:
+    """The message or messages that a text holds as JSON; anything else as it is.
+
+    Raises:
+        ValueError: it holds them as Python writes them, which is no JSON.
+    """
+    if not isinstance(text, str):
+        return text
+    if REPR.match(text):
+        raise ValueError(f"expected messages as JSON in {name!r}, found them as Python writes them; use json.dumps")
+    found = parsed(text)
+    messages = [parsed(one) if isinstance(one, str) else one for one in (found if isinstance(found, list) else [found])]
+    return found if messages and all(map(_is_message, messages)) else text
+
+
+def parsed(text: str) -> Any:
+    """The list or object that a text holds as JSON; None if it holds none."""
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        found = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no character
+        return found
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_tools(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
+    """JSON schemas of tools, each as `{"type": "function", "function": {"name": …}}`.
+
+    Raises:
+        ValueError: it is no list of them, nor JSON of one.
+    """
+    found = parsed(value) if isinstance(value, str) and value.strip() else value
+    if not found:
+        return ()
+    tools = []
+    for tool in found if isinstance(found, list) else [found]:
+        tool = _without_nulls(parsed(tool) if isinstance(tool, str) else tool)
+        if isinstance(tool, dict) and "function" not in tool and isinstance(tool.get("name"), str):
+            tool = {"type": "function", "function": tool}
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"expected tools as a list of JSON schemas with a name in {name!r}, found {value!r:.80}")
+        if isinstance(function.get("parameters"), str):
+            parameters = parsed(function["parameters"])
+            if not isinstance(parameters, dict):
+                raise ValueError(f"expected 'parameters' as a JSON schema in {name!r}, found {value!r:.80}")
+            tool = tool | {"function": function | {"parameters": parameters}}
+        tools.append(tool)
+    return tuple(tools)
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    role = value.get("role", value.get("from"))
+    return isinstance(role, str) and role.lower() in ROLES and bool({"content", "value", "tool_calls"} & set(value))
+
+
+def _message(value: Any, name: str) -> Message:
+    message = parsed(value) if isinstance(value, str) else value
+    of_sharegpt = isinstance(message, dict) and message.get("role") is None and "from" in message
+    role_key, content_key = ("from", "value") if of_sharegpt else ("role", "content")
+    if not isinstance(message, dict) or not isinstance(message.get(role_key), str):
+        raise ValueError(f"expected messages with 'role' and 'content' as text in {name!r}, found {value!r:.80}")
+    said = message[role_key]
+    role = ROLES.get(said.strip().lower(), said)
+    if of_sharegpt and said.strip().lower() not in ROLES:
+        raise ValueError(f"expected one of {', '.join(ROLES)} as 'from' in {name!r}, found {said!r:.80}")
+    for key in NOT_READ:
+        if message.get(key):
+            raise ValueError(f"expected messages of text in {name!r}, found {key!r} in one of {role!r}")
+    more = {key: message[key] for key in READ if message.get(key) not in (None, "", [])}
+    if message.get("function_call"):  # OpenAI's form before there were `tool_calls`
+        more["tool_calls"] = [message["function_call"]]
+    if content_key not in message and not more:
+        raise ValueError(f"expected messages with 'role' and 'content' as text in {name!r}, found {value!r:.80}")
+    content = _content(message.get(content_key), name, value)
+    if said.strip().lower() in CALLS:
+        more["tool_calls"], content = parsed(content), ""
+    if "tool_calls" in more:
+        more["tool_calls"] = _calls(more["tool_calls"], name)
+    return Message(role, content, more)
+
+
+def _content(content: Any, name: str, message: Any) -> str:
+    """Text, or parts of text one after another."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise ValueError(f"expected messages with 'role' and 'content' as text in {name!r}, found {message!r:.80}")
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"expected content as text or parts of text in {name!r}, found a part of type {kind!r}")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _calls(value: Any, name: str) -> list[dict[str, Any]]:
+    """Calls of tools in the one form that templates read, arguments as an object wherever they are one."""
+    calls = []
+    found = parsed(value) if isinstance(value, str) else value
+    for call in found if isinstance(found, list) else [found]:
+        call = _without_nulls(parsed(call) if isinstance(call, str) else call)
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"expected calls of tools with a name in {name!r}, found {value!r:.80}")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            inner = parsed(arguments)
+            arguments = inner if isinstance(inner, dict) else arguments
+        made = {"id": call["id"]} if call.get("id") else {}
+        calls.append({**made, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the fields that are null: where rows are a table, those that a row lacks are."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
