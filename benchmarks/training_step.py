@@ -59,7 +59,7 @@ def rows(results: dict[str, Result]) -> list[Result]:
         if "failed" in result:
             made.append(row | {"seconds a pair": result["failed"]})
         else:
-            made.append(row | beside(result, first) | {"batch": result["batch"]})
+            made.append(row | beside(result, first) | {"batch": result.get("batch")})
     return made
 
 
