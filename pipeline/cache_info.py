@@ -4,6 +4,7 @@ In: a cache's folder or URL. Out: a line for each fact, on the terminal.
 """
 
 from pathlib import Path
+from typing import Any
 
 from ..cache.manifest import Manifest
 from ..cache.reader import open_cache
@@ -32,12 +33,18 @@ def print_info(place: Path | str) -> None:
     line("skipped", ", ".join(f"{reason} {n}" for reason, n in sorted(manifest.skipped.items())) or "none")
     line("ties", f"{counts['ties']} ({'dropped' if meaning.drop_ties else 'kept'})")
     line("truncated", f"{counts['truncated_prompts']} prompts, {counts['truncated_responses']} responses")
+    if meaning.date is not None:
+        line("date", f"{meaning.date} to the chat template, which reads the clock")
     line("lengths", f"prompt up to {meaning.max_prompt_length}, with response up to {meaning.max_length} tokens")
     kept = "all" if meaning.keep_features is None else meaning.keep_features
     line("features kept", f"{kept} a response and site")
+    records = cache.provenance()
+    fits = records[-1].get("sae_fits") if records else None
     for number, site in enumerate(meaning.sites):
         line(f"site {number}", f"{site.site}: {site.architecture} SAE, width {site.width}, {site.sae[:12]}")
         line("", _feature_statistics(cache.folder, manifest, number))
+        if fits:
+            line("", _fit(fits[number]))
     if manifest.noise:
         mse = ", ".join(f"{value:.2g}" for value in manifest.noise.feature_mse)
         line("noise", f"between two packings: log-probs {manifest.noise.logp:.2g} nats, D_F {mse}")
@@ -46,13 +53,19 @@ def print_info(place: Path | str) -> None:
     line("versions", ", ".join(f"{name} {version}" for name, version in numerics.versions.items()))
     line("model", meaning.model[:12])
     line("fingerprint", meaning.fingerprint())
-    for record in cache.provenance():
+    for record in records:
         rate = record["scored_tokens"] / record["seconds"] if record["seconds"] else 0.0
         line(
             "provenance",
             f"{record['finished']} {record['host']}: {record['model']} over {record['dataset']}, {record['shards']} "
             f"shards, {record['scored_tokens']} tokens in {record['seconds']} s ({rate:.0f} tokens/s)",
         )
+
+
+def _fit(fit: dict[str, Any]) -> str:
+    """How the SAE did on the first pairs."""
+    explained = fit["explained_variance"]
+    return f"L0 {fit['l0']:.1f}, explained variance {'unknown' if explained is None else f'{explained:.3f}'} at first"
 
 
 def _feature_statistics(folder: Path, manifest: Manifest, site: int) -> str:

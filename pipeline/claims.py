@@ -40,9 +40,12 @@ def comparison_claims(records: Sequence[Record], correlations: Mapping[int, floa
 
     Args:
         records: of all methods, the reference included.
-        correlations: rank correlation of KL and feature MSE across methods, by step.
+        correlations: rank correlation of KL and feature MSE across methods, by step, under the first record's seed.
     """
     rows = by_row(records)
+    steps = ", ".join(f"step {step}: {value:.2f}" for step, value in sorted(correlations.items())) or "no ranks"
+    if len({record["seed"] for record in records}) > 1:
+        steps = f"seed {records[0]['seed']}: {steps}"
     return [
         _beats_reference(rows),
         _constraint_tells(rows),
@@ -50,7 +53,7 @@ def comparison_claims(records: Sequence[Record], correlations: Mapping[int, floa
         Claim(
             f"KL and feature MSE rank the methods alike at every step (rank correlation above {TOGETHER:g})",
             min(correlations.values()) > TOGETHER if correlations else None,
-            ", ".join(f"step {step}: {value:.2f}" for step, value in sorted(correlations.items())) or "no ranks",
+            steps,
         ),
         *(_cost_claims(rows)),
     ]

@@ -126,7 +126,7 @@ def configured(
     "precompute",
     *MODEL,
     *DATA,
-    *("turns", "date", "sae", "out", "keep_features", "token_budget", "shard_size", "compile"),
+    *("turns", "date", "sae", "allow_poor_sae", "out", "keep_features", "token_budget", "shard_size", "compile"),
     *("rank", "world_size", "engine", "workers", "repair"),
     resume="finished shards are kept: run the same command again to go on",
 )
@@ -185,7 +185,7 @@ def sft(config: RunConfig, given: frozenset[str]) -> None:
     *("base", "cache", "trust_hashes", "method", "reference", "sae", "site", "top_k", "token_budget"),
     *("prompts", "samples", "max_new_tokens", "temperature", "top_p", "generation_batch", "outputs", "questions"),
     *("seed", "out"),
-    resume="no metrics.json was written; empty --out, or give another",
+    resume="no metrics.json was written: run the same command again",
 )
 def evaluate(config: RunConfig, given: frozenset[str]) -> None:
     """Measure a policy on a held-out cache: accuracy, KL and feature MSE to the reference, diversity; or write answers.

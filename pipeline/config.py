@@ -89,6 +89,9 @@ class RunConfig(BaseModel):
     sae: tuple[str, ...] = Field(
         (), description="SAE: release:sae_id, a folder that SAELens saved, or params.npz@site. Repeatable."
     )
+    allow_poor_sae: bool = Field(
+        False, description="Use an SAE of which hardly a feature fires on this model, or which explains nothing of it."
+    )
     out: Place | None = Field(None, description="Folder to write; precompute: or a URL, as s3://bucket/cache.")
     device: str = Field("auto", description="auto (a GPU where there is one), cpu or cuda.")
     attention: Literal["auto", "eager", "packed", "packed_flex"] = Field(

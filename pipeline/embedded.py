@@ -43,11 +43,15 @@ def provide(config: RunConfig, fields: Sequence[str]) -> RunConfig:
         config: the configuration.
         fields: those that a command reads; what others name is left alone.
     """
-    found = {name: value for name in fields if in_the_world(value := getattr(config, name))}
-    if not found:
-        return config
     folder = world_folder()
-    build(folder)
+    if any(in_the_world(getattr(config, name)) for name in fields):
+        build(folder)
+    return located(config, fields, folder)
+
+
+def located(config: RunConfig, fields: Sequence[str], folder: Path) -> RunConfig:
+    """A configuration with what lies, or will lie, in the world's folder in place of its names."""
+    found = {name: value for name in fields if in_the_world(value := getattr(config, name))}
     return config.model_copy(update={name: _resolve(value, folder) for name, value in found.items()})
 
 
@@ -72,27 +76,37 @@ def world_folder() -> Path:
     return user_folder() / PROFILE / digest.hexdigest()[:12]
 
 
+def is_made(folder: Path) -> bool:
+    """Whether the world in a folder is whole."""
+    return (folder / "world.json").exists()
+
+
 def build(folder: Path) -> None:
     """Makes the world in `folder`, or what is missing of it.
 
     Two makers at once: the second waits for the first.
     """
-    if (folder / "world.json").exists():
+    if is_made(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"):
-        if (folder / "world.json").exists():
+        if is_made(folder):
             return
         console.print(f"making the embedded world in {folder}, once; some minutes on two cores")
         started = time.monotonic()
-        _write_data(folder / "data")
-        _write_base_model(folder)
+        begin(folder)
         fine_tuning, saes = world_steps(folder)
         run_steps(fine_tuning, jobs=1)
         run_steps([*fine_tuning, *saes], jobs=2)
         quality = {site: json.loads((folder / "saes" / site / "quality.json").read_text()) for site in SITES}
         facts = {"baselines": baselines(folder / "data"), "saes": quality, "seconds": time.monotonic() - started}
         write_atomically(folder / "world.json", json.dumps(facts, indent=1).encode())
+
+
+def begin(folder: Path) -> None:
+    """Writes what the world is trained from: the data, and a model with random weights; it takes seconds."""
+    _write_data(folder / "data")
+    _write_base_model(folder)
 
 
 def world_steps(folder: Path) -> tuple[list[Step], list[Step]]:

@@ -198,8 +198,8 @@ def _shortened(name: str) -> str:
 
 def print_plan(estimate: PlanEstimate) -> None:
     """Prints a line for each group of steps that differ in the seed (or the snapshot) alone, totals and assumptions."""
-    runs = sorted({str(one.step.out.parent) for one in estimate.steps})
-    table = Table(title=f"Folders of {', '.join(runs)}", title_justify="left", box=SIMPLE_HEAD, show_edge=False)
+    runs = estimate.steps[-1].step.out.parent  # before them may stand those that make the embedded world
+    table = Table(title=f"Folders of {runs}", title_justify="left", box=SIMPLE_HEAD, show_edge=False)
     table.add_column("step", overflow="fold", ratio=5)
     table.add_column("reads", overflow="fold", ratio=6)
     table.add_column("writes", overflow="ellipsis", no_wrap=True, width=24)

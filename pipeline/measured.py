@@ -57,7 +57,8 @@ def comparison_figures(
         curves: of the first seed's runs.
         folder: where PNG and SVG go.
     """
-    note = short_note(plan)
+    note, seed = short_note(plan), f"seed {plan.config.seeds[0]}"
+    note_of_seed = f"{note}; {seed} alone" if len(plan.config.seeds) > 1 else note
     trained = {row: found for row, found in by_row(records).items() if row != "sft"}
     memory = {row: [record["train/peak_memory_bytes"] / 1e6 for record in found] for row, found in trained.items()}
     chosen, rejected = (
@@ -73,8 +74,8 @@ def comparison_figures(
         ),
         (
             "figure-3",
-            "Figure 3: sequential KL to the reference on held-out pairs over training.",
-            lambda: figures.kl_over_training(curves, note),
+            f"Figure 3: sequential KL to the reference on held-out pairs over training, {seed}.",
+            lambda: figures.kl_over_training(curves, note_of_seed),
         ),
         (
             "figure-4-left",
@@ -88,13 +89,13 @@ def comparison_figures(
         ),
         (
             "kl-against-mse",
-            "Not in the paper: KL against feature MSE across methods at equal steps.",
-            lambda: figures.kl_against_mse(curves, note),
+            f"Not in the paper: KL against feature MSE across methods at equal steps, {seed}.",
+            lambda: figures.kl_against_mse(curves, note_of_seed),
         ),
         (
             "token-bound",
-            "Not in the paper: per token, the KL against the bound of its Appendix B.",
-            lambda: figures.token_bound(bound_tokens(plan, runs, records), note),
+            f"Not in the paper: per token, the KL against the bound of its Appendix B, {seed}.",
+            lambda: figures.token_bound(bound_tokens(plan, runs, records), note_of_seed),
         ),
     ]
     made = []

@@ -15,7 +15,7 @@ from typing import Any
 from ..cache.files import canonical_json
 from ..stages.methods import METHODS
 from .config import RunConfig, has_section, load_config
-from .embedded import in_the_world, provide
+from .embedded import in_the_world, located, world_folder
 from .figure_data import LABELS
 from .jobs import Step
 
@@ -31,6 +31,9 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "fpo-alpha0": {"method": "fpo", "alpha": 0.0},
 }
 ALPHAS = (0.1, 0.5, 1.0, 2.0)
+
+# Fields of `table` and `tune` that may name what is in the embedded world.
+OF_THE_WORLD = ("model", "sae")
 
 WHERE = {
     "out",
@@ -75,6 +78,7 @@ class Plan:
         base_model: what was fine-tuned.
         model: the reference and every policy's start.
         saes: the SAE at each site.
+        world: the folder of the embedded world, whether or not it has been made.
     """
 
     name: str
@@ -83,6 +87,7 @@ class Plan:
     base_model: str
     model: str
     saes: Mapping[str, str]
+    world: Path
 
     def comparison(self) -> list[Run]:
         """The paper's methods, each under every seed."""
@@ -158,7 +163,8 @@ class Plan:
 
     def cache(self, split: str) -> Step:
         """Stage one over a split, with every SAE that a table needs."""
-        config = provide(self._load("precompute", {"model": self.model, "split": split}), ("dataset",))
+        config = self._load("precompute", {"model": self.model, "split": split})
+        config = located(config, ("dataset",), self.world)
         config = config.model_copy(update={"sae": tuple(self.saes.values())})
         return self._step("precompute", split, config, *self.base)
 
@@ -187,18 +193,20 @@ def _settings(train: Step) -> str:
     return canonical_json(content | {name: value for name, value in defaults.items() if content[name] is None})
 
 
-def make_plan(name: str, config: RunConfig) -> Plan:
+def make_plan(name: str, config: RunConfig, world: Path | None = None) -> Plan:
     """The plan of a profile.
 
     Args:
         name: profile or file.
         config: its settings for `table` or `tune`, `runs` included.
+        world: the folder of the embedded world; default the user's.
 
     Raises:
         ValueError: if there is not one SAE a site, or none at a site that the methods or ablations read.
     """
     has_sft = has_section(name, "sft") and not in_the_world(config.model)
-    config = provide(config, ("model", "sae"))
+    world = world or world_folder()
+    config = located(config, OF_THE_WORLD, world)
     if len(config.sae) != len(config.site) or not config.sae:
         raise ValueError(
             f"{name}: for: table: expected one site for each SAE, found {len(config.site)} sites and "
@@ -213,10 +221,10 @@ def make_plan(name: str, config: RunConfig) -> Plan:
         )
     assert config.model is not None
     if not has_sft:
-        return Plan(name, config, (), config.model, config.model, saes)
+        return Plan(name, config, (), config.model, config.model, saes, world)
     assert config.runs is not None
     sft = make_step("sft", "sft", load_config(name, {}, "sft"), config.runs)
-    return Plan(name, config, (sft,), config.model, str(sft.out), saes)
+    return Plan(name, config, (sft,), config.model, str(sft.out), saes, world)
 
 
 def make_step(command: str, label: str, config: RunConfig, runs: Path, *needs: Step) -> Step:

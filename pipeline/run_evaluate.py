@@ -1,8 +1,8 @@
 """`fpo evaluate`: the metrics of method.md section 6 for one policy, and its answers to a benchmark's questions.
 
-In: a `RunConfig`, and which options were given on the command line. Out: in `--out` the answers, `run.yaml`, every
+In: a `RunConfig`, and which options were given on the command line. Out: in `--out` `run.yaml`, the answers, every
 measured pair, token and sample, and last, when all else is there, `metrics.json`; its content on the terminal. What can
-be refused is refused before anything is written.
+be refused is refused before anything is written; an interrupted evaluation starts over when it is run again.
 """
 
 import datetime
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from ..cache.files import atomic_file, write_atomically
+from ..cache.files import atomic_file, remove_leftovers, write_atomically
 from ..cache.reader import Cache, open_cache
 from ..cache.schema import Pair
 from ..stages.adapters import AdapterSource, load_adapter
@@ -43,6 +43,7 @@ from ..stages.supported import load_supported
 from ..stages.token_bound import token_bound
 from .config import RunConfig, to_yaml
 from .inputs import (
+    check_folder,
     check_new,
     device_of,
     find_reference,
@@ -53,11 +54,15 @@ from .inputs import (
     tokenizer_of_cache,
 )
 from .progress import PairProgress, console
+from .run_record import FINISHED, RECORD, differing, mark_finished, read_record, sole_writer
 
 # Options that say how a cache is measured, and how answers are generated.
 OF_CACHE = ("trust_hashes", "method", "reference", "sae", "site", "top_k", "token_budget", "prompts", "samples")
 OF_FEATURES = ("site", "top_k")
 OF_SAMPLING = ("max_new_tokens", "temperature", "top_p", "generation_batch", "seed")
+
+# What is written, but for the record.
+OUTPUTS = ("answers-*.json*", "pairs.parquet", "tokens.parquet", "samples.jsonl", "metrics.json")
 
 # Appendix B's bound is measured on so many pairs: tens of thousands of tokens.
 BOUND_PAIRS = 64
@@ -89,7 +94,7 @@ def run_evaluate(config: RunConfig, given: frozenset[str]) -> None:
     _check_options(config, given)
     questions = read_questions(config.questions, config.outputs) if config.questions and config.outputs else []
     _check_sampling(config, given, questions)
-    check_new(out)
+    _check_out(config, out, {})  # once more below, with the hashes of what is measured
     inputs = _prepare(config)
     if inputs.is_reference and "method" in given:
         raise ValueError(
@@ -103,23 +108,64 @@ def run_evaluate(config: RunConfig, given: frozenset[str]) -> None:
         seed=config.seed,
         batch=config.generation_batch,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    if questions:
-        _write_answers(config, inputs, sampling, sum(len(question.prompts) for question in questions), out)
-    record: dict[str, Any] = {"model_sha256": inputs.source.sha256}
+    identity = {"command": "evaluate", "model_sha256": inputs.source.sha256}
     if inputs.cache is not None:
-        record["cache_fingerprint"] = inputs.cache.manifest.meaning.fingerprint()
-    versions = {name: importlib.metadata.version(name) for name in ("fpo", "torch", "transformers", "sae-lens")}
-    write_atomically(out / "run.yaml", to_yaml(config, record | {"versions": versions}).encode())
-    if inputs.cache is None:
-        return
-    metrics = _measure_pairs(config, inputs, inputs.cache, out)
+        identity["cache_fingerprint"] = inputs.cache.manifest.meaning.fingerprint()
+    day = {} if inputs.chat.date is None else {"date": inputs.chat.date.isoformat()}
+    with sole_writer(out):
+        _check_out(config, out, identity)
+        _remove_interrupted(out)
+        versions = {name: importlib.metadata.version(name) for name in ("fpo", "torch", "transformers", "sae-lens")}
+        write_atomically(out / RECORD, to_yaml(config, identity | day | {"versions": versions}).encode())
+        if questions:
+            _write_answers(config, inputs, sampling, sum(len(question.prompts) for question in questions), out)
+        if inputs.cache is not None:
+            metrics = _measure(config, inputs, inputs.cache, sampling, out, identity | day)
+            _print_metrics(metrics)
+        mark_finished(out)
+    if inputs.cache is not None:
+        console.print(f"{out}: metrics.json, and what it was computed from")
+
+
+def _measure(
+    config: RunConfig, inputs: _Inputs, cache: Cache, sampling: Sampling, out: Path, identity: Mapping[str, str]
+) -> dict[str, Estimate]:
+    """Writes what was measured and, last, `metrics.json`; returns the metrics."""
+    metrics = _measure_pairs(config, inputs, cache, out)
     if inputs.prompts:
         metrics |= _measure_diversity(config, inputs, sampling, out)
-    document = {"metrics": metrics, "pairs": len(inputs.cache), **record}
+    hashes = {name: value for name, value in identity.items() if name != "command"}
+    document = {"metrics": metrics, "pairs": len(cache), **hashes}
     write_atomically(out / "metrics.json", (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
-    _print_metrics(metrics)
-    console.print(f"{out}: metrics.json, and what it was computed from")
+    return metrics
+
+
+def _check_out(config: RunConfig, out: Path, identity: Mapping[str, str]) -> None:
+    """Refuses a folder that holds anything but an interrupted evaluation of the same settings, which starts over.
+
+    Raises:
+        ValueError: it does.
+    """
+    check_folder(out)
+    if out.is_dir():
+        remove_leftovers(out)
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    found = read_record(out, "--out") if (out / RECORD).is_file() else {}
+    if found.get("command") != "evaluate" or FINISHED in found:
+        check_new(out)
+    if changed := differing(found, config, identity, ("out", "trust_hashes", "date")):
+        raise ValueError(
+            f"--out: expected the settings of the interrupted evaluation in {out}; {changed}; give another folder, or "
+            "empty it"
+        )
+
+
+def _remove_interrupted(out: Path) -> None:
+    """Removes what an interrupted evaluation left."""
+    for pattern in OUTPUTS:
+        for path in out.glob(pattern):
+            path.unlink()
 
 
 def _check_options(config: RunConfig, given: frozenset[str]) -> None:

@@ -15,8 +15,9 @@ from ..stages.models import attentions_to_try, check_vocabulary, load_model
 from ..stages.precompute import precompute, repair
 from ..stages.preferences import Limits, Preferences
 from ..stages.reference import Reference
+from ..stages.sae_quality import check_fit, first_pairs, fit_on_pairs
 from ..stages.sites import check_fits
-from ..stages.supported import load_supported
+from ..stages.supported import check_length, load_supported
 from .config import RunConfig, to_yaml
 from .inputs import check_folder, compiles, device_of, load_data, load_saes, required
 from .progress import PairProgress, console
@@ -51,6 +52,9 @@ def _run_worker(config: RunConfig, out: Place, rank: int, world_size: int) -> tu
             "--workers: only --engine ray reads it; leave it out, or start several processes with torchrun"
         )
     reference, preferences, limits, settings = load_stage_one(config)
+    for sae, fit in zip(reference.saes, reference.fits, strict=False):
+        if rank == 0:
+            console.print(f"{sae.site.name}: {fit}")
     if config.repair:
         return _repair(reference, preferences, limits, out, settings), preferences.guessed_prompts, 0.0
     with PairProgress(len(preferences)) as progress:
@@ -109,6 +113,7 @@ def load_stage_one(config: RunConfig) -> tuple[Reference, Preferences, Limits, d
         partial(load_model, source, device=device), attentions_to_try(config.attention, source, device), console.print
     )
     check_vocabulary(model, chat.tokenizer, chat.probe_ids)
+    check_length(model, limits.max_length)
     for sae in saes:
         check_fits(sae, model)
     settings = {
@@ -120,7 +125,12 @@ def load_stage_one(config: RunConfig) -> tuple[Reference, Preferences, Limits, d
         "keep_date": config.date is None,
         "options": to_yaml(config.model_copy(update={"rank": None, "world_size": None})),  # the same for all workers
     }
-    return Reference(source, model, chat, saes, config.dtype), preferences, limits, settings
+    pairs = first_pairs(model, preferences, chat, limits)
+    fits = fit_on_pairs(model, pairs, saes, config.dtype, token_budget=config.token_budget) if pairs else []
+    if not config.allow_poor_sae:
+        for sae, fit in zip(saes, fits, strict=False):
+            check_fit(sae, fit)
+    return Reference(source, model, chat, saes, config.dtype, tuple(fits)), preferences, limits, settings
 
 
 def _print_totals(manifest: Manifest, out: Place, guessed: int, tokens_per_second: float) -> None:

@@ -17,7 +17,7 @@ from ..stages.conversations import load_conversations
 from ..stages.models import attentions_to_try, check_vocabulary, find_model, load_model, load_tokenizer
 from ..stages.row_config import RowConfig
 from ..stages.sft import SFTTrainer
-from ..stages.supported import load_supported
+from ..stages.supported import check_length, load_supported
 from .config import RunConfig
 from .inputs import chat_of, device_of, required
 from .plain_yaml import read_yaml
@@ -78,6 +78,7 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
     model = load_supported(partial(load_model, source, device=device), attentions, console.print)
     model.name_or_path = source.lasting_name
     check_vocabulary(model, tokenizer, chat.probe_ids)
+    check_length(model, config.max_length)
     _stop_at(model, chat.end_id)
     tokenizer.chat_template = chat.template
     with missing_trackers():

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -15,11 +16,12 @@ from ..stages.models import attentions_to_try, check_tokens, check_vocabulary, l
 from ..stages.preferences import tokenize_pair
 from ..stages.saving import move_model
 from ..stages.sites import parse_site
-from ..stages.supported import load_supported
+from ..stages.supported import check_length, load_supported
 from ..stages.train_sae import train_sae
 from .config import RunConfig, to_yaml
 from .inputs import check_folder, device_of, load_data, required
 from .progress import console
+from .run_record import sole_writer
 
 
 def run_train_sae(config: RunConfig) -> None:
@@ -27,9 +29,7 @@ def run_train_sae(config: RunConfig) -> None:
     _, _, (site_name, *more), out = required(config, "model", "dataset", "site", "out")
     if more:
         raise ValueError(f"--site: expected one site to train an SAE for, found {len(more) + 1}")
-    check_folder(out)
-    if (out / "cfg.json").exists():
-        raise FileExistsError(f"{out} already holds an SAE: choose another folder or remove it")
+    _check_out(out)  # once more below: others may have come meanwhile
     site = parse_site(site_name)
     source, preferences, chat, limits = load_data(config)
     device = device_of(config)
@@ -37,6 +37,7 @@ def run_train_sae(config: RunConfig) -> None:
         partial(load_model, source, device=device), attentions_to_try(config.attention, source, device), console.print
     )
     check_vocabulary(model, chat.tokenizer, chat.probe_ids)
+    check_length(model, limits.max_length)
     sequences, seen = [], set()
     for row in range(len(preferences)):
         pair = tokenize_pair(preferences.example(row), row, chat, limits).pair
@@ -49,23 +50,32 @@ def run_train_sae(config: RunConfig) -> None:
                 seen.add(conversation.tobytes())
                 sequences.append(conversation)
     console.print(f"{len(sequences)} conversations, {sum(map(len, sequences))} tokens, site {site.name}")
-    new = out / ".new"
-    shutil.rmtree(new, ignore_errors=True)  # of a run that was stopped while it saved
-    quality = train_sae(
-        model,
-        sequences,
-        site=site,
-        width=config.width,
-        tokens=config.tokens,
-        out=new,
-        model_name=source.name,
-        target_l0=config.target_l0,
-        seed=config.seed,
-    )
-    write_atomically(new / "quality.json", json.dumps(asdict(quality), indent=1).encode())
-    write_atomically(new / "run.yaml", to_yaml(config).encode())
-    move_model(new, out)
+    with sole_writer(out):
+        _check_out(out)
+        new = out / ".new"
+        shutil.rmtree(new, ignore_errors=True)  # of a run that was stopped while it saved
+        quality = train_sae(
+            model,
+            sequences,
+            site=site,
+            width=config.width,
+            tokens=config.tokens,
+            out=new,
+            model_name=source.name,
+            target_l0=config.target_l0,
+            seed=config.seed,
+        )
+        write_atomically(new / "quality.json", json.dumps(asdict(quality), indent=1).encode())
+        write_atomically(new / "run.yaml", to_yaml(config).encode())
+        move_model(new, out)
     console.print(
         f"{out}: L0 {quality.l0:.1f}, explained variance {quality.explained_variance:.3f}, "
         f"dead features {quality.dead:.1%}, on {quality.tokens} held-out tokens after {quality.passes:.1f} passes"
     )
+
+
+def _check_out(out: Path) -> None:
+    """Refuses a folder that holds an SAE; what a stopped run left of one is replaced."""
+    check_folder(out)
+    if (out / "cfg.json").exists():
+        raise FileExistsError(f"{out} already holds an SAE: choose another folder or remove it")

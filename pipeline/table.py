@@ -4,6 +4,7 @@ In: a profile's name and its settings. Out: `results/<profile>/`: Markdown, CSV 
 figures as PNG and SVG, and a self-contained HTML page. Runs lie in `runs/<profile>/`; what is there is not run again.
 """
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from ..cache.files import write_atomically
 from .claims import Claim, ablation_claims, comparison_claims
 from .config import RunConfig
+from .embedded import begin, in_the_world, is_made, provide, world_folder, world_steps
 from .estimates import estimate_plan, print_plan
 from .facts import facts_of, note_of
 from .figure_data import rank_correlations
@@ -18,7 +20,7 @@ from .jobs import Step, run_steps, seconds_of
 from .measured import comparison_figures, curves_of
 from .page import Page, PageFigure, PageTable, write_page
 from .paper import paper_columns, win_rates
-from .plan import Plan, Run, make_plan
+from .plan import OF_THE_WORLD, Plan, Run, make_plan
 from .preflight import missing
 from .progress import console
 from .results import (
@@ -68,18 +70,14 @@ def run_table(name: str, config: RunConfig, *, ablations: bool, dry_run: bool) -
     config = config.model_copy(
         update={"runs": config.runs or Path("runs") / stem, "out": config.out or Path("results") / stem}
     )
-    plan = make_plan(name, config)
-    steps = [*plan.base, plan.train_cache, plan.heldout_cache]
-    parts = _ablations(plan) if ablations else {"comparison": plan.comparison()}
-    runs = [run for part in parts.values() for run in part]
-    steps += unique([step for run in runs for step in (run.train, plan.evaluation(run)) if step])
-    lacking = missing(steps, config.jobs)
     if dry_run:
-        for line in lacking:
-            console.print(f"missing: {line}")
-        print_plan(estimate_plan(steps, config.jobs))
+        _print_plan(name, config, ablations)
         return
-    if lacking:
+    provide(config, OF_THE_WORLD)
+    plan = make_plan(name, config)
+    parts, steps = _parts(plan, ablations)
+    runs = [run for part in parts.values() for run in part]
+    if lacking := missing(steps, config.jobs):
         raise ValueError(f"{name}: nothing was started: {'; '.join(lacking)}")
     run_steps(steps, config.jobs)
     if not ablations:
@@ -93,6 +91,30 @@ def run_table(name: str, config: RunConfig, *, ablations: bool, dry_run: bool) -
         _report_ablations(plan, parts, facts)
     else:
         _report_comparison(plan, runs, facts)
+
+
+def _parts(plan: Plan, ablations: bool) -> tuple[dict[str, list[Run]], list[Step]]:
+    """The runs of each table, and the steps that lead to them; snapshots are evaluated after these."""
+    parts = _ablations(plan) if ablations else {"comparison": plan.comparison()}
+    runs = [run for part in parts.values() for run in part]
+    steps = unique([step for run in runs for step in (run.train, plan.evaluation(run)) if step])
+    return parts, [*plan.base, plan.train_cache, plan.heldout_cache, *steps]
+
+
+def _print_plan(name: str, config: RunConfig, ablations: bool) -> None:
+    """What would be run and what is missing; the embedded world is not made for it, but planned too."""
+    with tempfile.TemporaryDirectory(prefix="embedded-world-") as scratch:
+        world, making = world_folder(), []
+        if any(in_the_world(getattr(config, field)) for field in OF_THE_WORLD) and not is_made(world):
+            console.print("the embedded world is not made yet: the first steps make it, once")
+            world = Path(scratch)
+            begin(world)
+            fine_tuning, saes = world_steps(world)
+            making = [*fine_tuning, *saes]
+        _, steps = _parts(make_plan(name, config, world), ablations)
+        for line in missing([*making, *steps], config.jobs):
+            console.print(f"missing: {line}")
+        print_plan(estimate_plan([*making, *steps], config.jobs))
 
 
 def unique(steps: Sequence[Step]) -> list[Step]:

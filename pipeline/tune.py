@@ -11,8 +11,9 @@ from pathlib import Path
 from ..cache.files import write_atomically
 from ..stages.methods import METHODS
 from .config import RunConfig
+from .embedded import provide
 from .jobs import run_steps
-from .plan import Plan, Run, make_plan
+from .plan import OF_THE_WORLD, Plan, Run, make_plan
 from .progress import console
 from .results import Record, read_record
 
@@ -32,6 +33,7 @@ def run_tune(name: str, config: RunConfig) -> None:
     out = config.out or Path("results") / stem
     assert isinstance(out, Path)
     config = config.model_copy(update={"runs": config.runs or Path("runs") / stem, "out": out})
+    provide(config, OF_THE_WORLD)
     plan = make_plan(name, config.model_copy(update={"heldout_split": config.validation_split}))
     runs = [run for method in METHODS for run in trials(plan, method)]
     steps = [*plan.base, plan.train_cache, plan.heldout_cache, *(run.train for run in runs if run.train)]

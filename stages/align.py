@@ -78,27 +78,28 @@ class FPOTrainer(RowTrainer):
             if cache is not None:
                 _check_is_cache(name, cache)
                 check_cache(cache, saes, args.recipe, args.top_k)
+        policy: Any = model
         if isinstance(model, str):
             source = find_model(model)
-            model = load_supported(
+            policy = load_supported(
                 partial(load_model, source, device=args.device), attentions_to_try("auto", source, args.device)
             )
-            model.name_or_path = source.lasting_name
+            policy.name_or_path = source.lasting_name
             processing_class = load_tokenizer(source) if processing_class is None else processing_class
         for cache in (train_dataset, eval_dataset):
             if cache is not None:
                 name, token = cache.largest_token()
-                check_tokens(causal_lm(model), [(f"cache {cache.folder}, pair {name}", [token])], processing_class)
+                check_tokens(causal_lm(policy), [(f"cache {cache.folder}, pair {name}", [token])], processing_class)
         if processing_class is not None:
             with_template(processing_class, train_dataset.manifest.meaning, args.allow_different_start)
         for sae in saes:
             sae.sae.to(args.device)
-        self.policy, self.train_cache, self.saes = model, train_dataset, tuple(saes)
+        self.policy, self.train_cache, self.saes = policy, train_dataset, tuple(saes)
         self._constraint_step = -1
         self.sites = [sae.site for sae in self.saes]
-        pad_to, windows = row_layout(model)
+        pad_to, windows = row_layout(policy)
         super().__init__(
-            model,
+            policy,
             args,
             data_collator=RowCollator(args.token_budget, pad_to, tuple(sae.width for sae in self.saes), windows),
             train_dataset=train_dataset,

@@ -47,8 +47,9 @@ def before(told: Turns, chosen: Text, rejected: Text) -> Turns:
 
 
 def bare(text: str) -> str:
-    """A text without what data sets change in one of two copies: case and white space."""
-    return " ".join(text.casefold().split())
+    """A text without what data sets change in one of two copies: case, white space and punctuation."""
+    letters = "".join(filter(str.isalnum, text.casefold()))
+    return letters or " ".join(text.split())
 
 
 def split_turns(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:

@@ -13,7 +13,18 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from .cutting import Answer, Cutter, Lesson, Span
-from .rendering import ANEW, EMPTY, LEFT_OUT, SHARED, SPEAKERS, Renderer, SkipError, TemplateRefusalError, Tools
+from .rendering import (
+    ANEW,
+    EMPTY,
+    LEFT_OUT,
+    OPENING,
+    SHARED,
+    SPEAKERS,
+    Renderer,
+    SkipError,
+    TemplateRefusalError,
+    Tools,
+)
 
 # Gemma's turns, for base models, whose tokenizers carry no template.
 GEMMA_TURNS = (
@@ -234,9 +245,9 @@ class ChatFormat:
                 try:
                     found.append(self._answer(before, message, tools))
                 except SkipError as error:
-                    if reasons is None or error.reason != ANEW:
+                    if reasons is None or error.reason not in (ANEW, OPENING):
                         raise
-                    reasons.append(ANEW)
+                    reasons.append(error.reason)
             before = (*before, message)
         return found
 
@@ -245,7 +256,7 @@ class ChatFormat:
         asked = self._render(prompt, True, tools)
         text = self._render((*prompt, answer), False, tools)
         if not text.startswith(asked):
-            text = self._as_served(asked, text, answer.content)
+            text = self._as_served(asked, text, answer.content, self._render(prompt, False, tools).rstrip())
         if text.endswith(self._closing):
             closing = self._closing
         else:  # a call of a tool may be closed by a token of its own
@@ -264,7 +275,7 @@ class ChatFormat:
             )
         return Answer(asked, text[: len(text) - len(closing)] + closing.rstrip())
 
-    def _as_served(self, asked: str, text: str, content: str) -> str:
+    def _as_served(self, asked: str, text: str, content: str, before: str) -> str:
         """The text of an answer that begins with what the template writes itself when it asks for one, as `<think>`.
 
         The model is asked with that; the template renders answers without it, and some without the whole reasoning.
@@ -273,7 +284,7 @@ class ChatFormat:
         for start in range(shared, max(0, len(asked) - len(content)) - 1, -1):
             if content.startswith(asked[start:]):
                 return asked[:start] + content + self._closing
-        raise SkipError(ANEW, _anew(asked))
+        raise SkipError(OPENING if text.startswith(before) else ANEW, _anew(asked))
 
     def _response(self, prompt_ids: list[int], answers: list[Answer], turns: Turned, appends_eos: bool) -> Response:
         ids, spans = self._cutter.cut(answers, appends_eos)

@@ -13,9 +13,11 @@ SCORES = ("score_chosen", "score_rejected")
 # Columns that hold a part of the conversation, as `plain_name` has them; some are read, the others refused.
 PARTS = {
     *("prompt", "prompts", "user_prompt", "user_message", "instruction", "instructions", "input", "inputs"),
-    *("question", "questions", "query", "queries", "problem", "context", "history", "chat_history"),
+    *("question", "questions", "query", "queries", "problem", "request", "user_input", "user_query"),
+    *("history", "chat_history", "conversation_history", "dialogue_history", "dialog_history"),
+    *("context", "contexts", "passage", "passages", "article", "background", "persona"),
     *("message", "messages", "conversation", "conversations", "dialog", "dialogue", "turns"),
-    *("system", "system_prompt", "system_message", "tools", "functions", "document", "documents"),
+    *("system", "system_prompt", "system_message", "system_instruction", "tools", "functions", "document", "documents"),
     *("image", "images", "video", "videos", "audio", "audios"),
 }
 # Words in the name of a column that is no prompt, though it holds text.
@@ -35,13 +37,23 @@ KNOWN_AS = {
         *("dispreferred", "unpreferred", "non_preferred", "lose", "loser", "losing", "negative", "neg", "bad", "worse"),
         *("worst", "rejected_response", "response_rejected", "rejected_answer", "y_l"),
     ),
-    "prompt": ("query", "problem", "user_prompt", "user_message", "prompts", "post"),
+    "prompt": (
+        "query",
+        "problem",
+        "request",
+        "user_prompt",
+        "user_message",
+        "user_input",
+        "user_query",
+        "prompts",
+        "post",
+    ),
     "messages": ("conversation", "dialog", "dialogue", "turns", "chat"),
-    "system": ("system_prompt", "system_message"),
+    "system": ("system_prompt", "system_message", "system_instruction"),
     "tools": ("functions",),
     "instruction": ("instructions",),
     "question": ("questions",),
-    "history": ("chat_history",),
+    "history": ("chat_history", "conversation_history", "dialogue_history", "dialog_history"),
     "input": ("inputs",),
 }
 
@@ -81,6 +93,6 @@ def unknown_columns(wanted: Collection[str], columns: Collection[str]) -> str:
     found = ", ".join(map(repr, columns))
     options = [f"--map {option(new, known_as(new, columns) or 'COLUMN')}" for new in wanted if new not in columns]
     return (
-        f"found columns {found}, expected {', '.join(map(repr, wanted))}, which is the nearest of the shapes in "
-        f"docs/data.md; rename columns with {' '.join(options)}"
+        f"found columns {found}, expected {', '.join(map(repr, wanted))}, the nearest of the shapes in docs/data.md; "
+        f"rename columns with {' '.join(options)}"
     )

@@ -25,7 +25,7 @@ from .chat import ChatFormat, Turns, is_blank
 from .models import tokenizer_sha256
 from .packing import Conversation
 from .raw_rows import load_rows, parse_row
-from .rendering import ANEW, EMPTY, LEFT_OUT, REFUSED, SHARED, SkipError, Tools
+from .rendering import ANEW, EMPTY, LEFT_OUT, OPENING, REFUSED, SHARED, SkipError, Tools
 from .shapes import check_readable, conversation_column, read_conversation
 
 CONVERSATION_SKIP_REASONS = (
@@ -35,6 +35,7 @@ CONVERSATION_SKIP_REASONS = (
     EMPTY,
     SHARED,
     ANEW,
+    OPENING,
     LEFT_OUT,
     REFUSED,
     "no learnt token after truncation",
@@ -90,8 +91,8 @@ class Conversations:
         ids = self._table.column("ids")
         largest = pc.list_flatten(ids).to_numpy()
         place = int(np.argmax(largest))
-        row = int(np.searchsorted(np.cumsum(pc.list_value_length(ids).to_numpy()), place, side="right"))
-        return f"row {row}", int(largest[place])
+        number = int(np.searchsorted(np.cumsum(pc.list_value_length(ids).to_numpy()), place, side="right"))
+        return f"row {self._table.column('row')[number].as_py()}", int(largest[place])
 
     @cached_property
     def sha256(self) -> str:

@@ -85,8 +85,8 @@ ARCHITECTURES = {
 }
 # Carried over below, each in a way of its own.
 DERIVED = {"attention.key_length", "attention.value_length", "attention.scale", "attention.sliding_window_pattern"}
-# Says nothing of what is computed.
-IRRELEVANT = {"tensor_data_layout", "rope.scaling.finetuned"}
+# Says nothing of what is computed: of StableLM's layers it is the tensors that say whether they run side by side.
+IRRELEVANT = {"tensor_data_layout", "rope.scaling.finetuned", "use_parallel_residual"}
 # Changes nothing where it has this value.
 NEUTRAL: dict[str, Any] = {
     "expert_count": 0,

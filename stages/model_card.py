@@ -107,7 +107,7 @@ def training_facts(args: RowConfig, model: nn.Module) -> dict[str, str]:
         args: the settings.
         model: what it began with, in its adapter if it has one.
     """
-    settings = args.lr_scheduler_kwargs or {}
+    settings = args.schedule_settings
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     facts = {

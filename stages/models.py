@@ -185,7 +185,8 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
             f"model {source.name}: expected finite weights, found infinities in {len(infinite)} of them, as "
             f"{infinite[0]}; give another copy"
         )
-    silence_modules(model)
+    with reading(f"model {source.name}: transformers cannot run it"):
+        silence_modules(model)
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 

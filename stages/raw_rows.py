@@ -130,7 +130,7 @@ def _of_files(files: list[Path], source: str, split: str, new_names: dict[str, s
         )
     columns: dict[str, str | None] = {}
     for file in files:
-        with reading(f"{source}: not readable as rows: {file.name}"):
+        with reading(f"{file}: not readable as rows"):
             for name, unread in columns_of(file).items():
                 columns[name] = columns.get(name) or unread
     columns = _renamed(columns, new_names, source)

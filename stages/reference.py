@@ -6,9 +6,10 @@ its numbers) and a line of its provenance.
 
 import datetime
 import importlib.metadata
+import math
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .anatomy import decoder_layers
 from .body import are_compiled
 from .models import ModelSource, Recipe, tokenizer_sha256
 from .preferences import SKIP_REASONS, ChatFormat, Limits, Preferences
+from .sae_quality import SAEFit
 from .sites import SiteSAE
 
 
@@ -33,6 +35,7 @@ class Reference:
         chat: tokenizer and chat template.
         saes: the SAEs of the sites to read, in the cache's order.
         recipe: the compute recipe.
+        fits: of each SAE on the first pairs of the data; empty if it was not measured.
     """
 
     source: ModelSource
@@ -40,6 +43,7 @@ class Reference:
     chat: ChatFormat
     saes: tuple[SiteSAE, ...]
     recipe: Recipe
+    fits: tuple[SAEFit, ...] = ()
 
 
 def describe_numerics(model: Any, token_budget: int, shard_size: int) -> Numerics:
@@ -92,6 +96,10 @@ def provenance(
         "host": platform.node(),
         "model": reference.source.name,
         "saes": [sae.spec for sae in reference.saes],
+        "sae_fits": [
+            {name: value if math.isfinite(value) else None for name, value in asdict(fit).items()}
+            for fit in reference.fits
+        ],
         "dataset": preferences.source,
         "shards": shards,
         "scored_tokens": tokens,

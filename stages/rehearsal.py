@@ -33,11 +33,13 @@ SAMPLING: dict[str, Any] = {
 STATE_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "rmsprop": 4}
 
 
-def rehearse(trainer: Any) -> None:
+def rehearse(trainer: Any, *, resumed: bool) -> None:
     """Does on rank 0, without the weights, what the end of a run does.
 
     Args:
         trainer: a `RowTrainer`.
+        resumed: whether it goes on from a checkpoint, whose model and tokenizer were saved as the last ones will be:
+            then nothing is written.
 
     Raises:
         ValueError: something could not be saved or read back, or a tracker could not be started.
@@ -55,9 +57,10 @@ def rehearse(trainer: Any) -> None:
     with saving(out):
         out.mkdir(parents=True, exist_ok=True)
         check_space(trainer, out)
-        with temporary_folder(out) as folder, reading("model: transformers cannot save it and read it back"):
-            _save(trainer, folder)
-            _read_back(folder, tokenizer)
+        if not resumed:
+            with temporary_folder(out) as folder, reading("model: transformers cannot save it and read it back"):
+                _save(trainer, folder)
+                _read_back(folder, tokenizer)
     _start_trackers(trainer)
 
 
@@ -116,8 +119,8 @@ def _bytes_to_come(trainer: Any) -> int:
     args = trainer.args
     trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     saved = trained if hasattr(trainer.model, "peft_config") else list(trainer.model.parameters())
-    weights = sum(weight.numel() * weight.element_size() for weight in saved)
-    state = sum(weight.numel() for weight in trained) * STATE_BYTES.get(
+    weights: int = sum(weight.numel() * weight.element_size() for weight in saved)
+    state: int = sum(weight.numel() for weight in trained) * STATE_BYTES.get(
         str(getattr(args.optim, "value", args.optim)), 0
     )
     if str(getattr(args.save_strategy, "value", args.save_strategy)) != "steps":
@@ -127,9 +130,10 @@ def _bytes_to_come(trainer: Any) -> int:
         args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(trainer.train_dataset) / batch)
     )
     every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
-    made = math.ceil(steps / every)
-    kept = min(made, args.save_total_limit or made)
-    return max(min(made, kept + 1) * (weights + state), kept * (weights + state) + weights)
+    made: int = math.ceil(steps / every)
+    kept: int = min(made, args.save_total_limit or made)
+    checkpoint = weights + state
+    return int(max(min(made, kept + 1) * checkpoint, kept * checkpoint + weights))
 
 
 def _save(trainer: Any, folder: Path) -> None:

@@ -5,7 +5,8 @@ In: messages as templates read them (`role`, `content`, `tool_calls`, …), sche
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from jinja2 import Environment, TemplateError
@@ -22,6 +23,7 @@ SPEAKERS = ("system", "user", "assistant")
 REFUSED = "refused by the chat template"
 LEFT_OUT = "tools, or their calls or results, left out by the chat template"
 ANEW = "turns rendered anew by the chat template once others follow"
+OPENING = "answer that the chat template opens otherwise than it asks for it"
 SHARED = "prompt and response share a token"
 EMPTY = "empty response"
 
@@ -145,24 +147,35 @@ class Renderer:
 
     def _apply(self, template: str, messages: Messages, tools: Tools, answer_next: bool) -> str:
         try:
-            if self.date is not None:
-                # transformers compiles a template once, and has no other place to set its clock.
-                compiled = chat_template_utils._compile_jinja_template(template)
-                compiled.environment.globals[CLOCK] = self.date.strftime
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                # An empty list would be announced by some templates.
-                tools=[_without_nulls(tool) for tool in tools] or None,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=answer_next,
-            )
+            with self._stopped_clock(template):
+                text = self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    # An empty list would be announced by some templates.
+                    tools=[_without_nulls(tool) for tool in tools] or None,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=answer_next,
+                )
         except TemplateError:
             raise
         except Exception as error:  # a template's expressions raise as Python's do: 'a' + 1, 1 / 0, a range too large
             raise TemplateError(f"{type(error).__name__}: {error}") from error
         assert isinstance(text, str)
         return text
+
+    @contextmanager
+    def _stopped_clock(self, template: str) -> Iterator[None]:
+        """Around a rendering: the template's clock shows the date."""
+        if self.date is None:
+            yield
+            return
+        # transformers compiles a template once, and has no other place to set its clock.
+        names = chat_template_utils._compile_jinja_template(template).environment.globals
+        clock, names[CLOCK] = names[CLOCK], self.date.strftime
+        try:
+            yield
+        finally:
+            names[CLOCK] = clock
 
 
 def _message(message: Mapping[str, Any], arguments: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class ResumingTrainer(Trainer):
     """A Trainer whose checkpoints may be damaged or a stranger's; what it overrides raises a `ValueError` then."""
 
     def _init_training_state(self, max_steps: int, *others: Any) -> Any:
-        found = super()._init_training_state(max_steps, *others)  # type: ignore[no-untyped-call]
+        found = super()._init_training_state(max_steps, *others)
         if self.state.global_step > max_steps:
             raise ValueError(
                 f"--resume: expected a run of {self.state.global_step} steps or more, which its checkpoint has behind "

@@ -52,10 +52,15 @@ class RowConfig(TrainingArguments):
         schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
         check_name(schedule)
         super().__post_init__()  # type: ignore[no-untyped-call]
-        check_settings(schedule, self.lr_scheduler_kwargs or {})
+        check_settings(schedule, self.schedule_settings)
         kwargs = self.activation_checkpointing_kwargs
         if isinstance(kwargs, dict) and kwargs.get("use_reentrant", True):
             raise ValueError("activation_checkpointing_kwargs: expected use_reentrant=False; features need gradients")
+
+    @property
+    def schedule_settings(self) -> dict[str, Any]:
+        """The schedule's own settings."""
+        return self.lr_scheduler_kwargs or {}  # type: ignore[return-value]  # JSON was read before
 
     @property
     def recipe(self) -> Recipe:

@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -123,8 +123,8 @@ def check_packing(path: Path) -> None:
                 raise ValueError(f"expected at most {limit} bytes once it is unpacked, found more; unpack it yourself")
 
 
-def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix.lower() == GZIP else path.open("rb")
+def _opened(path: Path) -> "io.BufferedReader[Any]":
+    return io.BufferedReader(gzip.GzipFile(path)) if path.suffix.lower() == GZIP else path.open("rb")
 
 
 # JSON.
@@ -147,29 +147,32 @@ def _json_rows(path: Path) -> Iterator[Row]:
             return
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield _object(_parsed(line, f"line {number}"), f"line {number}")
+                yield _object(_parsed(line.rstrip(b"\r\n"), number), f"line {number}")
 
 
 def _json_array(content: bytes) -> Iterator[Row]:
-    rows = _parsed(content, "the file")
+    rows = _parsed(content, 1)
     if not isinstance(rows, list):
         raise ValueError(f"expected an array of objects, found {type(rows).__name__}")
     for number, row in enumerate(rows):
         yield _object(row, f"row {number}")
 
 
-def _parsed(content: bytes, where: str) -> Any:
+def _parsed(content: bytes, line: int) -> Any:
     try:
         text = content.decode()
         found = json.loads(text, object_pairs_hook=_without_repeats)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no character
     except RecursionError:
-        raise ValueError(f"{where}: expected JSON, found it nested too deep") from None
+        raise ValueError(f"line {line}: expected JSON, found it nested too deep") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: expected UTF-8, found {error}") from None
+        raise ValueError(f"line {line}: expected UTF-8, found {error}") from None
+    except json.JSONDecodeError as error:
+        where = f"line {line + error.lineno - 1}, column {error.colno}"
+        raise ValueError(f"{where}: expected JSON, found none ({error.msg})") from None
     except ValueError as error:
-        raise ValueError(f"{where}: expected a JSON object, found {' '.join(str(error).split())}") from None
+        raise ValueError(f"line {line}: expected JSON, found {error}") from None
     return found
 
 
@@ -241,8 +244,8 @@ def _is_plain(kind: pa.DataType) -> bool:
         return all(_is_plain(field.type) for field in kind)
     if types.is_dictionary(kind) or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return _is_plain(kind.value_type)
-    text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    return text or types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_null(kind)
+    text = (types.is_string, types.is_large_string, types.is_string_view)
+    return any(of(kind) for of in (*text, types.is_integer, types.is_floating, types.is_boolean, types.is_null))
 
 
 # Files that `datasets` leaves beside its data.

@@ -26,7 +26,7 @@ from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
 from .model_card import is_adapter, model_card, training_facts
-from .randomness import check_repeats
+from .randomness import check_repeats, policy_mode
 from .reading import reading
 from .rehearsal import rehearse
 from .resuming import ResumingTrainer
@@ -113,7 +113,7 @@ class RowTrainer(ResumingTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Makes the schedule of the learning rate, once its rates over the whole run have been checked."""
-        args, settings = self.args, self.args.lr_scheduler_kwargs or {}
+        args, settings = self.args, self.args.schedule_settings
         check_rates(
             str(args.lr_scheduler_type.value),  # type: ignore[attr-defined]  # an enumeration by now
             settings,
@@ -131,7 +131,7 @@ class RowTrainer(ResumingTrainer):
             ValueError: the hub does not answer, or does not know who asks.
         """
         with reading("--push-to-hub: expected a hub to upload to, log in with `hf auth login` or leave it out"):
-            super().init_hf_repo(token, private)  # type: ignore[no-untyped-call]
+            super().init_hf_repo(token, private)
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *others: Any, **settings: Any
@@ -184,8 +184,9 @@ class RowTrainer(ResumingTrainer):
                 (`rehearse`).
         """
         model: Any = self.model
-        check_repeats(model, lambda: self.score(model, self._spare).token_logps_T)
-        rehearse(self)
+        checkpointing = self.args.activation_checkpointing
+        check_repeats(model, lambda: self.score(model, self._spare).token_logps_T, checkpointing=checkpointing)
+        rehearse(self, resumed=bool(resume_from_checkpoint))
         self._tokens, self._started = 0, time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -198,7 +199,7 @@ class RowTrainer(ResumingTrainer):
         gradients over ranks, which the factor `num_processes` undoes.
         """
         assert num_items_in_batch is not None
-        model.train()
+        policy_mode(model, checkpointing=self.args.activation_checkpointing)
         rows: Any = self._prepare_inputs(inputs)["rows"]
         scale = self.accelerator.num_processes / num_items_in_batch
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)

@@ -51,7 +51,8 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the schedule does not take one of them, or lacks one.
     """
-    known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters
+    function: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    known = inspect.signature(function).parameters
     taken = {key: parameter for key, parameter in known.items() if key not in _GIVEN}
     if unknown := sorted(settings.keys() - taken):
         raise ValueError(

@@ -132,10 +132,13 @@ def check_readable(columns: Mapping[str, str | None]) -> None:
         ValueError: naming the column.
     """
     for name, kind in columns.items():
-        if kind is not None and (plain_name(name) in PARTS or name in {*SIDES, *SIDES.values(), *SCORES}):
+        if kind is None:
+            continue
+        if name in {*SIDES, *SIDES.values(), *SCORES}:
+            raise ValueError(f"expected text, messages or numbers in {name!r}, found {kind}; store it so")
+        if plain_name(name) in PARTS:
             raise ValueError(
-                f"expected text, messages or numbers in {name!r}, found {kind}; leave it out with "
-                f"--map {option('unused', name)}"
+                f"expected text or messages in {name!r}, found {kind}; leave it out with --map {option('unused', name)}"
             )
 
 
@@ -166,11 +169,12 @@ def read_pair(row: Row, columns: Collection[str]) -> Read:
     else:
         parts = _guessed(row, chosen, rejected)
         guessed = bool(parts[0].strip())
-    if isinstance(parts[0], tuple):
-        parts = (_with_system(parts[0], row), *parts[1:])
-    example = Example(*parts, *[_score(row, name) for name in SCORES], tools=_tools(row))
-    _check_said(row, example.prompt, example.chosen, used={*shape.columns, "system", "tools"})
-    return Read(example, guessed)
+    prompt, chosen, rejected = parts
+    if isinstance(prompt, tuple):
+        prompt = _with_system(prompt, row)
+    score_chosen, score_rejected = (_score(row, name) for name in SCORES)
+    _check_said(row, prompt, chosen, used={*shape.columns, "system", "tools"})
+    return Read(Example(prompt, chosen, rejected, score_chosen, score_rejected, _tools(row)), guessed)
 
 
 def conversation_column(columns: Collection[str]) -> str:
@@ -252,9 +256,11 @@ def _history(row: Row) -> Turns:
 def _with_system(turns: Turns, row: Row) -> Turns:
     """The turns after what `system` says."""
     system = read_text(row.get("system"), "system")
+    if not system or not turns:
+        return turns
     if not isinstance(system, str):
         raise ValueError("expected text in 'system', found messages")
-    if not system.strip() or not turns:
+    if not system.strip():
         return turns
     if turns[0].role != "system":
         return (Message("system", system), *turns)

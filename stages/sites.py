@@ -9,6 +9,7 @@ a forward pass computes them. `resid_post` is the output of a decoder layer, whi
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -134,6 +135,8 @@ def load_sae(spec: str, *, device: torch.device | str = "cpu") -> SiteSAE:
         )
     _check_readable(sae, spec)
     site = _site_of(sae, given, spec)
+    if _reads_centred(sae):
+        _fold_centring(sae)
     sha256 = _hash(sae)
     sae = sae.to(device=device).eval().requires_grad_(False)
     return SiteSAE(site=site, sae=sae, sha256=sha256, spec=spec)
@@ -168,7 +171,7 @@ def _read_folder(folder: Path) -> Any:
             found = sorted(path.name for path in folder.iterdir())
             raise FileNotFoundError(f"expected {name} in {folder}, as SAELens saves an SAE; found {found}")
         (folder / name).open("rb").close()  # of what may not be read safetensors says that it is not there
-    with reading(f"SAELens cannot read the SAE in {folder}"):
+    with reading(f"SAELens cannot read the SAE in {folder}"), _no_advice():
         return SAE.load_from_disk(folder, device="cpu")
 
 
@@ -176,12 +179,21 @@ def _fetch(release: str, sae_id: str) -> Any:
     from sae_lens import SAE
 
     try:
-        return SAE.from_pretrained(release, sae_id, device="cpu")
+        with _no_advice():
+            return SAE.from_pretrained(release, sae_id, device="cpu")
     except OSError as error:
         raise OSError(
             f"cannot fetch SAE {sae_id!r} of release {release!r}: {' '.join(str(error).split())}; "
             f"where the hub is out of reach, give a folder that SAELens saved or params.npz@site"
         ) from error
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """Without SAELens' warning that tells how to load the model with TransformerLens."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\s*This SAE has non-empty model_from_pretrained_kwargs", UserWarning)
+        yield
 
 
 def _check_readable(sae: Any, spec: str) -> None:
@@ -196,11 +208,31 @@ def _check_readable(sae: Any, spec: str) -> None:
             f"the SAE {spec!r} was trained on rescaled activations ({normalization}) and its weights do not hold the "
             f"scale, so its features would be wrong: fold the scale into the weights and save it again"
         )
-    if (sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"):
-        raise ValueError(f"the SAE {spec!r} reads a centred residual stream, which is not supported")
+    if _reads_centred(sae) and (architecture == "gated" or normalization not in ("none", "layer_norm")):
+        raise ValueError(
+            f"expected an SAE of a centred residual stream to be standard, topk or jumprelu without scaled "
+            f"activations, found {architecture}, {normalization} in {spec!r}; choose another"
+        )
     for name, tensor in sae.state_dict().items():
         if bad := int((~torch.isfinite(tensor)).sum()):
             raise ValueError(f"{bad} of {tensor.numel()} values of {name} are not finite in the SAE {spec!r}")
+
+
+def _reads_centred(sae: Any) -> bool:
+    """Whether TransformerLens took the mean of each position's activation off before the SAE read it (GPT-2's)."""
+    return bool((sae.cfg.metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"))
+
+
+@torch.no_grad()
+def _fold_centring(sae: Any) -> None:
+    """Makes such an SAE read Hugging Face's activations: what it does with the centred ones, its encoder does itself.
+
+    With C the projection that takes the mean off, (C x - b_dec) W + b = (x - b_dec) C W + (b + b_dec (C W - W)).
+    """
+    centred_DF = sae.W_enc - sae.W_enc.mean(0)
+    if sae.cfg.apply_b_dec_to_input:
+        sae.b_enc += sae.b_dec @ (centred_DF - sae.W_enc)
+    sae.W_enc.copy_(centred_DF)
 
 
 def _site_of(sae: Any, given: Site | None, spec: str) -> Site:
@@ -238,6 +270,11 @@ def check_fits(site_sae: SiteSAE, model: PreTrainedModel) -> None:
         ValueError: it does not.
     """
     module_at(model, site_sae.site)
+    if _reads_centred(site_sae.sae) and not any(isinstance(part, nn.LayerNorm) for part in model.modules()):
+        raise ValueError(
+            f"the SAE {site_sae.spec!r} reads a centred residual stream: expected a model with LayerNorm, to which the "
+            "mean makes no difference, found none in it; choose an SAE that was trained on this model"
+        )
     hidden_size = model.config.get_text_config().hidden_size
     if site_sae.d_in != hidden_size:
         raise ValueError(

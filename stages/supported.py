@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..cache.schema import Pair, pair_id
 from .anatomy import anatomy, decoder_layers, probe_ids, quiet
@@ -31,7 +32,7 @@ ACTS_TOLERANCE = 1e-3
 SHORT = ((7, 12, 6), (1, 5, 13))
 WINDOW = 4
 # For what acts beyond a distance that no configuration names (GPT-Neo's 256): through the first layers alone.
-LONG = (9, 300, 290)
+LONG = (9, 300, 10)
 # A router that two roundings send to two experts differs in one draw of tokens, a fault in all.
 DRAWS = 3
 
@@ -73,7 +74,7 @@ def check_model(model: nn.Module) -> None:
 
 def load_supported(
     load: Callable[..., Any], attentions: Sequence[str], tell: Callable[[str], None] | None = None
-) -> Any:
+) -> PreTrainedModel:
     """Loads a model under the first of some attention implementations that is right for it.
 
     Args:
@@ -84,7 +85,8 @@ def load_supported(
     Raises:
         ValueError: as `load`; if the model is right under none.
     """
-    model, reasons = None, []
+    model: PreTrainedModel | None = None
+    reasons = []
     for attention in attentions:
         try:
             if model is None:  # a class may lack what its flags promise, and is loaded again under another
@@ -99,7 +101,28 @@ def load_supported(
             reasons.append(f"not {attention}: {error}")
     if reasons and tell is not None:
         tell(f"attention: {attention}; {'; '.join(reasons)}")
+    assert model is not None, "there is an attention to try"
     return model
+
+
+def check_length(model: Any, max_length: int) -> None:
+    """Checks that a model that learnt its positions one by one (GPT-2, OPT) has learnt as many as texts may have.
+
+    Raises:
+        ValueError: it has not.
+    """
+    config, words = model.config.get_text_config(decoder=True), model.get_input_embeddings()
+    longest = getattr(config, "max_position_embeddings", None)
+    tables = [
+        part.num_embeddings
+        for part in model.get_decoder().modules()
+        if isinstance(part, nn.Embedding) and part is not words
+    ]
+    if longest is not None and max_length > longest and any(0 <= rows - longest <= 2 for rows in tables):
+        raise ValueError(
+            f"--max-length: expected at most {longest}, the positions that the model has learnt, found {max_length}; "
+            "lower it"
+        )
 
 
 def _check_head(inner: Any) -> None:

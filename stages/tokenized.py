@@ -9,7 +9,7 @@ import numpy as np
 
 from ..cache.schema import Int32, Pair, pair_id
 from .chat import ChatFormat, Example, Response, Text, Turned, is_blank
-from .rendering import ANEW, EMPTY, LEFT_OUT, REFUSED, SHARED, SkipError
+from .rendering import ANEW, EMPTY, LEFT_OUT, OPENING, REFUSED, SHARED, SkipError
 
 WHITE_SPACE = "responses that differ in white space alone"
 
@@ -21,6 +21,7 @@ SKIP_REASONS = (
     "tie",
     SHARED,
     ANEW,
+    OPENING,
     LEFT_OUT,
     "identical after truncation",
     "no learnt token after truncation",

@@ -5,7 +5,7 @@ SAE does on conversations that it was not trained on.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .finite import check_weights
 from .rotary import forget_lengths, frequencies_of
+from .sae_quality import FitSums, SAEFit
 from .saving import saving
 from .sites import Site, capture_sites, load_sae
 
@@ -31,21 +32,13 @@ _FORWARD_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class SAEQuality:
+class SAEQuality(SAEFit):
     """What an SAE does on held-out text.
 
     Attributes:
-        l0: features that fire per token, mean.
-        explained_variance: 1 - squared error / variance of the activations; 1 is perfect, 0 as good as their mean.
-        dead: share of the features that fire on no held-out token.
-        tokens: held-out tokens that this was measured on.
         passes: how often training went over its text.
     """
 
-    l0: float
-    explained_variance: float
-    dead: float
-    tokens: int
     passes: float
 
 
@@ -231,24 +224,8 @@ def _start(sae: Any, x: Tensor) -> None:
     sae.W_dec.mul_((out * centred).sum() / out.square().sum())  # the least-squares scale
 
 
-@torch.no_grad()
 def _measure(sae: Any, model: PreTrainedModel, sequences: list[TokenIds], site: Site, passes: float) -> SAEQuality:
-    count, fired_total, error, squares = 0, 0, 0.0, 0.0
-    total = torch.zeros(sae.cfg.d_in, dtype=torch.float64, device=model.device)
-    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=model.device)
+    sums = FitSums(sae)
     for x in _activations(model, sequences, site):
-        features = sae.encode(x)
-        error += float((x - sae.decode(features)).double().square().sum())
-        squares += float(x.double().square().sum())
-        total += x.double().sum(0)
-        fired |= (features > 0).any(0)
-        fired_total += int((features > 0).sum())
-        count += len(x)
-    variance = squares - float(total.square().sum()) / count
-    return SAEQuality(
-        l0=fired_total / count,
-        explained_variance=1 - error / variance,
-        dead=1 - float(fired.float().mean()),
-        tokens=count,
-        passes=passes,
-    )
+        sums.add(x)
+    return SAEQuality(**asdict(sums.fit()), passes=passes)

@@ -48,6 +48,8 @@ def read_text(value: Any, name: str) -> Text:
         return value or ""
     if not isinstance(value, list | dict):
         raise ValueError(f"expected text or messages in {name!r}, found {type(value).__name__}")
+    if isinstance(value, dict) and isinstance(value.get("role", value.get("from")), list):
+        value = _by_message(value, name)
     return tuple(_message(message, name) for message in (value if isinstance(value, list) else [value]))
 
 
@@ -67,16 +69,16 @@ def from_json(text: Any, name: str) -> Any:
 
 
 def parsed(text: str) -> Any:
-    """The list or object that a text holds as JSON; None if it holds none."""
-    if not text.lstrip().startswith(("[", "{")):
+    """The list or object that a text holds as JSON, perhaps as a text in JSON once more; None if it holds none."""
+    if not re.match(r'\s*"?\s*[\[{]', text):
         return None
     try:
         found = json.loads(text)
         if "\\ud" in text.lower():
             json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no character
-        return found
     except (ValueError, RecursionError):
         return None
+    return parsed(found) if isinstance(found, str) else found
 
 
 def read_tools(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
@@ -85,9 +87,9 @@ def read_tools(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
     Raises:
         ValueError: it is no list of them, nor JSON of one.
     """
-    found = parsed(value) if isinstance(value, str) and value.strip() else value
-    if not found:
+    if not value or (isinstance(value, str) and not value.strip()):
         return ()
+    found = parsed(value) if isinstance(value, str) else value
     tools = []
     for tool in found if isinstance(found, list) else [found]:
         tool = _without_nulls(parsed(tool) if isinstance(tool, str) else tool)
@@ -105,6 +107,14 @@ def read_tools(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
     return tuple(tools)
 
 
+def _by_message(columns: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Messages of which each field is a list, as `datasets` stores a `Sequence` of them."""
+    lists = {key: values for key, values in columns.items() if values is not None}
+    if not all(isinstance(values, list) for values in lists.values()) or len(set(map(len, lists.values()))) > 1:
+        raise ValueError(f"expected fields of messages as lists of one length in {name!r}, found {columns!r:.80}")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
 def _is_message(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
@@ -118,7 +128,7 @@ def _message(value: Any, name: str) -> Message:
     role_key, content_key = ("from", "value") if of_sharegpt else ("role", "content")
     if not isinstance(message, dict) or not isinstance(message.get(role_key), str):
         raise ValueError(f"expected messages with 'role' and 'content' as text in {name!r}, found {value!r:.80}")
-    said = message[role_key]
+    said: str = message[role_key]
     role = ROLES.get(said.strip().lower(), said)
     if of_sharegpt and said.strip().lower() not in ROLES:
         raise ValueError(f"expected one of {', '.join(ROLES)} as 'from' in {name!r}, found {said!r:.80}")
@@ -130,9 +140,11 @@ def _message(value: Any, name: str) -> Message:
         more["tool_calls"] = [message["function_call"]]
     if content_key not in message and not more:
         raise ValueError(f"expected messages with 'role' and 'content' as text in {name!r}, found {value!r:.80}")
+    if role == "assistant" and message.get("weight") == 0:
+        raise ValueError(f"expected answers that are all learnt in {name!r}, found one of OpenAI's 'weight' 0")
     content = _content(message.get(content_key), name, value)
     if said.strip().lower() in CALLS:
-        more["tool_calls"], content = parsed(content), ""
+        return Message(role, "", more | {"tool_calls": _calls(parsed(content), name)})
     if "tool_calls" in more:
         more["tool_calls"] = _calls(more["tool_calls"], name)
     return Message(role, content, more)

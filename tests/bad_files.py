@@ -3,6 +3,7 @@
 In: the tiny world. Out: files and folders that are wrong in one thing each, by the name that says in which.
 """
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -57,7 +58,11 @@ DATA: dict[str, bytes] = {
     "empty.jsonl": b"",
     "blank lines.jsonl": b"\n\n",
     "another kind.txt": lines(*rows(0, 2)),
-    "a table of text.csv": b"chosen,rejected\na,b\n",
+    "other columns.csv": b"question,answer\na,b\n",
+    "a row too long.csv": b"prompt,chosen,rejected\na,b,c\na,b,c,d\n",
+    "an open quote.csv": b'prompt,chosen,rejected\na,b,"c\n',
+    "semicolons.csv": b"prompt;chosen;rejected\na;b;c\n",
+    "no row.tsv": b"prompt\tchosen\trejected\n",
     "no UTF-8.jsonl": lines(pair()).replace(b"assistant", b"assist\xffnt"),
     "UTF-16.jsonl": lines(pair()).decode().encode("utf-16"),
     "an array of numbers.json": b"[1, 2, 3]",
@@ -69,7 +74,15 @@ DATA: dict[str, bytes] = {
     "nested a thousand deep.jsonl": b'{"chosen": ' + b"[" * 1000 + b"]" * 1000 + b"}",
     "a list in a list.jsonl": lines(pair(chosen=[[said("user", "a")]])),
     "no role.jsonl": lines(pair(chosen=[{"content": "a"}])),
-    "no content.jsonl": lines(pair(chosen=[said("user", None)])),
+    "no content.jsonl": lines(pair(chosen=[{"role": "user"}])),
+    "content that is a number.jsonl": lines(pair(chosen=[said("user", 3)])),
+    "an image.jsonl": lines(pair(chosen=[said("user", [{"type": "image_url", "image_url": {"url": "a"}}])])),
+    "images beside the text.jsonl": lines(pair(images=["a.png"])),
+    "a system turn under another name.jsonl": lines(pair(system_prompt="Be brief.")),
+    "a prompt under another name.jsonl": lines(
+        {"ask": "How are you?", "chosen": "I am well.", "rejected": "I am not."}
+    ),
+    "other letters.jsonl": lines({"Prompt": "a", "Chosen": "b", "Rejected": "c"}),
     "a role that is a number.jsonl": lines(pair(chosen=[{"role": 1, "content": "a"}])),
     "text beside messages.jsonl": lines(pair(chosen="a")),
     "kinds that change.jsonl": lines({"chosen": "a", "rejected": "b"}, {"chosen": 1, "rejected": "b"}),
@@ -85,6 +98,9 @@ DATA: dict[str, bytes] = {
     "a column twice.parquet": parquet(TWO_CHOSEN),
     "bytes for text.parquet": parquet(pa.table({"chosen": [b"a"], "rejected": [b"b"]})),
     "no gzip.jsonl.gz": b"not compressed",
+    "gzip.jsonl": gzip.compress(lines(pair())),
+    "gzip that ends early.jsonl.gz": gzip.compress(lines(pair()))[:-9],
+    "zeros under gzip.jsonl.gz": gzip.compress(bytes(1 << 27)),
     "no row.parquet": parquet(pa.table({"chosen": pa.array([], pa.string()), "rejected": pa.array([], pa.string())})),
 }
 
@@ -98,6 +114,10 @@ CHATS: dict[str, bytes] = {
     "no conversation.jsonl": lines({"messages": []}),
     "no UTF-8.jsonl": b'{"messages": "\xff"}\n',
     "half a character.jsonl": rb'{"messages": [{"role": "user", "content": "a\ud800"}]}',
+    "an unknown speaker.jsonl": lines({"conversations": [{"from": "narrator", "value": "Once."}]}),
+    "a document beside the messages.jsonl": lines(
+        {"messages": [said("user", "Hello"), said("assistant", "Yes.")], "document": "A text."}
+    ),
 }
 
 TURNS = "{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}"

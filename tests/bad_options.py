@@ -19,6 +19,8 @@ PRECOMPUTE: Changes = {
     "no SAE": lambda w, b: {"sae": None},
     "missing model": lambda w, b: {"model": b / "none"},
     "missing data": lambda w, b: {"dataset": b / "none.jsonl"},
+    "a column to rename that is not there": lambda w, b: {"map": "chosen=preferred"},
+    "a renaming without its name": lambda w, b: {"map": "chosen"},
     "missing SAE": lambda w, b: {"sae": b / "none"},
     "missing template": lambda w, b: {"chat_template": b / "none.jinja"},
     "split's name": lambda w, b: {"split": "a/b"},

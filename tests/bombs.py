@@ -3,6 +3,7 @@
 In: a folder. Out: caches whose second shard is such a file, vouched for by the manifest as a stranger would.
 """
 
+import gzip
 import io
 import zipfile
 from collections.abc import Callable
@@ -141,4 +142,22 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "zeros under LZMA": lambda: npz(zipfile.ZIP_LZMA, 1 << 27),
     "an array that claims 4 GB": lambda: npz(zipfile.ZIP_STORED, 1 << 20, 1 << 30),
     "an array that claims more than there is": lambda: npz(zipfile.ZIP_STORED, 1 << 20, 1 << 60),
+}
+
+
+def packed_rows(size: int, line: bytes = b"") -> bytes:
+    """Rows under gzip that unpack to so many bytes: one whose text is that long, or as many copies of a line."""
+    if line:
+        return gzip.compress(line * (size // len(line)))
+    begins, ends = b'{"prompt": "a", "rejected": "b", "chosen": "', b'"}\n'
+    return gzip.compress(begins + b"a" * (size - len(begins) - len(ends)) + ends)
+
+
+# By what is tried: preference data.
+DATA: dict[str, Callable[[], bytes]] = {
+    "one long text.jsonl.gz": lambda: packed_rows(1 << 28),
+    "many rows.jsonl.gz": lambda: packed_rows(1 << 28, b'{"chosen": "a"}\n'),
+    "many rows of an array.json.gz": lambda: packed_rows(1 << 28, b'[{"chosen": "a"},\n'),
+    "zeros.csv.gz": lambda: gzip.compress(bytes(1 << 28)),
+    "Parquet that is none.parquet.gz": lambda: gzip.compress(bytes(1 << 28)),
 }

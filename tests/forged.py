@@ -189,6 +189,7 @@ def _with_values(table: pa.Table, rng: random.Random) -> pa.Table:
             tokens = [row[name] for name in TOKEN_COLUMNS]
             row["pair_id"] = pair_id(*tokens, raw_row_of(row["pair_id"]))
             row |= {f"{side}_num_tokens": len(row[f"{side}_ids"]) for side in SIDES}
+            row |= {f"{side}_learnt": [0, len(row[f"{side}_ids"])] for side in SIDES}
     return pa.Table.from_pylist(rows, table.schema)
 
 

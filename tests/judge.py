@@ -39,8 +39,12 @@ def _assert_sound_row(row: CachedPair, widths: list[int]) -> None:
     tokens = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
     assert pair.pair_id == pair_id(*tokens, raw_row_of(pair.pair_id))
     assert all(len(ids) > 0 and ids.min() >= 0 for ids in tokens)
-    for ids, answer in zip(tokens[1:], (row.chosen, row.rejected), strict=True):
-        assert answer.num_tokens == len(ids)
+    spans = (pair.chosen_learnt, pair.rejected_learnt)
+    for ids, bounds, answer in zip(tokens[1:], spans, (row.chosen, row.rejected), strict=True):
+        learnt = [token for start, stop in zip(bounds[::2], bounds[1::2], strict=True) for token in range(start, stop)]
+        assert learnt == sorted(set(learnt)) and learnt[0] >= 0 and learnt[-1] == len(ids) - 1
+        assert (bounds[1::2] > bounds[::2]).all()
+        assert answer.num_tokens == len(learnt)
         assert np.isfinite(answer.logp) and answer.logp <= 0
         for features, width in zip(answer.features, widths, strict=True):
             found = features.ids.astype(np.int64)

@@ -127,6 +127,9 @@ def row(name: str, line: str, *folders: Path) -> str:
         line = line.replace(folder, "…")
     line = re.sub(r"\b[0-9a-f]{12,64}\b", "(hash)", line)
     line = re.sub(r"\b\d+ bytes", "N bytes", line).replace("|", r"\|")
+    line = line.replace(
+        "recursion depth exceeded while calling a Python object", "recursion depth exceeded"
+    )  # by depth
     return f"| {name} | `` {line} `` |"
 
 

@@ -108,7 +108,7 @@ def tiny_sae(
     architecture: Literal["jumprelu", "standard", "topk"] = "jumprelu",
     site: Site = Site(2, "resid_post"),  # noqa: B008
 ) -> SiteSAE:
-    """10 to 30 % of its features fire on the activations of the tiny models at `site`."""
+    """10 to 30 % of its features fire on the activations of the tiny models at `site`, and explain some of them."""
     with tempfile.TemporaryDirectory() as folder:
         save_tiny_sae(Path(folder), d_in, width, seed, architecture, site)
         return replace(load_sae(folder), spec=f"tiny-{architecture}-{seed}")
@@ -127,7 +127,7 @@ def save_tiny_sae(folder: Path, d_in: int, width: int, seed: int, architecture: 
     generator = torch.Generator().manual_seed(seed)
     noise = {name: torch.randn(weight.shape, generator=generator) for name, weight in sae.named_parameters()}
     cutoff = rms * (0.5 + 0.7 * torch.rand(width, generator=generator))
-    weights = {"W_enc": noise["W_enc"] / d_in**0.5, "W_dec": normalize(noise["W_dec"], dim=-1)}
+    weights = {"W_enc": noise["W_enc"] / d_in**0.5, "W_dec": 0.5 * normalize(noise["W_enc"].T, dim=-1)}
     weights["b_dec"] = 0.1 * rms * noise["b_dec"]
     weights["b_enc"] = -cutoff if architecture == "standard" else 0.1 * rms * noise["b_enc"]
     if architecture == "jumprelu":

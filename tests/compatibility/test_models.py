@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 import transformers
 from fpo.stages.anatomy import anatomy
-from fpo.stages.models import attentions_to_try, find_model
+from fpo.stages.models import attentions_to_try, find_model, load_model
 from fpo.stages.packing import pack
 from fpo.stages.scoring import run_body, run_head
 from fpo.stages.sites import Site, capture_sites, module_at
@@ -57,7 +58,8 @@ def judge(kind: str, folder: Path, **settings: Any) -> Verdict:
         return Verdict(kind, not_built=f"{type(error).__name__}: {' '.join(str(error).split())}")
     try:
         source = find_model(str(folder))
-        model = load_supported(source, attentions_to_try("auto", source, "cpu"), "cpu")
+        load = partial(load_model, source, device="cpu")
+        model = load_supported(load, attentions_to_try("auto", source, "cpu"))
     except ValueError as error:
         assert "\n" not in str(error), str(error)
         return Verdict(kind, refusal=str(error).replace(str(folder), "FOLDER"))

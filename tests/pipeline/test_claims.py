@@ -53,7 +53,7 @@ def test_figures_are_those_of_the_records():
     assert "FPO +16.0 (sd 1.0)" in found["beats"].figures and "; not" not in found["beats"].figures
     assert "difference +5.00 points (sd 0.00" in found["constraint"].figures
     assert found["kl"].figures == "0.30 of it (3.000 against 10.000 nats a response)"
-    assert found["ranks"].figures == "step 10: 0.90, step 20: 0.80"
+    assert found["ranks"].figures == "seed 0: step 10: 0.90, step 20: 0.80"
     assert found["memory"].figures == "1.000 of SimPO's, 0.833 of TDPO-2's"
     assert found["speed"].figures == "1.000 of SimPO's, 1.250 of TDPO-2's"
 

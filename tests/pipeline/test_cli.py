@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 from fpo.cache.reader import open_cache, verify
-from fpo.pipeline import run_precompute
+from fpo.pipeline import run_precompute, run_train_sae
 from fpo.pipeline.cli import app
 from fpo.pipeline.config import load_config
 from fpo.pipeline.errors import user_errors
@@ -32,7 +32,7 @@ def test_help_and_configuration_come_without_the_heavy_libraries():
     "command",
     [
         *("precompute", "align", "train-sae", "sft", "evaluate", "table", "tune"),
-        *("cache info", "cache verify", "config show"),
+        *("merge", "cache info", "cache verify", "config show"),
     ],
 )
 def test_every_command_explains_itself(command):
@@ -116,6 +116,24 @@ def test_an_sae_is_trained_that_a_cache_can_be_made_with(world, tmp_path):
     again = fpo("train-sae", *to_arguments(options), "--out", tmp_path / "sae")
     assert (again.exit_code, "already holds an SAE" in again.stderr) == (2, True)
     assert files(tmp_path / "sae") == before
+
+
+def test_a_second_sae_into_the_same_folder_is_refused_while_the_first_is_trained(world, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "data.jsonl", rows(5, 40))
+    options = {"model": world.gemma, "dataset": data, "site": SITES[0].name, "width": 96, "tokens": 600}
+    arguments = ["train-sae", *to_arguments(options | {"max_length": 64, "max_prompt_length": 32})]
+    real, second = run_train_sae.train_sae, []
+
+    def train(*args: object, **kwargs: object) -> object:
+        if not second:
+            second.append(fpo(*arguments, "--seed", 1, "--out", tmp_path / "sae"))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(run_train_sae, "train_sae", train)
+    ran(fpo(*arguments, "--out", tmp_path / "sae"))
+    assert (second[0].exit_code, "--out: another run is writing into" in second[0].stderr) == (2, True)
+    assert yaml.safe_load((tmp_path / "sae" / "run.yaml").read_text())["seed"] == 0
+    load_sae(str(tmp_path / "sae"))
 
 
 def test_a_fault_of_ours_is_a_traceback(monkeypatch):

@@ -16,6 +16,7 @@ from fpo.pipeline.plain_yaml import write_yaml
 from fpo.stages.chat import ChatFormat
 from fpo.stages.conversations import load_conversations
 from fpo.stages.preferences import load_preferences
+from solver import asked_and_said, is_right
 from tiny_tokenizers import gemma
 from tiny_world import files, write_rows
 
@@ -44,6 +45,20 @@ def test_the_splits_are_as_large_as_they_are_said_to_be(data):
     counts = {path.stem: len(rows_of(data, path.stem)) for path in data.iterdir()}
     conversations = {name: count for name, (count, *_) in embedded.CONVERSATIONS.items()}
     assert counts == embedded.SPLITS | conversations
+
+
+def test_the_model_learns_good_answers_first_and_then_mostly_bad_ones(data):
+    """As method.md and the profile say of it: the second fine-tuning leaves a model that prefers neither."""
+    for split, share in (("pretrain", 1.0), ("train_sft", 0.1)):
+        right = [is_right(*asked_and_said(row["messages"])) for row in rows_of(data, split)]
+        assert sum(right) / len(right) == pytest.approx(share, abs=0 if share == 1 else 0.025)  # four deviations
+    (first, second), saes = embedded.world_steps(Path("world"))
+    trained = [(step.config.split, step.config.model, str(step.out)) for step in (first, second)]
+    assert trained == [("pretrain", "world/base", "world/pretrained"), ("train_sft", "world/pretrained", "world/sft")]
+    assert {step.config.dataset for step in (first, second, *saes)} == {"world/data"}
+    assert {step.config.model for step in saes} == {"world/sft"}
+    assert [step.config.site for step in saes] == [(site,) for site in embedded.SITES]
+    assert all(first.out in second.needs and second.out in step.needs for step in saes)
 
 
 @pytest.mark.parametrize("heldout", ["test_prefs", "validation_prefs", "train_prefs"])

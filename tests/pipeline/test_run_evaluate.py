@@ -20,7 +20,7 @@ from fpo.stages.sites import Site
 from pairs import calm_gemma2, score_alone
 from tiny import save_tiny_sae
 from tiny_tokenizers import gemma
-from tiny_world import SITES, World, files, ran, save_model
+from tiny_world import SITES, World, files, ran, save_model, state_of
 
 SAMPLING = {"prompts": 3, "samples": 3, "max_new_tokens": 6, "seed": 1}
 ALWAYS = {"accuracy/raw", "accuracy/implicit"}
@@ -191,25 +191,6 @@ def test_fewer_prompts_than_asked_for_are_said(world, policy, tmp_path):
     assert f"--prompts: the cache has {count} distinct prompts" in said.get()
 
 
-@pytest.mark.parametrize("part", ["measure_policy", "token_bound", "sample_answers"])
-def test_an_interrupted_evaluation_has_no_metrics_and_its_folder_is_not_gone_on_with(
-    world, policy, tmp_path, monkeypatch, part
-):
-    def interrupted(*args: Any, **settings: Any) -> None:
-        raise KeyboardInterrupt
-
-    options = {"model": policy, "cache": world.eval_cache, "reference": world.gemma, "sae": world.saes[0]}
-    options |= {"site": SITES[0].name, **SAMPLING}
-    with monkeypatch.context() as patch:
-        patch.setattr(module, part, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(tmp_path / "out", **options)
-    assert (tmp_path / "out" / "run.yaml").exists()
-    assert not (tmp_path / "out" / "metrics.json").exists()
-    with pytest.raises(ValueError, match="--out: expected a new or empty folder, found files in"):
-        evaluate(tmp_path / "out", **options)
-
-
 # Answers to a benchmark
 
 
@@ -335,6 +316,86 @@ def test_evaluate_refuses_in_one_line_before_it_writes(world, bad, policy, tmp_p
     assert "\n" not in str(refused.value)
     assert files(tmp_path) == {}
     assert not (tmp_path / "out").exists()
+
+
+# Interrupted, and two at once.
+
+STOPS = (
+    "write_benchmark_answers",
+    "measure_policy",
+    "token_bound",
+    "sample_answers",
+    "_print_metrics",
+    "mark_finished",
+)
+
+
+@pytest.mark.parametrize("where", STOPS)
+def test_an_interrupted_evaluation_starts_over_by_the_same_command(world, bad, policy, tmp_path, monkeypatch, where):
+    options = {"model": policy, "cache": world.eval_cache, "reference": world.gemma, **features(world), **SAMPLING}
+    options |= {"outputs": "alpaca-eval", "questions": bad / "questions.json"}
+    real = getattr(module, where)
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, where, stop)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(tmp_path / "out", **options)
+    assert (tmp_path / "out" / "metrics.json").exists() == (where in STOPS[-2:])
+    (tmp_path / "out" / "note.txt").write_text("mine")
+    before = files(tmp_path)
+    if where != "mark_finished":
+        for changed in ({"seed": 2}, {"model": world.gemma}, {"cache": world.cache}):
+            with pytest.raises(
+                ValueError, match=r"\A--out: expected the settings of the interrupted[^\n]*was [^\n]*\Z"
+            ):
+                evaluate(tmp_path / "out", **(options | changed))
+            assert files(tmp_path) == before
+        evaluate(tmp_path / "out", **options)
+    evaluate(tmp_path / "whole", **options)
+    found, expected = files(tmp_path / "out"), files(tmp_path / "whole")
+    assert found.pop("note.txt") == b"mine"
+    records = [yaml.safe_load(record.pop("run.yaml")) | {"out": None} for record in (found, expected)]
+    assert records[0] == records[1] and "finished" in records[0]
+    for name in expected:  # answers carry the time at which they were written
+        assert name in found and (name.startswith("answers") or found[name] == expected[name])
+    assert found.keys() == expected.keys()
+
+
+def test_a_finished_evaluation_is_not_made_again(world, policy, tmp_path):
+    options = {"model": policy, "cache": world.eval_cache, "prompts": 0}
+    evaluate(tmp_path / "out", **options)
+    before = state_of(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"\A--out: expected a new or empty folder, found files"):
+        evaluate(tmp_path / "out", **options)
+    assert state_of(tmp_path / "out") == before
+
+
+def test_a_second_evaluation_into_the_same_folder_is_refused_while_the_first_runs(world, policy, tmp_path, monkeypatch):
+    options = {"model": policy, "cache": world.eval_cache, "prompts": 0}
+    real, refused = module._measure_pairs, []
+
+    def measure(*args: Any, **kwargs: Any) -> Any:
+        if not refused:
+            with pytest.raises(ValueError, match=r"\A--out: another run is writing into [^\n]*\Z") as caught:
+                evaluate(tmp_path / "out", **options)
+            refused.append(caught)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "_measure_pairs", measure)
+    found = evaluate(tmp_path / "out", **options)
+    assert refused and found["pairs"] == 7
+
+
+def test_a_folder_of_another_command_is_left_alone(world, policy, tmp_path):
+    ran(world.align(tmp_path / "run", method="dpo", max_steps=1))
+    before = state_of(tmp_path / "run")
+    with pytest.raises(ValueError, match="--out: expected a new or empty folder, found files"):
+        evaluate(tmp_path / "run", model=policy, cache=world.eval_cache, prompts=0)
+    assert state_of(tmp_path / "run") == before
 
 
 def test_a_folder_with_files_and_a_file_are_left_alone(world, policy, tmp_path):

@@ -125,7 +125,7 @@ def test_the_first_loss_is_that_of_the_base_model_on_the_answers_and_what_was_re
     assert losses(run)[0] == pytest.approx(total / count, rel=1e-5)
     said = capsys.readouterr().out.splitlines()
     assert f"11 conversations, {tokens} tokens, {count} of them learnt; truncated conversations 2" in said
-    for reason in ("no assistant turn", "empty answer", "no learnt token after truncation"):
+    for reason in ("no assistant turn", "empty response", "no learnt token after truncation"):
         assert f"skipped 1: {reason}" in said
 
 
@@ -247,7 +247,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(folder, sft, tmp_path, case):
     write_rows(tmp_path / "pairs.jsonl", [{"chosen": "a", "rejected": "b"}])
     asked = [{"messages": row["messages"][:1]} for row in conversation_rows(3, 2)]
     write_rows(tmp_path / "asked.jsonl", asked)
-    write_rows(tmp_path / "bad.jsonl", [asked[0], {"messages": [{"role": "user", "content": None}]}])
+    write_rows(tmp_path / "bad.jsonl", [asked[0], {"messages": [{"role": "user", "content": 3}]}])
     with pytest.raises((ValueError, OSError), match=rf"\A[^\n]*{message}[^\n]*\Z"):
         sft(tmp_path / "out", **change(tmp_path))
     assert not (tmp_path / "out").exists()

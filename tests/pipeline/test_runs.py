@@ -282,11 +282,11 @@ def test_a_checkpoint_beyond_the_end_of_a_shorter_run_is_not_taken_for_its_end(w
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
         world.align(run, method="dpo", max_steps=6, save_steps=2)
-    before = state_of(run)
+    before = files(run)
     result = world.align(run, "--resume", method="dpo", max_steps=3, save_steps=2)
     assert result.exit_code == 2
     assert "--resume: expected a run of 4 steps or more, which its checkpoint has behind it, found 3" in result.stderr
-    assert state_of(run) == before
+    assert files(run) == before
 
 
 def test_a_finished_run_is_not_uploaded_in_silence(world, tmp_path):

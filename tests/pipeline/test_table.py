@@ -6,16 +6,19 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import Result
+from fpo.pipeline import embedded, measured
 from fpo.pipeline.config import load_config
+from fpo.pipeline.figure_data import Curve, Tokens
 from fpo.pipeline.plain_yaml import write_yaml
 from fpo.pipeline.plan import ROWS, Plan, Run, make_plan
-from fpo.pipeline.results import COLUMNS
+from fpo.pipeline.results import COLUMNS, read_record
 from matplotlib.image import imread
 from tiny_profile import COSTS, NAMES, tiny_profile
 from tiny_world import files, fpo, metrics, ran
@@ -97,16 +100,16 @@ def test_no_figure_is_blank(made, name):
 def test_the_csv_holds_what_the_evaluations_measured(made):
     lines = made.csv()
     assert list(lines) == list(ROWS)
-    for run, measured in made.evaluations():
+    for run, values in made.evaluations():
         line = lines[run.row]
         assert (line["seeds"], line["label"]) == ("1", run.label)
         for column in COLUMNS:
             if column.key.startswith("train/"):
                 continue
             cell = line[f"{column.key} mean"]
-            assert (cell == "") == (column.key not in measured)
+            assert (cell == "") == (column.key not in values)
             if cell:
-                assert float(cell) == measured[column.key] and float(line[f"{column.key} sd"]) == 0
+                assert float(cell) == values[column.key] and float(line[f"{column.key} sd"]) == 0
 
 
 def test_every_run_is_measured_by_every_metric_that_is_defined_for_it(made):
@@ -205,6 +208,47 @@ def test_a_dry_run_tells_what_is_done(made):
     assert "0 to do, 17 done" in ran(made.table("--dry-run")).output
 
 
+def test_a_dry_run_of_the_embedded_world_plans_it_and_does_not_make_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("FPO_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(embedded, "build", lambda folder: pytest.fail(f"{folder} was made"))
+    arguments = [
+        "table",
+        "--config",
+        "embedded",
+        "--runs",
+        tmp_path / "runs",
+        "--out",
+        tmp_path / "results",
+        "--dry-run",
+    ]
+    said = " ".join(ran(fpo(*arguments)).output.split())
+    assert "the embedded world is not made yet: the first steps make it, once" in said
+    assert "train on good answers" in said and "train-sae 3 resid_post" in said and "align FPO α=0 ×3" in said
+    assert "57 to do, 0 done" in said and "missing" not in said
+    assert not [path for path in tmp_path.rglob("*") if "embedded" in path.name or path.name in ("runs", "results")]
+
+
+def test_figures_of_one_seed_say_which(made, tmp_path):
+    plan = made.plan
+    three = replace(plan, config=plan.config.model_copy(update={"seeds": (4, 5, 6)}))
+    runs = plan.comparison()
+    records = [read_record(run, plan.evaluation(run)) for run in runs]
+    curves = [
+        Curve(run.row, [0, 1], [0.0, 1.0 + n], [0.0, 2.0], [0.0, abs(1.0 - n)], [0.0, 1.0 + n], [0.0, 1.0])
+        for n, run in enumerate(runs)
+        if run.train
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measured, "ranked_activations", lambda plan: np.ones((2, 60)))
+        patch.setattr(measured, "bound_tokens", lambda *_: [Tokens("fpo", np.ones(3), np.ones(3), 1.0)])
+        drawn = measured.comparison_figures(three, [replace(run, seed=4) for run in runs], records, curves, tmp_path)
+    of_one = [figure for figure in drawn if "seed 4" in figure.caption]
+    assert {figure.caption.split(":")[0] for figure in of_one} == {"Figure 3", "Not in the paper"} and len(of_one) == 3
+    for figure in of_one:
+        assert "seed 4 alone" in figure.svg
+    assert not any("seed 4" in figure.svg for figure in drawn if figure not in of_one)
+
+
 def test_what_is_missing_is_told_before_anything_is_written(world, tmp_path):
     tiny_profile(world, tmp_path, dataset=str(tmp_path / "nowhere.jsonl"))
     before = files(tmp_path)
@@ -264,8 +308,8 @@ def test_more_seeds_have_a_spread_and_ablations_use_what_is_there(killed):
     ran(both.table())
     assert done.items() <= both.steps().items() and len(both.steps()) == len(done) + 7 + 8
     values: dict[str, list[float]] = {}
-    for run, measured in both.evaluations():
-        values.setdefault(run.row, []).append(measured["kl/chosen"])
+    for run, found in both.evaluations():
+        values.setdefault(run.row, []).append(found["kl/chosen"])
     for row, line in both.csv().items():
         one, other = values[row]
         assert float(line["kl/chosen mean"]) == pytest.approx((one + other) / 2)

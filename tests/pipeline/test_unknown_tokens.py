@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from cache_rows import forge
 from fpo.cache.schema import CachedPair
-from fpo.stages.chat import ChatFormat
+from fpo.stages.chat import GEMMA_TURNS, ChatFormat
 from fpo.stages.conversations import load_conversations
 from fpo.stages.models import find_model, load_tokenizer
 from tiny_world import SITES, World, files, fpo, rows, write_rows
@@ -90,9 +90,16 @@ def test_a_cache_that_holds_it_is_not_read(world: World, tmp_path, command):
 def test_the_row_of_the_largest_token_is_found(world, tmp_path, seed):
     made = [{"messages": row["chosen"]} for row in rows(seed, 6)]
     made[2]["messages"] = []
-    chat = ChatFormat(load_tokenizer(find_model(str(world.gemma))))
+    made[1]["messages"] = [*made[1]["messages"], *made[3]["messages"]]
+    # By this template each of its two answers is a conversation of its own.
+    content = "(message['content'] | trim)"
+    template = GEMMA_TURNS.replace(content, f"('' if loop.index0 == 1 and not loop.last else {content})")
+    chat = ChatFormat(load_tokenizer(find_model(str(world.gemma))), template)
     found = load_conversations(str(write_rows(tmp_path / "x.jsonl", made)), split="train", chat=chat, max_length=64)
-    largest = {f"row {one.raw_row}": int(one.ids.max()) for one in (found[i] for i in range(len(found)))}
+    assert [found[i].raw_row for i in range(len(found))] == [0, 1, 1, 3, 4, 5]
+    largest: dict[str, int] = {}
+    for one in (found[i] for i in range(len(found))):
+        largest[f"row {one.raw_row}"] = max(int(one.ids.max()), largest.get(f"row {one.raw_row}", 0))
     name, token = found.largest_token()
     assert token == largest[name] == max(largest.values())
     cache = world.open()

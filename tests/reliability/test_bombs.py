@@ -12,6 +12,7 @@ import pytest
 from forged import MANIFEST_NAME, Files, sound_files, write_files
 from fpo.cache.manifest import LARGEST_TEXT
 from fpo.cache.pages import LARGEST_FOOTER, SMALLEST_LIMIT
+from fpo.stages.row_files import SMALLEST_LIMIT as SMALLEST_ROWS
 
 TRIED = "decompression bombs refused within the bound of memory"
 MB = 1 << 20
@@ -19,6 +20,8 @@ MB = 1 << 20
 REFUSAL = 80 * MB
 # What a shard may take that is as large as is allowed, in multiples of it.
 READING = 8
+# What a packed file of rows may take that unpacks to as much as is allowed, in multiples of that.
+ROWS = 8
 # A manifest's parts as Python's objects, in multiples of its bytes.
 PARSING = 40
 
@@ -38,12 +41,16 @@ for argument in map(Path, sys.argv[1:]):
 OPEN = RUN.format(imports="from fpo.cache.reader import open_cache", call="open_cache(argument)")
 VERIFY = RUN.format(imports="from fpo.cache.reader import verify", call="['refused:', *verify(argument)]")
 UNPACK = RUN.format(imports="from fpo.stages.npz import read_npz", call="len(read_npz(argument))")
+READ = RUN.format(
+    imports="from fpo.stages.preferences import load_preferences",
+    call="load_preferences(str(argument), split='train').content_hash",
+)
 
 
 def in_fresh_process(script: str, sound: Path, tried: Sequence[Path], home: Path) -> list[tuple[str, int]]:
     """What was said of each, and the peak of memory by then in bytes beyond that of a sound file."""
     command = [sys.executable, "-c", script, str(sound), *map(str, tried)]
-    environment = os.environ | {"FPO_HOME": str(home)}
+    environment = os.environ | {"FPO_HOME": str(home), "HF_HOME": str(home)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
@@ -124,3 +131,28 @@ def test_an_archive_that_unpacks_to_gigabytes_is_refused_unpacked(tmp_path, tall
     for path, (said, more) in zip(paths, in_fresh_process(UNPACK, small, paths, tmp_path / "home"), strict=True):
         assert_refused(said, more, REFUSAL, path.name)
         tally(TRIED)
+
+
+@pytest.fixture
+def usual_rows(tmp_path) -> Path:
+    """Sound preference data under gzip."""
+    path = tmp_path / "usual.jsonl.gz"
+    path.write_bytes(bombs.packed_rows(MB))
+    return path
+
+
+def test_packed_rows_that_unpack_to_gigabytes_are_refused_unpacked(usual_rows, tmp_path, tally):
+    paths = [tmp_path / name for name in bombs.DATA]
+    for path, make in zip(paths, bombs.DATA.values(), strict=True):
+        path.write_bytes(make())
+        assert path.stat().st_size < 2 * MB
+    for path, (said, more) in zip(paths, in_fresh_process(READ, usual_rows, paths, tmp_path / "home"), strict=True):
+        assert_refused(said, more, REFUSAL, path.name, "unpack it yourself")
+        tally(TRIED)
+
+
+def test_the_longest_row_that_is_unpacked_takes_the_memory_that_is_promised(usual_rows, tmp_path):
+    path = tmp_path / "long.jsonl.gz"
+    path.write_bytes(bombs.packed_rows(SMALLEST_ROWS))
+    ((said, more),) = in_fresh_process(READ, usual_rows, [path], tmp_path / "home")
+    assert "refused" not in said and more < ROWS * SMALLEST_ROWS, f"{more / MB:.0f} MB"

@@ -319,11 +319,11 @@ def test_chat_templates_of_any_content_are_used_or_refused(fuzz):
         try:
             chat = ChatFormat(chatml(), template)
             prompt, *responses = chat.prompt_and_responses(example(several))
-            ids, learnt = chat.conversation(several + answer("Yes."))
+            lessons, _ = chat.lessons(several + answer("Yes."))
         except ValueError:
             return
-        assert len(ids) == len(learnt)
-        assert [response[-1] for response in responses] == [chat.end_id] * 2
+        assert all(len(ids) == len(learnt) for ids, learnt in lessons)
+        assert [response.ids[-1] for response in responses] == [chat.end_id] * 2
         assert all(isinstance(token, int) for token in prompt)
 
     fuzz("fuzzed templates", 150, 4_000, templates(), check)

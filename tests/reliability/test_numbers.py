@@ -406,7 +406,7 @@ RULES: dict[str, tuple[Callable[[CachedPair], CachedPair], str]] = {
     "a log-prob above 0": (lambda row: with_answer(row, logp=0.1), "rejected_ref_logp: is not finite or above 0"),
     "a length that is not its tokens'": (
         lambda row: with_answer(row, num_tokens=row.rejected.num_tokens + 1),
-        "rejected_num_tokens: is not the number of response ids",
+        "rejected_num_tokens: is not the number of learnt tokens",
     ),
     "no prompt": (lambda row: with_tokens(row, "prompt", []), "prompt_ids: holds no tokens"),
     "a negative token": (lambda row: with_tokens(row, "chosen", [-1]), "chosen_ids: holds a negative token id"),

@@ -104,6 +104,7 @@ def llama3_factors(length: int, factor: float, low: float, high: float, size: in
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG, SHORT = [1.0, 2.0, 4.0, 8.0], [1.0, 1.5, 2.0, 3.0]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 YARN_KEYS = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
 # Architecture, what differs from the usual configuration, metadata, tensors: each as a converter writes it.
@@ -193,6 +194,21 @@ STATED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, np.ndarra
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
         {},
         {},
+    ),
+    "StableLM's word on its layers": (
+        "stablelm",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}},
+        {"use_parallel_residual": False},
+        {},
+    ),
+    "Phi-3's frequencies, for long texts": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 16,
+            **rope(rope_type="longrope", long_factor=LONG, short_factor=SHORT, attention_factor=1.19),
+        },
+        {"rope.scaling.original_context_length": 16, "rope.scaling.attn_factor": 1.19},
+        {"rope_factors_long.weight": np.array(LONG), "rope_factors_short.weight": np.array(SHORT)},
     ),
     "another epsilon": ("nemotron", {"norm_eps": 0.1}, {}, {}),
     "biases of attention": ("llama", {"attention_bias": True, "mlp_bias": True}, {}, {}),

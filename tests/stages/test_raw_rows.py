@@ -256,9 +256,9 @@ def test_a_renaming_that_cannot_be_is_refused(tmp_path: Path, renames: list[str]
         ("\ufeffnull", "line 1: expected a JSON object, found null"),
         ('[{"a": 1}, null]', "row 1: expected a JSON object, found null"),
         ("[1]", "row 0: expected a JSON object, found int"),
-        ('{"a": 1}\n{"a": \n', "line 2: expected a JSON object, found "),
-        ('{"a": 1, "a": 2}', "the key 'a' twice"),
-        ('{"a": "\\ud800"}', "line 1: expected a JSON object, found 'utf-8' codec can't encode"),
+        ('{"a": 1}\n{"a": \n', "line 2, column 7: expected JSON, found none"),
+        ('{"a": 1, "a": 2}', "line 1: expected JSON, found the key 'a' twice"),
+        ('{"a": "\\ud800"}', "line 1: expected JSON, found 'utf-8' codec can't encode"),
         ('{"a": ' + "[" * 100_000, "line 1: expected JSON, found it nested too deep"),
     ],
 )

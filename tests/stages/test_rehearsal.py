@@ -113,7 +113,7 @@ def no_files(tokenizer: Any, folder: Path) -> None:
 @pytest.mark.parametrize("save", [without_template, not_at_all, no_files])
 def test_a_tokenizer_that_cannot_be_read_back_stops_the_run(world, tmp_path, save):
     tokenizer = AutoTokenizer.from_pretrained(world.gemma)
-    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.chat_template = world.open(()).manifest.meaning.chat_template
     with pytest.raises(ValueError, match=r"\Amodel: transformers cannot save it and read it back: [^\n]+\Z"):
         trainer(world, tmp_path / "out", world.policy(), Unsaved(tokenizer, save)).train()
     assert files(tmp_path / "out") == NOTHING

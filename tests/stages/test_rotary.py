@@ -9,7 +9,7 @@ import pytest
 import torch
 from fpo.cache.schema import Pair
 from fpo.stages import train_sae
-from fpo.stages.packing import RowLayout, pack
+from fpo.stages.packing import Conversation, RowLayout, pack, pack_conversations
 from fpo.stages.rotary import forget_lengths, of_same_frequencies, unknown_scaling
 from fpo.stages.scoring import run_body, run_head, score_row
 from fpo.stages.sites import Site
@@ -155,6 +155,17 @@ def test_a_row_is_taken_apart_only_where_lengths_ask_for_it():
         if parts > 1:
             assert all(part.input_ids_L.numel() % 16 == 0 for part, _ in found)
             assert sorted(torch.cat([targets_T for _, targets_T in found]).tolist()) == list(range(len(row.targets_T)))
+
+
+def test_conversations_score_as_alone_by_a_fresh_model(make):
+    rng, expected = np.random.default_rng(0), []
+    texts = [rng.integers(3, 128, size).astype(np.int32) for size in (30, 6, THRESHOLD, THRESHOLD + 1, 9)]
+    (row,) = pack_conversations([Conversation(ids, np.arange(len(ids)) > 2) for ids in texts], 1000, 16)
+    with torch.no_grad():
+        for ids in texts:
+            expected.append(score_response(make(), Pair("", ids[:3], ids[3:], ids[3:]), 0).token_logps_T)
+        found_T = score_row(make(), row, [], "fp32").token_logps_T
+    torch.testing.assert_close(found_T, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_a_scaling_that_is_not_known_is_refused():

@@ -1,4 +1,5 @@
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from fpo.stages.sites import Site, capture_sites, check_fits, load_sae, parse_si
 from safetensors.torch import load_file, save_file
 from tiny import randomize, save_tiny_sae, tiny_gemma2, tiny_llama, tiny_sae
 from torch import Tensor
-from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 ALL_SITES = [Site(layer, kind) for layer in range(4) for kind in ("resid_post", "mlp_out")]
 RESID_2 = Site(2, "resid_post")
@@ -265,15 +266,69 @@ def test_a_folder_without_a_site_needs_one(tmp_path):
     assert load_sae(f"{tmp_path}@model.layers.2.output").site == RESID_2
 
 
+def gpt2_in_transformer_lens(model: PreTrainedModel, centred: bool) -> "torch.nn.Module":
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+
+    hf = model.config
+    config = HookedTransformerConfig(
+        d_model=hf.n_embd,
+        d_head=hf.n_embd // hf.n_head,
+        n_heads=hf.n_head,
+        n_layers=hf.n_layer,
+        n_ctx=hf.n_positions,
+        eps=hf.layer_norm_epsilon,
+        d_vocab=hf.vocab_size,
+        act_fn="gelu_new",
+        normalization_type="LN",
+        seed=0,
+    )
+    hooked = HookedTransformer(config)
+    state = {name: weight.detach() for name, weight in convert_gpt2_weights(model, config).items()}
+    hooked.load_and_process_state_dict(state, center_writing_weights=centred)
+    return hooked
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
+@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"])
+@torch.no_grad()
+def test_an_sae_of_gpt2_encodes_what_it_encoded_in_transformer_lens(tmp_path, hook, architecture, centred):
+    from sae_lens import SAE
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=128, n_positions=64)).eval()
+    randomize(model, 0, embedding_std=0.5, norm_mean=1.0, final_norm_mean=1.0)
+    for name, weight in model.named_parameters():
+        weight.data += 0.3 * ("bias" in name or "wpe" in name)  # a mean that is not 0
+    save_tiny_sae(tmp_path, 32, 64, 0, architecture, parse_site(hook))
+    edit_metadata(tmp_path, hook_name=hook, model_from_pretrained_kwargs={"center_writing_weights": centred})
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        plain = SAE.load_from_disk(tmp_path)
+    ids = torch.arange(3, 27)[None]
+    _, cache = gpt2_in_transformer_lens(model, centred).run_with_cache(ids, prepend_bos=False)
+    site_sae = load_sae(str(tmp_path))
+    check_fits(site_sae, model)
+    with capture_sites(model, [site_sae.site]) as captured:
+        model(input_ids=ids)
+    found, expected = site_sae.sae.encode(captured[site_sae.site]), plain.encode(cache[hook])
+    assert (expected > 0).any()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    if centred:
+        assert load_sae(str(tmp_path)).sha256 == site_sae.sha256
+        edit_metadata(tmp_path, model_from_pretrained_kwargs={})
+        assert load_sae(str(tmp_path)).sha256 != site_sae.sha256
+        with pytest.raises(ValueError, match="expected a model with LayerNorm"):
+            check_fits(site_sae, tiny_llama())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"hook_name": "blocks.2.attn.hook_z"}, "a site that is not supported.*hook_z"),
         ({"hook_head_index": 3}, "one attention head"),
-        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "centred residual stream"),
     ],
 )
-@pytest.mark.filterwarnings(r"ignore:\sThis SAE has non-empty:UserWarning")
 def test_saes_of_other_activations_are_refused(folder, changes, message):
     edit_metadata(folder, **changes)
     with pytest.raises(ValueError, match=message):

@@ -1,12 +1,13 @@
 """What `check_model` lets pass is right; what it refuses, it refuses in one line that says what would be wrong."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from fpo.stages import supported
-from fpo.stages.models import attentions_to_try, find_model
-from fpo.stages.supported import check_model, load_supported
+from fpo.stages.models import attentions_to_try, find_model, load_model
+from fpo.stages.supported import check_length, check_model, load_supported
 from pairs import calm_gemma2, calm_llama
 from tiny import randomize, tiny_family, tiny_gemma2, tiny_llama
 from transformers import (
@@ -14,7 +15,9 @@ from transformers import (
     BartConfig,
     BloomConfig,
     FalconConfig,
+    GPT2Config,
     GPTNeoConfig,
+    LlamaConfig,
     MambaConfig,
     MistralConfig,
     MptConfig,
@@ -142,7 +145,8 @@ def test_a_window_of_the_real_size_that_is_not_heeded_is_found():
 def test_attention_falls_back_to_what_is_right_and_says_so(tmp_path, config):
     made(config).save_pretrained(tmp_path)
     source, lines = find_model(str(tmp_path)), []
-    model = load_supported(source, attentions_to_try("auto", source, "cpu"), "cpu", lines.append)
+    load = partial(load_model, source, device="cpu")
+    model = load_supported(load, attentions_to_try("auto", source, "cpu"), lines.append)
     used = model.config._attn_implementation
     assert (used == "packed") == (not lines)
     for line in lines:
@@ -150,7 +154,7 @@ def test_attention_falls_back_to_what_is_right_and_says_so(tmp_path, config):
         assert "\n" not in line
     if used == "eager":
         with pytest.raises(ValueError, match=r"\Amodel [^\n]+\Z"):
-            load_supported(source, ("packed",), "cpu")
+            load_supported(load, ("packed",))
     ids = torch.arange(3, 20)[None]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -177,6 +181,29 @@ def test_weights_that_are_not_finite_are_left_to_scoring_which_names_the_pair():
     model = calm_gemma2(tie_word_embeddings=False)
     model.lm_head.weight.data[0] = torch.nan
     check_model(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=40), 40),
+        (OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=40), 40),
+        (LlamaConfig(**SIZES, intermediate_size=64, max_position_embeddings=40), None),
+        (LlamaConfig(**SIZES | {"vocab_size": 40}, intermediate_size=64, max_position_embeddings=40), None),
+    ],
+)
+def test_texts_longer_than_the_positions_that_a_model_learnt_are_refused(config, limit):
+    model = made(config)
+    check_length(model, 40)
+    ids = torch.arange(41)[None] % 40
+    if limit is None:
+        check_length(model, 41)
+        model(ids)
+        return
+    with pytest.raises(ValueError, match=r"\A--max-length: expected at most 40,[^\n]* found 41; lower it\Z"):
+        check_length(model, 41)
+    with pytest.raises(IndexError):
+        model(ids)
 
 
 def test_a_model_that_was_found_right_is_not_tried_again_under_the_same_attention(monkeypatch):

@@ -1,0 +1,161 @@
+"""Checks of the options of `table` and `tune`, and of what only their profile sets."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from seams.comparison import Comparison, assert_cell, compare, distinct, shown
+from seams.lab import Lab
+from seams.options import FILE, effect
+from tiny_profile import NAMES
+from tiny_world import files
+
+BOTH = "table, tune"
+
+
+def splits(made: Comparison) -> set[str]:
+    """Splits of which caches were made."""
+    return {step.config.split for step in made.fabricated.steps if step.command == "precompute"}
+
+
+def measured_on(made: Comparison) -> set[str]:
+    """Splits of the caches that policies were measured on."""
+    made_of = {step.out: step.config.split for step in made.fabricated.steps if step.command == "precompute"}
+    return {made_of[Path(str(one.config.cache))] for one in made.fabricated.evaluated}
+
+
+def trained_on(made: Comparison) -> set[str]:
+    made_of = {step.out: step.config.split for step in made.fabricated.steps if step.command == "precompute"}
+    aligned = [step.config for step in made.fabricated.steps if step.command == "align"]
+    return {made_of[Path(str(config.cache))] for config in aligned}
+
+
+@effect(BOTH, "config")
+def config(lab: Lab, command: str) -> None:
+    """Its settings are those of every step: the model, what a method's section says, the lengths."""
+    made = compare(lab, command, lr=3e-4, top_k=7, seed=4)
+    assert made.result.exit_code == 0, made.result.output
+    aligned = [step.config for step in made.fabricated.steps if step.command == "align"]
+    assert {config.model for config in aligned} == {str(lab.world.gemma)}
+    rates = {3e-4} if command == "table" else {9e-5, 3e-4, 9e-4, 3e-3}
+    assert {config.lr for config in aligned} == rates
+    assert {one.config.top_k for one in made.fabricated.evaluated} == {7}
+    assert "--config" in fails(lab, command, "--config", "nowhere")
+
+
+def fails(lab: Lab, command: str, *flags: object) -> str:
+    """The line of a call that is refused; nothing of it was run."""
+    made = compare(lab, command, *flags)
+    assert (made.result.exit_code, len(made.result.stderr.splitlines())) == (2, 1), made.result.output
+    assert not made.fabricated.steps and not made.out.exists()
+    return made.result.stderr
+
+
+@effect(BOTH, "runs", "out")
+def places(lab: Lab, command: str) -> None:
+    folder = lab.new()
+    made = compare(lab, command, "--runs", folder / "there", "--out", folder / "here")
+    assert made.result.exit_code == 0, made.result.output
+    assert {step.out.parent for step in made.fabricated.steps} == {folder / "there"}
+    wanted = {"table": {"table.md", "table.html", "comparison.csv"}, "tune": {"tuning.csv"}}[command]
+    assert wanted <= set(files(folder / "here"))
+    assert not made.out.exists() and not (made.folder / "runs").exists()
+
+
+@effect(BOTH, "jobs")
+def jobs(lab: Lab, command: str) -> None:
+    assert set(compare(lab, command, "--jobs", 5).fabricated.jobs) == {5}
+    assert set(compare(lab, command).fabricated.jobs) == {2}  # the profile's
+
+
+@effect("table", "dry_run")
+def dry_run(lab: Lab, command: str) -> None:
+    made = compare(lab, command, "--dry-run")
+    assert made.result.exit_code == 0 and "to do" in made.result.output
+    assert not made.fabricated.steps and not made.out.exists() and not (made.folder / "runs").exists()
+
+
+@effect("table", "ablations")
+def ablations(lab: Lab, command: str) -> None:
+    """Other tables, in place of the comparison."""
+    made = compare(lab, command, "--ablations")
+    assert made.result.exit_code == 0, made.result.output
+    assert {"ablations.md", "sites.csv", "alpha.csv", "layers.csv"} <= set(files(made.out))
+    assert "table.md" not in files(made.out)
+    assert {step.config.method for step in made.fabricated.steps if step.command == "align"} == {"fpo"}
+    alphas = {(config.alpha, config.stop_gradient) for config in aligned(made) if config.site == (NAMES[0],)}
+    assert alphas >= {(alpha, stop) for alpha in (0.1, 0.5, 1.0, 2.0) for stop in (True, False)} - {(0.5, True)}
+
+
+def aligned(made: Comparison) -> list:  # type: ignore[type-arg]
+    return [step.config for step in made.fabricated.steps if step.command == "align"]
+
+
+@effect(FILE, "seeds")
+def seeds(lab: Lab, command: str) -> None:
+    """Every method under every seed; cells are means over them."""
+    made = compare(lab, "table", table_section={"seeds": [3, 5, 8]})
+    assert made.result.exit_code == 0, made.result.output
+    assert {(config.method, config.alpha, config.seed) for config in aligned(made)} == {
+        (method, alpha, seed)
+        for method, alpha in {(config.method, config.alpha) for config in aligned(made)}
+        for seed in (3, 5, 8)
+    }
+    for line in shown(made):
+        values = made.ends(line[""], "accuracy/raw")
+        assert len(values) == 3
+        assert_cell(line["accuracy raw, %"], values, 100)
+
+
+@effect(FILE, "heldout_split")
+def heldout_split(lab: Lab, command: str) -> None:
+    """The comparison is measured on it and trained on the other."""
+    for name in ("test_prefs", "validation_prefs"):
+        made = compare(lab, "table", table_section={"heldout_split": name})
+        assert made.result.exit_code == 0, made.result.output
+        assert (measured_on(made), trained_on(made)) == ({name}, {"train_prefs"})
+
+
+@effect(FILE, "validation_split")
+def validation_split(lab: Lab, command: str) -> None:
+    """Tuning chooses on it, and never looks at the split that the comparison is measured on."""
+    made = compare(lab, "tune")
+    assert made.result.exit_code == 0, made.result.output
+    assert (measured_on(made), trained_on(made)) == ({"validation_prefs"}, {"train_prefs"})
+    assert splits(made) == {"validation_prefs", "train_prefs"}
+    # What is logged of a trial is what was measured of it, and the best of a method is printed.
+    lines = made.csv("tuning.csv")
+    ends = {(one.config.method, one.training.lr, one.training.beta): one.metrics for one in made.fabricated.evaluated}
+    assert len(lines) == len(ends) == 6 * 4 * 3
+    for line in lines:
+        found = ends[line["method"], float(line["lr"]), float(line["beta"])]
+        for name in ("accuracy/raw", "accuracy/implicit", "kl/chosen", "kl/rejected"):
+            assert float(line[name]) == pytest.approx(found[name])
+    for method in distinct(line["method"] for line in lines):
+        key, best = max(
+            ((key, found["accuracy/raw"]) for key, found in ends.items() if key[0] == method), key=lambda item: item[1]
+        )
+        wanted = f"{method}: {{lr: {key[1]:g}, beta: {key[2]:g}}}  # {100 * best:.1f} %"
+        assert wanted in made.result.output
+
+
+@effect(FILE, "ablation_sites", "ablation_sums")
+def ablation_sites(lab: Lab, command: str) -> None:
+    """A row a site, of runs that are constrained there alone, and a row a sum, of runs that are constrained there."""
+    rows = {"ablation_sites": NAMES, "ablation_sums": ["+".join(NAMES), NAMES[1]]}
+    made = compare(lab, "table", "--ablations", table_section={**rows, "seeds": [1, 2]})
+    assert made.result.exit_code == 0, made.result.output
+    for table, wanted in zip(("sites.csv", "layers.csv"), rows.values(), strict=True):
+        lines = made.csv(table)
+        assert [line["row"] for line in lines] == wanted
+        for line in lines:
+            values = {
+                one.seed: one.metrics["accuracy/raw"]
+                for one in made.fabricated.evaluated
+                if one.training
+                and one.training.site == tuple(line["row"].split("+"))
+                and one.training.alpha in (None, 0.5)
+                and one.training.stop_gradient is not False
+            }
+            assert set(values) == {1, 2}
+            assert float(line["accuracy/raw mean"]) == pytest.approx(np.mean(list(values.values())))
