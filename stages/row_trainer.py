@@ -184,7 +184,7 @@ class RowTrainer(ResumingTrainer):
                 (`rehearse`).
         """
         model: Any = self.model
-        checkpointing = self.args.activation_checkpointing
+        checkpointing = bool(self.args.activation_checkpointing)
         check_repeats(model, lambda: self.score(model, self._spare).token_logps_T, checkpointing=checkpointing)
         rehearse(self, resumed=bool(resume_from_checkpoint))
         self._tokens, self._started = 0, time.monotonic()
@@ -199,7 +199,7 @@ class RowTrainer(ResumingTrainer):
         gradients over ranks, which the factor `num_processes` undoes.
         """
         assert num_items_in_batch is not None
-        policy_mode(model, checkpointing=self.args.activation_checkpointing)
+        policy_mode(model, checkpointing=bool(self.args.activation_checkpointing))
         rows: Any = self._prepare_inputs(inputs)["rows"]
         scale = self.accelerator.num_processes / num_items_in_batch
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
