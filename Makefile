@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.install-stamp
 
-.PHONY: install install-models run run-smollm2 reproduce-table reproduce-ablations tune benchmark benchmark-gpu typing lint types test test-slow reliability wheel clean
+.PHONY: install install-models run run-smollm2 reproduce-table reproduce-ablations tune benchmark gpu-check benchmark-gpu typing lint types test test-slow reliability wheel clean
 
 install: $(STAMP)
 
@@ -67,21 +67,38 @@ benchmark: install-models
 GEMMA := --device cuda --recipe bf16 --max-length 2048 --token-budget 4096 --steps 4 --batch 8
 GEMMA_2B := $(GEMMA) --model google/gemma-2-2b --layer 25
 GEMMA_9B := $(GEMMA) --model google/gemma-2-9b --layer 41 --optimizer rmsprop
-FIGURE_4 := dpo simpo tdpo1 tdpo2 fpo
 REPORTS := results/benchmarks
 
-benchmark-gpu: install
-	$(BENCHMARK).training_step $(GEMMA_2B) --repeats 3 --json $(REPORTS)/training_step_gemma-2-2b.json
-	$(BENCHMARK).training_step $(GEMMA_2B) --repeats 3 --json $(REPORTS)/figure_4_gemma-2-2b.json \
-		--contestants $(FIGURE_4) $(FIGURE_4:%=%-ckpt) trl-simpo-ckpt trl-dpo-precomputed-ckpt trl-dpo-ckpt
-	$(BENCHMARK).stage_one $(GEMMA_2B) --repeats 3 --json $(REPORTS)/stage_one_gemma-2-2b.json
-	$(BENCHMARK).limit $(GEMMA_2B) --repeats 3 --json $(REPORTS)/limit_gemma-2-2b.json
-	$(BENCHMARK).limit $(GEMMA_9B) --json $(REPORTS)/limit_gemma-2-9b.json
-	$(BENCHMARK).step_profile $(GEMMA_2B) --json $(REPORTS)/step_profile_gemma-2-2b.json
+# Whether a GPU computes what it should, and how fast: under four minutes on one card, each figure written as it is measured.
+gpu-check: install
+	$(BENCHMARK).gpu_check --out $(REPORTS)/gpu_check --seconds 200 $(ARGS)
+
+# The benchmarks of a GPU, in parts of under four minutes, in order of importance. What is there is not measured again:
+# `make benchmark-gpu` goes on where it was stopped, and `make results/benchmarks/gpu_step_fpo.json` is one part.
+GPU_STEPS := fpo simpo trl-dpo-precomputed-ckpt trl-simpo-ckpt tdpo2 dpo tdpo1 fpo-ckpt
+GPU_PARTS := $(GPU_STEPS:%=gpu_step_%) gpu_stage_one gpu_profile_fpo gpu_parts gpu_limit_gemma-2-9b gpu_growth
+
+benchmark-gpu: $(GPU_PARTS:%=$(REPORTS)/%.json)
+
+$(REPORTS)/gpu_step_%.json: | install
+	$(BENCHMARK).training_step $(GEMMA_2B) --contestants $* --json $@
+
+$(REPORTS)/gpu_profile_%.json: | install
+	$(BENCHMARK).step_profile $(GEMMA_2B) --steps 1 --contestant $* --json $@
+
+$(REPORTS)/gpu_stage_one.json: | install
+	$(BENCHMARK).stage_one $(GEMMA_2B) --json $@
+
+$(REPORTS)/gpu_parts.json: | install
 	$(BENCHMARK).parts --device cuda --model google/gemma-2-2b --layers 26 --tokens 2048 --hidden 2304 \
-		--vocabularies 256000 --json $(REPORTS)/parts_gemma-2-2b.json
-	$(BENCHMARK).growth --device cuda --recipe bf16 --model google/gemma-2-2b --layers 26 --tokens 2048 \
-		--lengths 1024 2048 4096 8192 --sites 1 2 4 8 --step-pairs 8 --json $(REPORTS)/growth_gemma-2-2b.json
+		--vocabularies 256000 --widths 16384 65536 --json $@
+
+$(REPORTS)/gpu_limit_gemma-2-9b.json: | install
+	$(BENCHMARK).limit $(GEMMA_9B) --contestants --json $@
+
+$(REPORTS)/gpu_growth.json: | install
+	$(BENCHMARK).growth --device cuda --recipe bf16 --model google/gemma-2-2b --layers 8 --tokens 2048 \
+		--lengths 1024 4096 --sites 1 4 --step-pairs 8 --json $@
 
 # Type checkers do not follow setuptools' folder mapping; these links show them the installed names.
 typing:

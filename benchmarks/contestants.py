@@ -119,6 +119,7 @@ def our_trainer(setting: Setting, folder: Path, contestant: Contestant) -> Any:
         **common(setting, folder, contestant),
         method=contestant.method,
         token_budget=setting.token_budget,
+        compile_layers=setting.device == "cuda",
         parity_pairs=1,
     )
     return FPOTrainer(

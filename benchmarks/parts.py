@@ -16,7 +16,7 @@ from fpo.cache.schema import Pair
 from fpo.stages.features import CachedFeatures, feature_drift, largest_features, pooled_features
 from fpo.stages.logprobs import token_scores
 from fpo.stages.packing import pack
-from fpo.stages.scoring import head_weight, row_multiple, run_body, softcap
+from fpo.stages.scoring import head_weight, row_layout, run_body, softcap
 from torch import Tensor
 
 from .measuring import Result, in_fresh_process, measured
@@ -143,7 +143,7 @@ def packing(
 
 def packed_logps(model: Any, pairs: Sequence[Pair], budget: int, device: str) -> None:
     """As both stages compute them."""
-    for row in pack(pairs, budget, row_multiple(model)):
+    for row in pack(pairs, budget, *row_layout(model)):
         moved = row.to(device)
         hidden_TD, _ = run_body(model, moved, [])
         token_scores(hidden_TD, head_weight(model), moved.targets_T, softcap=softcap(model))

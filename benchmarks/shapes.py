@@ -12,9 +12,10 @@ from fpo.cache.schema import Pair
 from fpo.pipeline.shapes import configuration, shape_of_config
 from fpo.stages.attention import PACKED
 from fpo.stages.features import CachedFeatures, keep_largest
+from fpo.stages.flex import FLEX
 from fpo.stages.models import Recipe
 from fpo.stages.packing import PackedRow, pack
-from fpo.stages.scoring import row_multiple, score_row
+from fpo.stages.scoring import row_layout, score_row
 from fpo.stages.sites import Site, SiteSAE
 
 from .setting import KEPT, random_sae
@@ -34,7 +35,7 @@ def random_model(name: str, device: str, *, layers: int | None = None, vocabular
             config.layer_types = config.layer_types[:layers]
     config.vocab_size = vocabulary or config.vocab_size
     shape = shape_of_config(config, name)
-    attention = "flex_attention" if device == "cuda" and shape.flex else PACKED if shape.sdpa else "eager"
+    attention = FLEX if device == "cuda" and shape.flex else PACKED if shape.sdpa else "eager"
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
@@ -59,7 +60,7 @@ def random_pair(prompt: int, response: int, vocabulary: int, seed: int = 0) -> P
 
 def packed_row(model: Any, pairs: Sequence[Pair], device: str) -> PackedRow:
     """All pairs in one row."""
-    (row,) = pack(pairs, 2**62, row_multiple(model))
+    (row,) = pack(pairs, 2**62, *row_layout(model))
     return row.to(device)
 
 

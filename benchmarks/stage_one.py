@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from fpo.cache.schema import Pair
+from fpo.stages.frozen import freeze
 from fpo.stages.models import autocast
 from fpo.stages.scoring import measure_pairs
 from fpo.stages.sites import capture_sites, load_sae
@@ -75,6 +76,7 @@ def ours(setting: Setting, folder: Path) -> Way:
     """Measures pairs and writes them as a shard, as `fpo precompute` does."""
     model = load(setting, folder, attention_of(setting, folder))
     saes = [load_sae(str(folder / "sae"), device=setting.device)]
+    freeze(model, setting.recipe, compiled=setting.device == "cuda", sites=[sae.site for sae in saes])
 
     def run(pairs: Sequence[Pair]) -> list[float]:
         measured = measure_pairs(

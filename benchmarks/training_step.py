@@ -40,8 +40,14 @@ def main() -> None:
 
 
 def run(setting: Setting, folder: Path, name: str) -> Result:
-    """One contestant in a process of its own."""
-    return in_fresh_process(contestants.train, setting=dataclasses.asdict(setting), folder=str(folder), name=name)
+    """One contestant in a process of its own, with half the batch, and half of that, where memory does not suffice."""
+    while True:
+        result = in_fresh_process(contestants.train, setting=dataclasses.asdict(setting), folder=str(folder), name=name)
+        if "memory" not in str(result.get("failed")) or setting.batch % 2:
+            return result | {"batch": setting.batch}
+        # The same pairs are the warm-up's and are measured.
+        batch, warmup, steps = setting.batch // 2, 2 * setting.warmup, 2 * setting.steps
+        setting = dataclasses.replace(setting, batch=batch, warmup=warmup, steps=steps)
 
 
 def rows(results: dict[str, Result]) -> list[Result]:
@@ -53,7 +59,7 @@ def rows(results: dict[str, Result]) -> list[Result]:
         if "failed" in result:
             made.append(row | {"seconds a pair": result["failed"]})
         else:
-            made.append(row | beside(result, first))
+            made.append(row | beside(result, first) | {"batch": result.get("batch")})
     return made
 
 

@@ -55,7 +55,8 @@ Command = Callable[[RunConfig, frozenset[str]], None]
 MODEL = ("model", "device", "attention", "dtype")
 TRAINING = (
     *("epochs", "max_steps", "batch_size", "accumulation", "lr", "lr_scheduler", "lr_scheduler_kwargs"),
-    *("warmup_steps", "optimizer", "max_grad_norm", "token_budget", "activation_checkpointing", "seed", "resume"),
+    *("warmup_steps", "optimizer", "max_grad_norm", "token_budget", "activation_checkpointing", "checkpoint_every"),
+    *("compile", "seed", "resume"),
     *("logging_steps", "save_steps", "snapshot_steps", "report_to", "push_to_hub"),
 )
 DATA = (
@@ -125,7 +126,7 @@ def configured(
     "precompute",
     *MODEL,
     *DATA,
-    *("turns", "date", "sae", "allow_poor_sae", "out", "keep_features", "token_budget", "shard_size"),
+    *("turns", "date", "sae", "allow_poor_sae", "out", "keep_features", "token_budget", "shard_size", "compile"),
     *("rank", "world_size", "engine", "workers", "repair"),
     resume="finished shards are kept: run the same command again to go on",
 )

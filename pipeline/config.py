@@ -94,10 +94,13 @@ class RunConfig(BaseModel):
     )
     out: Place | None = Field(None, description="Folder to write; precompute: or a URL, as s3://bucket/cache.")
     device: str = Field("auto", description="auto (a GPU where there is one), cpu or cuda.")
-    attention: Literal["auto", "eager", "packed", "flex_attention"] = Field(
-        "auto", description="auto (the fastest that is exact for model and device), eager, packed or flex_attention."
+    attention: Literal["auto", "eager", "packed", "packed_flex"] = Field(
+        "auto", description="auto (the fastest that is exact for model and device), eager, packed or packed_flex."
     )
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="Recipe of both stages: fp32, or bf16 autocast.")
+    compile: bool | None = Field(
+        None, description="Compile a model's layers (torch.compile); default on a GPU, not on a CPU."
+    )
     token_budget: PositiveInt = Field(2048, description="Tokens of a packed row; sets memory (results to rounding).")
     seed: int = Field(0, description="Seed of data order, initialisation and sampling.")
 
@@ -163,6 +166,7 @@ class RunConfig(BaseModel):
     optimizer: Literal["adam", "rmsprop"] = Field("adam", description="Optimiser: adam or rmsprop.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off.")
     activation_checkpointing: bool = Field(False, description="Recompute layers in backward: less memory, slower.")
+    checkpoint_every: PositiveInt = Field(1, description="With --activation-checkpointing: recompute every N-th layer.")
     lora_r: PositiveInt | None = Field(None, description="Train a LoRA adapter of this rank (PEFT); default none.")
     lora_alpha: PositiveFloat | None = Field(None, description="LoRA's α, over r the adapter's scale; default 2 r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, in training.")

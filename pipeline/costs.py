@@ -8,8 +8,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from ..stages import features, logprobs
 from ..stages.attention import PACKED
+from ..stages.flex import FLEX
 from .amounts import Data
 from .config import RunConfig
 from .rates import Rates
@@ -78,7 +81,7 @@ class Task:
         if self.config.attention != "auto":
             return self.config.attention
         if self.rates.cuda and self.shape.flex:
-            return "flex_attention"
+            return FLEX
         return PACKED if self.shape.sdpa else "eager"
 
     @property
@@ -102,7 +105,8 @@ class Task:
     @property
     def chunks(self) -> float:
         """Bytes of the chunks of logits or of features."""
-        logits = logprobs.CHUNK_ENTRIES["cuda" if self.rates.cuda else "cpu"]
+        device = torch.device("cuda" if self.rates.cuda else "cpu")
+        logits = logprobs.chunk_tokens(self.shape.vocabulary, device) * self.shape.vocabulary
         return CHUNKS * 4 * max(logits, features.CHUNK_ENTRIES)
 
     @property
@@ -141,7 +145,7 @@ def forward(task: Task, data: Data) -> Work:
     """
     shape = task.shape
     together = max(1, int(task.config.token_budget // data.tokens))
-    attended = data.attended if task.attention == "flex_attention" else data.tokens**2 * together
+    attended = data.attended if task.attention == FLEX else data.tokens**2 * together
     answered = data.count * data.answered
     return Work(
         layers=shape.layer_flops(data.count * data.tokens, data.count * attended),
@@ -173,14 +177,16 @@ def training_cost(task: Task) -> Cost:
     checkpointing; the head's logits are computed again in backward; a live reference runs forward, its head twice.
 
     Memory: 4 bytes a weight and 2 of autocast's copy; 4 of gradient and 8 (Adam) or 4 (RMSprop) of optimiser a trained
-    one; activations of the longest row, of all layers, or with checkpointing of one layer and the inputs of all; the
-    head's gradient as it is added up; the SAEs; 4 bytes a weight of a live reference.
+    one; activations of the longest row, of all layers, or with checkpointing of one layer, of those that are not
+    checkpointed and the inputs of those that are; the head's gradient as it is added up; the SAEs; 4 bytes a weight of
+    a live reference.
     """
     config, shape, data = task.config, task.shape, task.data
     steps = training_steps(config, data.count)
     seen = config.max_steps * config.batch_size if config.max_steps else config.epochs * data.count
     once = forward(task, replace(data, count=seen))
-    adapter, again = config.lora_r is not None, int(config.activation_checkpointing)
+    adapter = config.lora_r is not None
+    again = 1 / config.checkpoint_every if config.activation_checkpointing else 0  # share of the layers
     live = int(config.reference is not None)
     times = (2 if adapter else 3) + again
     work = Work(
@@ -192,8 +198,9 @@ def training_cost(task: Task) -> Cost:
     trained = shape.linear_edges * config.lora_r if config.lora_r else shape.parameters
     optimiser = {"adam": 8, "rmsprop": 4}[config.optimizer]
     head = (0 if adapter else 8) * shape.head
-    inputs = shape.layers * task.row * shape.hidden * 4
-    kept = inputs + max(task.layer, head) if again else shape.layers * task.layer + head
+    inputs = again * shape.layers * task.row * shape.hidden * 4
+    whole = (1 - again) * shape.layers * task.layer
+    kept = whole + inputs + max(task.layer, head) if again else whole + head
     memory = PROCESS_BYTES + task.weights + trained * (4 + optimiser) + 4 * shape.parameters * live
     memory += kept + task.saes + task.chunks
     saved = trained if adapter else shape.parameters

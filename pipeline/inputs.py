@@ -51,6 +51,11 @@ def device_of(config: RunConfig) -> str:
     return config.device
 
 
+def compiles(config: RunConfig) -> bool:
+    """Whether layers are to be compiled: as `--compile` says, else on a GPU."""
+    return device_of(config) != "cpu" if config.compile is None else config.compile
+
+
 def load_saes(config: RunConfig, device: str) -> tuple[SiteSAE, ...]:
     """The SAEs that `--sae` names, one a site.
 

@@ -69,8 +69,8 @@ def wrong_recipes(steps: Sequence[Step]) -> list[str]:
     for config in (step.config for step in steps if device_of(step.config) == "cpu"):
         if config.dtype == "bf16":
             lines.append("--dtype: bf16 is for GPUs, and the device is a CPU; give --dtype fp32, or run on a GPU")
-        if config.attention == "flex_attention":
-            lines.append("--attention: flex_attention has no backward on a CPU; leave it out, or run on a GPU")
+        if config.attention == "packed_flex":
+            lines.append("--attention: packed_flex has no backward on a CPU; leave it out, or run on a GPU")
     return _unique(lines)
 
 

@@ -19,7 +19,7 @@ from ..stages.sae_quality import check_fit, first_pairs, fit_on_pairs
 from ..stages.sites import check_fits
 from ..stages.supported import check_length, load_supported
 from .config import RunConfig, to_yaml
-from .inputs import check_folder, device_of, load_data, load_saes, required
+from .inputs import check_folder, compiles, device_of, load_data, load_saes, required
 from .progress import PairProgress, console
 from .workers import place_of, take_own_gpu
 
@@ -121,6 +121,7 @@ def load_stage_one(config: RunConfig) -> tuple[Reference, Preferences, Limits, d
         "token_budget": config.token_budget,
         "shard_size": config.shard_size,
         "limit": config.limit,
+        "compiled": compiles(config),
         "keep_date": config.date is None,
         "options": to_yaml(config.model_copy(update={"rank": None, "world_size": None})),  # the same for all workers
     }

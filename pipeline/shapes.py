@@ -31,6 +31,15 @@ _GEMMA3_270M = {
     "num_key_value_heads": 1,
     "head_dim": 256,
 }
+_GEMMA3_1B = {
+    "vocab_size": 262144,
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+}
 KNOWN: Mapping[str, tuple[str, Mapping[str, int]]] = {
     "google/gemma-2-2b": ("gemma2", {}),
     "google/gemma-2-2b-it": ("gemma2", {}),
@@ -38,6 +47,7 @@ KNOWN: Mapping[str, tuple[str, Mapping[str, int]]] = {
     "google/gemma-2-9b-it": ("gemma2", _GEMMA2_9B),
     "google/gemma-3-270m": ("gemma3_text", _GEMMA3_270M),
     "google/gemma-3-270m-it": ("gemma3_text", _GEMMA3_270M),
+    "google/gemma-3-1b-it": ("gemma3_text", _GEMMA3_1B),
 }
 
 

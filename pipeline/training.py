@@ -20,7 +20,7 @@ from ..stages.saving import CONFIGS
 from ..stages.schedules import is_endless
 from ..stages.snapshots import Snapshots
 from .config import RunConfig, to_yaml
-from .inputs import check_new, device_of
+from .inputs import check_new, compiles, device_of
 from .progress import console
 from .run_record import FINISHED, RECORD, differing, mark_finished, read_record, sole_writer
 
@@ -45,6 +45,8 @@ def trainer_settings(config: RunConfig, given: frozenset[str]) -> dict[str, Any]
         raise ValueError("--epochs: --max-steps alone says when to stop; leave one of them out")
     if config.lr_scheduler == "constant" and "warmup_steps" in given:
         raise ValueError("--warmup-steps: the schedule 'constant' ignores it; use constant_with_warmup")
+    if "checkpoint_every" in given and not config.activation_checkpointing:
+        raise ValueError("--checkpoint-every: no layer is recomputed without --activation-checkpointing; add it")
     parts = config.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch_size % parts:
         raise ValueError(
@@ -67,6 +69,8 @@ def trainer_settings(config: RunConfig, given: frozenset[str]) -> dict[str, Any]
         "weight_decay": 0.0,
         "max_grad_norm": config.max_grad_norm,
         "activation_checkpointing": config.activation_checkpointing,
+        "checkpoint_every": config.checkpoint_every,
+        "compile_layers": compiles(config),
         "seed": config.seed,
         "logging_steps": config.logging_steps,
         "save_steps": config.save_steps,

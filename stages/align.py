@@ -21,13 +21,14 @@ from .anatomy import decoder_layers
 from .batches import RowBatch, RowCollator
 from .finite import find_faults
 from .fpo_config import FPOConfig
+from .frozen import freeze
 from .metrics import ParityLog
 from .models import attentions_to_try, check_tokens, find_model, load_model, load_tokenizer, tokenizer_sha256
 from .objectives import PairLosses, PairScores, pair_losses
 from .packing import PackedRow, pack
 from .parity import check_cache, check_parity
 from .row_trainer import RowTrainer
-from .scoring import RowScores, causal_lm, live_reference, row_multiple, score_row
+from .scoring import RowScores, causal_lm, live_reference, row_layout, score_row
 from .sites import SiteSAE
 from .supported import load_supported
 
@@ -95,10 +96,12 @@ class FPOTrainer(RowTrainer):
             sae.sae.to(args.device)
         self.policy, self.train_cache, self.saes = policy, train_dataset, tuple(saes)
         self._constraint_step = -1
+        self.sites = [sae.site for sae in self.saes]
+        pad_to, windows = row_layout(policy)
         super().__init__(
             policy,
             args,
-            data_collator=RowCollator(args.token_budget, row_multiple(policy), tuple(sae.width for sae in self.saes)),
+            data_collator=RowCollator(args.token_budget, pad_to, tuple(sae.width for sae in self.saes), windows),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -106,7 +109,9 @@ class FPOTrainer(RowTrainer):
         )
         self.parity: dict[str, float] = {}
         self.add_callback(ParityLog(self))
-        self.reference = None if reference is None else reference.to(args.device).requires_grad_(False).eval()
+        self.reference = None if reference is None else reference.to(args.device)
+        if self.reference is not None:
+            freeze(self.reference, args.recipe, compiled=args.compile_layers)
 
     def train(  # type: ignore[override]  # the Trainer's other arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
@@ -143,6 +148,12 @@ class FPOTrainer(RowTrainer):
 
     def row_losses(self, model: nn.Module, row: RowBatch, mode: str) -> PairLosses:
         """The losses of one row's pairs; adds its metrics to the running sums."""
+        losses, scores, divergence_R = self._losses_of(model, row)
+        self._count(mode, losses, scores, divergence_R)
+        return losses
+
+    def _losses_of(self, model: nn.Module, row: RowBatch) -> tuple[PairLosses, RowScores, Tensor]:
+        """The losses of one row's pairs, and the scores and divergences that they are made of."""
         scores = self.score(model, row)
         divergence = self.args.objective.rule.divergence
         if divergence == "features":
@@ -163,8 +174,7 @@ class FPOTrainer(RowTrainer):
                 rejected_divergence=divergence_R[1::2] if divergence else None,
             ),
         )
-        self._count(mode, losses, scores, divergence_R)
-        return losses
+        return losses, scores, divergence_R
 
     @torch.no_grad()
     def _count(self, mode: str, losses: PairLosses, scores: RowScores, divergence_R: Tensor) -> None:
@@ -194,11 +204,10 @@ class FPOTrainer(RowTrainer):
 
     def row_loss(self, model: nn.Module, row: RowBatch) -> Tensor:
         """The losses of one row's pairs, summed."""
-        losses = self.row_losses(model, row, "train")
         if self._logs_this_step() and self._constraint_step != self.state.global_step:
             self._constraint_step = self.state.global_step
-            self._measure_constraint(losses)
-        return losses.loss.sum()
+            self._measure_constraint(row)
+        return self.row_losses(model, row, "train").loss.sum()
 
     def row_items(self, row: RowBatch) -> int:
         """Pairs."""
@@ -213,7 +222,7 @@ class FPOTrainer(RowTrainer):
             return score_row(self.policy, row.to(self.args.device), self.saes, self.args.recipe)
 
         pairs = [pair for row in rows for pair in row.pairs()]
-        return find_faults(score, pack(pairs, 1, row_multiple(self.policy)), self.saes)
+        return find_faults(score, pack(pairs, 1, *row_layout(self.policy)), self.saes)
 
     def facts(self) -> dict[str, str]:
         """The objective, the cache and the SAEs."""
@@ -233,27 +242,29 @@ class FPOTrainer(RowTrainer):
         step, every = self.state.global_step + 1, max(1, self.state.logging_steps)
         return step % every == 0 or (step == 1 and self.args.logging_first_step)
 
-    def _measure_constraint(self, losses: PairLosses) -> None:
+    def _measure_constraint(self, row: RowBatch) -> None:
         """Logs by how much the constraint pulls: the norm of its gradient over that of the rest of the loss.
 
         Taken at the weights of the lowest layer that the constraint reads (the last one for the KL) on the step's first
-        row, so that it costs a backward through the layers above only. At the start it is 0 without measuring: policy
-        and reference are the same. Not under FSDP, where a layer's weights are whole only while it runs.
+        row, so that it costs two forwards and a backward through the layers above only. Each gradient has a graph of
+        its own: compiled code allows one backward a forward. At the start it is 0 without measuring: policy and
+        reference are the same. Not under FSDP, where a layer's weights are whole only while it runs.
         """
-        if not losses.constraint.requires_grad or self.is_fsdp_enabled:
+        if not self.args.objective.rule.divergence or self.is_fsdp_enabled:
             return
         if self.state.global_step == 0 and not self.args.allow_different_start:
-            self._means["train"].add({"constraint/grad_ratio": losses.loss.new_zeros(())})
+            self._means["train"].add({"constraint/grad_ratio": torch.zeros((), device=self.args.device)})
             return
         layers = decoder_layers(causal_lm(self.policy))
         layer = layers[min((sae.site.layer for sae in self.saes), default=len(layers) - 1)]
         weights = [weight for weight in layer.parameters() if weight.requires_grad]
         if not weights:
             return
-        slope_B = -torch.expm1(-losses.loss.detach())  # -dL/du of L = -log σ(u)
         norms = []
-        for part_B in (losses.constraint, losses.lpd):
-            grads = torch.autograd.grad((slope_B * part_B).sum(), weights, retain_graph=True, allow_unused=True)
+        for name in ("constraint", "lpd"):
+            losses, _, _ = self._losses_of(self.policy, row)
+            slope_B = -torch.expm1(-losses.loss.detach())  # -dL/du of L = -log σ(u)
+            grads = torch.autograd.grad((slope_B * getattr(losses, name)).sum(), weights, allow_unused=True)
             norms.append(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads if g is not None])))
         self._means["train"].add({"constraint/grad_ratio": norms[0] / norms[1]})
 

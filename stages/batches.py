@@ -82,16 +82,18 @@ class RowCollator:
         token_budget: tokens of a row.
         pad_to: row lengths are padded to a multiple of this.
         widths: widths of the SAEs whose features are read; empty where the method reads none.
+        windows: as in `RowLayout`.
     """
 
     token_budget: int
     pad_to: int
     widths: tuple[int, ...]
+    windows: tuple[int | None, ...] = ()
 
     def __call__(self, pairs: Sequence[CachedPair]) -> dict[str, list[RowBatch]]:
         """Rows of the batch; together they hold every pair once."""
         rows = []
-        for packed in pack([cached.pair for cached in pairs], self.token_budget, self.pad_to):
+        for packed in pack([cached.pair for cached in pairs], self.token_budget, self.pad_to, self.windows):
             responses = [side for index in packed.pairs for side in (pairs[index].chosen, pairs[index].rejected)]
             cached = tuple(
                 CachedFeatures.collate([response.features[site] for response in responses], width)
@@ -109,11 +111,13 @@ class ConversationCollator:
     Attributes:
         token_budget: tokens of a row.
         pad_to: row lengths are padded to a multiple of this.
+        windows: as in `RowLayout`.
     """
 
     token_budget: int
     pad_to: int
+    windows: tuple[int | None, ...] = ()
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, list[PackedRow]]:
         """Rows of the batch; together they hold every conversation once."""
-        return {"rows": pack_conversations(conversations, self.token_budget, self.pad_to)}
+        return {"rows": pack_conversations(conversations, self.token_budget, self.pad_to, self.windows)}

@@ -21,7 +21,7 @@ from .batches import RowBatch, RowCollator
 from .finite import find_faults, not_finite
 from .models import Recipe
 from .packing import PackedRow, pack
-from .scoring import RowScores, live_reference, row_multiple, score_row
+from .scoring import RowScores, live_reference, row_layout, score_row
 from .sites import SiteSAE
 
 # Pairs that are packed together: enough for full rows.
@@ -125,7 +125,8 @@ def measure_policy(
     def score(row: PackedRow) -> RowScores:
         return score_row(policy, row.to(device), saes, recipe)
 
-    collate = RowCollator(token_budget, row_multiple(policy), tuple(sae.width for sae in saes))
+    layout = row_layout(policy)
+    collate = RowCollator(token_budget, layout.pad_to, tuple(sae.width for sae in saes), layout.windows)
     names: list[str] = []
     order: list[int] = []
     parts: dict[str, list[NDArray[Any]]] = defaultdict(list)
@@ -137,7 +138,7 @@ def measure_policy(
             order += [start + index for index in row.packed.pairs]
             measured = _measure_row(policy, row, saes, recipe, top_k, reference)
             if wrong := _not_finite(row, measured):
-                raise not_finite(find_faults(score, pack(row.pairs(), 1, row_multiple(policy)), saes) or wrong)
+                raise not_finite(find_faults(score, pack(row.pairs(), 1, *layout), saes) or wrong)
             for name, column in measured.items():
                 parts[name].append(column)
             if on_pairs:

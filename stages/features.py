@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -131,28 +132,59 @@ def largest_features(values_RN: Tensor, k: int) -> Tensor:
     return torch.where(values_RN.gather(1, ids_RK) > 0, ids_RK, columns)
 
 
-def keep_largest(pooled_M: Tensor, keep: int | None) -> SparseFeatures:
-    """The features of one response as the cache stores them.
+@dataclass(frozen=True, eq=False)
+class LargestFeatures:
+    """The features of several responses as the cache will store them, where they were computed.
+
+    Attributes:
+        ids_RK: int64, ascending, padded with the SAE's width; None where `values_RK` are those of all features.
+        values_RK: float32; of padding, any.
+        floor_R: float32, the largest activation left out; 0 if none was.
+        nnz_R: int64, activations above 0.
+    """
+
+    ids_RK: Tensor | None
+    values_RK: Tensor
+    floor_R: Tensor
+    nnz_R: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """In their order."""
+        return [tensor for tensor in vars(self).values() if tensor is not None]
+
+    def stored(self, width: int) -> list[SparseFeatures]:
+        """One entry a response; ids are uint16, or uint32 above 65,536 features. To be called on the host."""
+        dtype = "uint16" if width <= 2**16 else "uint32"
+        made, floors, counts = [], self.floor_R.tolist(), self.nnz_R.tolist()
+        for number, values_K in enumerate(self.values_RK.numpy()):
+            ids_K = np.flatnonzero(values_K > 0) if self.ids_RK is None else self.ids_RK[number].numpy()
+            kept_K = ids_K < width
+            values_F = values_K[ids_K] if self.ids_RK is None else values_K[kept_K]
+            made.append(SparseFeatures(ids_K[kept_K].astype(dtype), values_F, floors[number], counts[number]))
+        return made
+
+
+def select_largest(pooled_RM: Tensor, keep: int | None) -> LargestFeatures:
+    """The largest features of each response, in a few operations for all of them.
 
     Args:
-        pooled_M: float32, finite mean activations, on any device.
+        pooled_RM: float32, finite mean activations, on any device.
         keep: how many of the largest to keep; None for all that are above 0.
-
-    Returns:
-        Ids ascending (uint16, or uint32 above 65,536 features), values, the largest activation left out, and the number
-        of activations above 0.
     """
-    width = len(pooled_M)
-    nonzero = int((pooled_M > 0).sum())
-    kept = nonzero if keep is None else min(keep, nonzero)
-    ids_F = largest_features(pooled_M[None], kept)[0].sort().values
-    left_out_M = pooled_M.index_fill(0, ids_F, 0)
-    return SparseFeatures(
-        ids=ids_F.cpu().numpy().astype("uint16" if width <= 2**16 else "uint32"),
-        values=pooled_M[ids_F].cpu().numpy(),
-        floor=float(left_out_M.max()),
-        nnz=nonzero,
-    )
+    nnz_R = (pooled_RM > 0).sum(1)
+    if keep is None:
+        return LargestFeatures(None, pooled_RM, pooled_RM.new_zeros(len(pooled_RM)), nnz_R)
+    ids_RK = largest_features(pooled_RM, keep).sort(dim=1).values
+    # Where one id stands for none, all that are above 0 are kept.
+    inside_RK = ids_RK.clamp(max=pooled_RM.shape[1] - 1)
+    left_out_RM = pooled_RM.scatter(1, inside_RK, 0)
+    return LargestFeatures(ids_RK, pooled_RM.gather(1, inside_RK), left_out_RM.amax(1), nnz_R)
+
+
+def keep_largest(pooled_M: Tensor, keep: int | None) -> SparseFeatures:
+    """`select_largest` of one response, as the cache stores it."""
+    return select_largest(pooled_M.cpu()[None], keep).stored(len(pooled_M))[0]
 
 
 def _encode_columns(sae: Any, sae_in_TD: Tensor, ids_I: Tensor) -> Tensor:

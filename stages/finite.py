@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 NAMED = 3
 
 
-def is_finite(scores: "RowScores") -> bool:
-    """Whether all log-probabilities and pooled features of a row are finite."""
-    return bool(torch.stack([values.isfinite().all() for values in (scores.logps_R, *scores.pooled)]).all())
+def all_finite(scores: "RowScores") -> Tensor:
+    """Whether all log-probabilities and pooled features of a row are finite, bool [], on their device."""
+    return torch.stack([values.isfinite().all() for values in (scores.logps_R, *scores.pooled)]).all()
 
 
 @torch.no_grad()

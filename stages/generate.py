@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from .finite import not_finite
+from .flex import FLEX
 
 Int32 = NDArray[np.int32]
 
@@ -149,7 +150,7 @@ def _ready_to_generate(model: PreTrainedModel, config: GenerationConfig) -> Iter
     try:
         model.eval()
         model.generation_config = config  # transformers takes from here what the configuration in a call leaves open
-        if attention == "flex_attention":  # it compiles anew for every length of the cache
+        if attention == FLEX:  # which is for packed rows
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
         yield
     finally:

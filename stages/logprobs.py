@@ -14,14 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits that exist at once: 32 MiB in fp32 on a CPU, where more is no faster. On a GPU 512 MiB, 512 tokens of Gemma-2's
-# vocabulary: a chunk's product has to take longer than reading the head's weight for it.
-CHUNK_ENTRIES = {"cpu": 2**23, "cuda": 2**27}
+from .fused_head import FusedTokenScores
+
+# Logits that exist at once: 32 MiB in fp32 on a CPU, where more is no faster. On a GPU 512 MiB in bf16, 1,024 tokens of
+# Gemma-2's vocabulary: a chunk's products have to take longer than adding to the gradient of the head's weight.
+CHUNK_ENTRIES = {"cpu": 2**23, "cuda": 2**28}
+# At least so many tokens at a time on a CPU too: for fewer, a product takes longer to read the head's weight than to
+# compute, and its gradient longer to be added.
+LEAST_TOKENS = 128
+# Where the element-wise work is compiled.
+FUSED = ("cuda",)
 
 
 def chunk_tokens(vocabulary: int, device: torch.device) -> int:
     """How many tokens' logits exist at once for a vocabulary of this size; devices that are no CPU count as GPUs."""
-    return max(1, CHUNK_ENTRIES.get(device.type, CHUNK_ENTRIES["cuda"]) // vocabulary)
+    return max(LEAST_TOKENS, CHUNK_ENTRIES.get(device.type, CHUNK_ENTRIES["cuda"]) // vocabulary)
 
 
 def _chunks(targets_T: Tensor, vocabulary: int) -> Iterator[slice]:
@@ -157,6 +164,13 @@ def token_scores(
     device = hidden_TD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
     with torch.autocast(device, enabled=False):
+        if device in FUSED:
+            chunk = chunk_tokens(head_VD.shape[0], hidden_TD.device)
+            theirs = reference and (*reference, reference_bias_V)
+            fused: tuple[Tensor, Tensor] = FusedTokenScores.apply(  # type: ignore[no-untyped-call]
+                hidden_TD, head_VD, bias_V, targets_T, (scale, softcap), theirs, dtype, chunk
+            )
+            return fused
         scores: tuple[Tensor, Tensor] = _TokenScores.apply(  # type: ignore[no-untyped-call]
             hidden_TD,
             head_VD,

@@ -12,6 +12,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 from transformers import TrainerCallback
@@ -52,7 +53,8 @@ class TensorBytes(TorchDispatchMode):
         self.peak = self.live
 
     def _count(self, tensor: torch.Tensor) -> None:
-        if tensor.device.type == "meta" or is_traceable_wrapper_subclass(tensor):  # the tensors inside are seen too
+        # Of wrappers the tensors inside are seen too; a compiler's fakes have no bytes, and sizes that may be symbols.
+        if tensor.device.type == "meta" or is_traceable_wrapper_subclass(tensor) or isinstance(tensor, FakeTensor):
             return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..cache.files import canonical_json, sha256_file, user_folder, write_atomically
 from ..cache.locks import locked
 from .attention import PACKED
+from .flex import FLEX
 from .gguf_metadata import check_tensors, settle_config
 from .model_folder import check_model_folder
 from .randomness import silence_config, silence_modules
@@ -140,7 +141,7 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
 
     Args:
         source: from `find_model`.
-        attention: "eager", "packed" (`attention.py`) or "flex_attention".
+        attention: "eager", "packed" (`attention.py`) or "packed_flex" (`flex.py`).
         device: where it goes.
 
     Raises:
@@ -279,8 +280,8 @@ def attentions_to_try(requested: str, source: ModelSource, device: torch.device 
     """The attention implementation requested, or all that this model has and this device runs, the fastest first.
 
     Whether one is right for the model is tried once it is loaded (`load_supported`). Packed rows need a mask of their
-    own, which eager and flex_attention take, or are taken apart again by "packed". Flex has no backward on CPU;
-    "packed" stands on sdpa, which has no soft-capping, so that Gemma-2 has neither.
+    own, which eager and "packed_flex" take, or are taken apart again by "packed". "packed_flex" has no backward on CPU;
+    "packed" stands on sdpa, which has no soft-capping, so that Gemma-2 has neither there.
 
     Args:
         requested: "auto" or an implementation.
@@ -288,10 +289,10 @@ def attentions_to_try(requested: str, source: ModelSource, device: torch.device 
         device: where it will run.
 
     Raises:
-        ValueError: if flex_attention is requested on CPU; if it is no causal language model.
+        ValueError: if "packed_flex" is requested on CPU; if it is no causal language model.
     """
-    if requested == "flex_attention" and torch.device(device).type == "cpu":
-        raise ValueError("--attention: flex_attention has no backward on CPU; leave the option out, or take eager")
+    if requested == FLEX and torch.device(device).type == "cpu":
+        raise ValueError(f"--attention: {FLEX} has no backward on CPU; leave the option out, or take eager")
     if requested != "auto":
         return (requested,)
     from transformers import AutoModelForCausalLM
@@ -301,7 +302,7 @@ def attentions_to_try(requested: str, source: ModelSource, device: torch.device 
     if model_class is None:
         raise ValueError(f"model {source.name}: expected a causal language model, found a {config.model_type}")
     flex = torch.device(device).type == "cuda" and model_class._supports_flex_attn
-    return (*(["flex_attention"] * flex), *([PACKED] * model_class._supports_sdpa), "eager")
+    return (*([FLEX] * flex), *([PACKED] * model_class._supports_sdpa), "eager")
 
 
 def _config(source: ModelSource) -> Any:

@@ -9,9 +9,9 @@ Shapes: L positions of a row, T learnt tokens of a row, R responses of a row (tw
 conversation: its assistant turns together).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..cache.schema import Pair
+from .blocks import BLOCK, LEAST_BLOCKS, RowBlocks, row_blocks
 
 PADDING = -1
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
@@ -39,6 +40,33 @@ class Conversation:
     raw_row: int | None = None
 
 
+class RowLayout(NamedTuple):
+    """What an attention implementation asks of rows.
+
+    Attributes:
+        pad_to: row lengths are padded to a multiple of this, to bound the number of shapes that a compiler sees.
+        windows: of the kinds of layers whose `RowBlocks` a row is to have, None for full attention.
+    """
+
+    pad_to: int = 1
+    windows: tuple[int | None, ...] = ()
+
+    def padding(self, tokens: int) -> int:
+        """How many positions follow so many tokens."""
+        return max(-tokens % self.pad_to, LEAST_BLOCKS * BLOCK - tokens if self.windows else 0)
+
+    def blocks(
+        self,
+        position_ids_L: NDArray[np.int64],
+        pair_L: NDArray[np.int64],
+        part_L: NDArray[np.int64],
+        device: torch.device | str = "cpu",
+    ) -> tuple[RowBlocks, ...]:
+        """Of every window, what `row_blocks` makes of a row."""
+        made = (row_blocks(position_ids_L, pair_L, part_L, window) for window in self.windows)
+        return tuple(blocks.with_tensors(lambda tensor: tensor.to(device)) for blocks in made)
+
+
 @dataclass(frozen=True, eq=False)
 class PackedRow:
     """One row of packed pairs or conversations, ready for one forward pass with batch size 1.
@@ -56,6 +84,7 @@ class PackedRow:
         targets_T: int64, the learnt response tokens, in the order of `sources_T`.
         lengths: number of learnt tokens of each response, R entries that sum to T.
         tokens: tokens of the row without padding.
+        blocks: what attends to what, an entry for each window of the layout that it was packed for.
     """
 
     pairs: tuple[int, ...]
@@ -68,6 +97,7 @@ class PackedRow:
     targets_T: Tensor
     lengths: tuple[int, ...]
     tokens: int
+    blocks: tuple[RowBlocks, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "PackedRow":
         """The row with its tensors on `device`; accelerate's loader calls it."""
@@ -81,7 +111,7 @@ class PackedRow:
         changed: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **changed)
+        return replace(self, **changed, blocks=tuple(blocks.with_tensors(change) for blocks in self.blocks))
 
 
 def plan_rows(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -113,13 +143,16 @@ def plan_rows(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def pack(pairs: Sequence[Pair], token_budget: int, pad_to: int = 1) -> list[PackedRow]:
+def pack(
+    pairs: Sequence[Pair], token_budget: int, pad_to: int = 1, windows: Sequence[int | None] = ()
+) -> list[PackedRow]:
     """Packs pairs into rows.
 
     Args:
         pairs: the pairs, each with a non-empty prompt and non-empty responses.
         token_budget: tokens a row may hold, prompts counted once; a longer pair has a row of its own.
-        pad_to: row lengths are padded to a multiple of this, to bound the number of shapes that a compiler sees.
+        pad_to: as in `RowLayout`.
+        windows: likewise.
 
     Returns:
         The rows; each pair is in exactly one.
@@ -127,17 +160,26 @@ def pack(pairs: Sequence[Pair], token_budget: int, pad_to: int = 1) -> list[Pack
     Raises:
         ValueError: if the budget is not positive.
     """
+    return list(packed_rows(pairs, token_budget, RowLayout(pad_to, tuple(windows))))
+
+
+def packed_rows(pairs: Sequence[Pair], token_budget: int, layout: RowLayout) -> Iterator[PackedRow]:
+    """As `pack`, one row at a time, made when it is asked for."""
     lengths = [pair.prompt_ids.size + pair.chosen_ids.size + pair.rejected_ids.size for pair in pairs]
-    return [_pack_row([pairs[i] for i in row], row, pad_to) for row in plan_rows(lengths, token_budget)]
+    for row in plan_rows(lengths, token_budget):
+        yield _pack_row([pairs[i] for i in row], row, layout)
 
 
-def pack_conversations(conversations: Sequence[Conversation], token_budget: int, pad_to: int = 1) -> list[PackedRow]:
+def pack_conversations(
+    conversations: Sequence[Conversation], token_budget: int, pad_to: int = 1, windows: Sequence[int | None] = ()
+) -> list[PackedRow]:
     """Packs conversations into rows.
 
     Args:
         conversations: each with a learnt token, which is not its first.
         token_budget: as in `pack`.
         pad_to: as in `pack`.
+        windows: as in `pack`.
 
     Returns:
         The rows, `PROMPT` everywhere, one response a conversation; each conversation is in exactly one.
@@ -146,10 +188,13 @@ def pack_conversations(conversations: Sequence[Conversation], token_budget: int,
         ValueError: if the budget is not positive.
     """
     rows = plan_rows([conversation.ids.size for conversation in conversations], token_budget)
-    return [_pack_conversations_row([conversations[i] for i in row], row, pad_to) for row in rows]
+    layout = RowLayout(pad_to, tuple(windows))
+    return [_pack_conversations_row([conversations[i] for i in row], row, layout) for row in rows]
 
 
-def _pack_conversations_row(conversations: Sequence[Conversation], indices: Sequence[int], pad_to: int) -> PackedRow:
+def _pack_conversations_row(
+    conversations: Sequence[Conversation], indices: Sequence[int], layout: RowLayout
+) -> PackedRow:
     sources, targets = [], []
     start = 0
     for conversation in conversations:
@@ -162,7 +207,7 @@ def _pack_conversations_row(conversations: Sequence[Conversation], indices: Sequ
     return _row(
         indices,
         [str(conversation.raw_row) for conversation in conversations],
-        pad_to,
+        layout,
         tokens=[conversation.ids for conversation in conversations],
         positions=[np.arange(size) for size in sizes],
         pair_of=[np.full(size, number) for number, size in enumerate(sizes)],
@@ -172,7 +217,7 @@ def _pack_conversations_row(conversations: Sequence[Conversation], indices: Sequ
     )
 
 
-def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], pad_to: int) -> PackedRow:
+def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], layout: RowLayout) -> PackedRow:
     tokens, positions, pair_of, part_of, sources, targets = [], [], [], [], [], []
     start = 0
     for number, pair in enumerate(pairs):
@@ -198,7 +243,7 @@ def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], pad_to: int) -> Pac
     return _row(
         indices,
         [pair.pair_id for pair in pairs],
-        pad_to,
+        layout,
         tokens=tokens,
         positions=positions,
         pair_of=pair_of,
@@ -211,7 +256,7 @@ def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], pad_to: int) -> Pac
 def _row(
     indices: Sequence[int],
     names: Sequence[str],
-    pad_to: int,
+    layout: RowLayout,
     *,
     tokens: Sequence[Any],
     positions: Sequence[Any],
@@ -222,23 +267,26 @@ def _row(
 ) -> PackedRow:
     """Joins the arrays of a row's parts, and pads those that have an entry a position."""
     size = sum(part.size for part in tokens)
-    padding = -size % pad_to
+    padding = layout.padding(size)
 
-    def joined(parts: Sequence[Any], fill: int | None = None) -> Tensor:
+    def joined(parts: Sequence[Any], fill: int | None = None) -> NDArray[np.int64]:
         values = np.concatenate(parts).astype(np.int64)
-        return torch.from_numpy(values if fill is None else np.pad(values, (0, padding), constant_values=fill))
+        return values if fill is None else np.pad(values, (0, padding), constant_values=fill)
 
+    structure = joined(positions, 0), joined(pair_of, PADDING), joined(part_of, PROMPT)
+    position_ids_L, pair_L, part_L = (torch.from_numpy(values) for values in structure)
     return PackedRow(
         pairs=tuple(indices),
         names=tuple(names),
-        input_ids_L=joined(tokens, 0),
-        position_ids_L=joined(positions, 0),
-        pair_L=joined(pair_of, PADDING),
-        part_L=joined(part_of, PROMPT),
-        sources_T=joined(sources),
-        targets_T=joined(targets),
+        input_ids_L=torch.from_numpy(joined(tokens, 0)),
+        position_ids_L=position_ids_L,
+        pair_L=pair_L,
+        part_L=part_L,
+        sources_T=torch.from_numpy(joined(sources)),
+        targets_T=torch.from_numpy(joined(targets)),
         lengths=tuple(part.size for part in targets),
         tokens=size,
+        blocks=layout.blocks(*structure),
     )
 
 
@@ -266,27 +314,14 @@ def visible(row: PackedRow, query: Tensor, key: Tensor, window: int | None) -> T
     return allowed
 
 
-def attention_mask(row: PackedRow, window: int | None, implementation: str) -> Any:
-    """The mask of one kind of layer in the form that an attention implementation takes.
+def attention_mask(row: PackedRow, window: int | None) -> Tensor:
+    """The mask of one kind of layer as eager attention takes it: additive, float32 [1, 1, L, L].
 
     Args:
         row: the packed row, on the model's device.
         window: as in `visible`.
-        implementation: "eager" (additive, float32), "flex_attention" (a `BlockMask`) or "packed", which reads none.
-
-    Returns:
-        [1, 1, L, L], or a BlockMask of that size; for "packed" a tensor whose shape alone says that it is a mask.
     """
     size = row.input_ids_L.numel()
-    if implementation == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return visible(row, query, key, window)
-
-        return create_block_mask(mask_mod, None, None, size, size, device=str(row.input_ids_L.device))
-    if implementation == "packed":
-        return torch.empty(1, 1, 0, 0, device=row.input_ids_L.device)
     index = torch.arange(size, device=row.input_ids_L.device)
     allowed_LL = visible(row, index[:, None], index[None, :], window)
     blocked = torch.finfo(torch.float32).min

@@ -17,13 +17,13 @@ from typing import Any
 
 from ..cache.manifest import Manifest, ShardReport
 from ..cache.store_writer import open_writer
+from .frozen import freeze
 from .models import check_tokens
 from .packing import PackedRow
 from .parity import check_packings, difference
 from .preferences import Limits, Preferences, tokenize_pair
 from .reference import Reference, describe_meaning, describe_numerics, provenance
 from .scoring import measure_pairs
-from .supported import check_model
 
 # One pair for so many, and at least two a shard, are measured a second time in another packing, for the cache's noise.
 PAIRS_PER_SAMPLE = 256
@@ -48,6 +48,7 @@ class ShardWorker:
         token_budget: int = 2048,
         shard_size: int = 1024,
         limit: int | None = None,
+        compiled: bool = False,
         options: str | None = None,
         repair: bool = False,
         keep_date: bool = False,
@@ -64,6 +65,7 @@ class ShardWorker:
             token_budget: tokens of a packed row.
             shard_size: raw rows of a shard.
             limit: how many raw rows were asked for, for the fingerprint; None for all.
+            compiled: whether the model's layers are compiled.
             options: the text of `run.yaml`; None for no such file.
             repair: as `open_writer`'s.
             keep_date: whether a template that reads the clock is to show the day on which the cache was begun, if it
@@ -73,7 +75,7 @@ class ShardWorker:
         Raises:
             ValueError: if the folder holds another cache (`IdentityError`), or the model is not supported.
         """
-        check_model(reference.model)
+        freeze(reference.model, reference.recipe, compiled=compiled, sites=[sae.site for sae in reference.saes])
         meaning = describe_meaning(reference, preferences, limits, keep_features=keep_features, limit=limit)
         numerics = describe_numerics(reference.model, token_budget, shard_size)
         self.writer = open_writer(out, meaning, numerics, len(preferences), repair=repair, keep_date=keep_date)
@@ -137,11 +139,10 @@ class ShardWorker:
         rows_of_one: set[int] = set()
 
         def on_row(row: PackedRow) -> None:
-            real_tokens = int((row.pair_L >= 0).sum())
-            counts["scored_tokens"] += real_tokens
+            counts["scored_tokens"] += row.tokens
             if len(row.pairs) == 1:
                 rows_of_one.update(row.pairs)
-            self._advance(len(row.pairs), real_tokens)
+            self._advance(len(row.pairs), row.tokens)
 
         measure = functools.partial(
             measure_pairs,

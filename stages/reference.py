@@ -17,6 +17,8 @@ import torch
 
 from ..cache.manifest import Meaning, Numerics, SiteMeaning
 from ..cache.schema import FORMAT_VERSION
+from .anatomy import decoder_layers
+from .body import are_compiled
 from .models import ModelSource, Recipe, tokenizer_sha256
 from .preferences import SKIP_REASONS, ChatFormat, Limits, Preferences
 from .sae_quality import SAEFit
@@ -46,10 +48,10 @@ class Reference:
 
 def describe_numerics(model: Any, token_budget: int, shard_size: int) -> Numerics:
     """What changes rounding but not meaning."""
-    device = next(model.parameters()).device
+    device, layers = next(model.parameters()).device, decoder_layers(model)
     cuda = device.type == "cuda"
     return Numerics(
-        attention=model.config._attn_implementation,
+        attention=model.config._attn_implementation + (" in compiled layers" if are_compiled(layers) else ""),
         token_budget=token_budget,
         shard_size=shard_size,
         device=torch.cuda.get_device_name(device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}",

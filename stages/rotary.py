@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import sequences_of
-from .packing import PADDING, PackedRow
+from .packing import PADDING, PROMPT, PackedRow, RowLayout
 
 # Rotary embeddings are tried at these lengths, and on either side of what the configuration calls its longest.
 _LENGTHS = (64, 1024, 4097, 8193, 32769, 131073, 1048577)
@@ -78,13 +78,13 @@ def frequencies_of(model: nn.Module, length: int) -> tuple[int, ...]:
     )
 
 
-def of_same_frequencies(model: nn.Module, row: PackedRow, pad_to: int) -> list[tuple[PackedRow, Tensor | None]]:
+def of_same_frequencies(model: nn.Module, row: PackedRow, layout: RowLayout) -> list[tuple[PackedRow, Tensor | None]]:
     """A row, or the rows that it has to be taken apart into so that each has one set of rotary frequencies.
 
     Args:
         model: the decoder, or what holds it.
         row: the packed row.
-        pad_to: row lengths are padded to a multiple of this.
+        layout: what the row was packed for.
 
     Returns:
         Rows, each with the numbers (int64) of the row's targets that it predicts; None where it is the row itself. A
@@ -98,10 +98,12 @@ def of_same_frequencies(model: nn.Module, row: PackedRow, pad_to: int) -> list[t
         groups.setdefault(frequencies_of(model, sum(map(len, ranges))), []).append(number)
     if len(groups) == 1:
         return [(row, None)]
-    return [_part(row, sequences, numbers, pad_to) for numbers in groups.values()]
+    return [_part(row, sequences, numbers, layout) for numbers in groups.values()]
 
 
-def _part(row: PackedRow, sequences: list[list[range]], numbers: list[int], pad_to: int) -> tuple[PackedRow, Tensor]:
+def _part(
+    row: PackedRow, sequences: list[list[range]], numbers: list[int], layout: RowLayout
+) -> tuple[PackedRow, Tensor]:
     """The row of some of a row's sequences, and which targets of the row are its."""
     device = row.input_ids_L.device
     kept = sorted({position for number in numbers for part in sequences[number] for position in part})
@@ -110,17 +112,20 @@ def _part(row: PackedRow, sequences: list[list[range]], numbers: list[int], pad_
     new_L[kept_L] = torch.arange(len(kept), device=device)
     response_T = torch.repeat_interleave(torch.tensor(row.lengths, device=device))
     targets_T = torch.isin(response_T, torch.tensor(numbers, device=device)).nonzero().squeeze(1)
-    padding = -len(kept) % pad_to
+    padding = layout.padding(len(kept))
 
     def of(values_L: Tensor, fill: int) -> Tensor:
         return torch.nn.functional.pad(values_L[kept_L], (0, padding), value=fill)
 
+    structure = of(row.position_ids_L, 0), of(row.pair_L, PADDING), of(row.part_L, PROMPT)
+    position_ids_L, pair_L, part_L = (values_L.cpu().numpy() for values_L in structure)
     part = replace(
         row,
         input_ids_L=of(row.input_ids_L, 0),
-        position_ids_L=of(row.position_ids_L, 0),
-        pair_L=of(row.pair_L, PADDING),
-        part_L=of(row.part_L, 0),
+        position_ids_L=structure[0],
+        pair_L=structure[1],
+        part_L=structure[2],
+        blocks=layout.blocks(position_ids_L, pair_L, part_L, device),
         sources_T=new_L[row.sources_T[targets_T]],
         targets_T=row.targets_T[targets_T],
         lengths=tuple(row.lengths[number] for number in numbers),

@@ -21,6 +21,13 @@ class RowConfig(TrainingArguments):
 
     token_budget: int = field(default=2048, metadata={"help": "Tokens of a packed row, the unit of one backward."})
 
+    compile_layers: bool = field(default=False, metadata={"help": "Compile decoder layers, one by one."})
+
+    checkpoint_every: int = field(
+        default=1,
+        metadata={"help": "With activation_checkpointing: every n-th layer is recomputed, the first among them."},
+    )
+
     learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Schedule after warm-up."})
     warmup_steps: float = field(default=150, metadata={"help": "Linear warm-up, steps."})

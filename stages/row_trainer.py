@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback
 
+from .anatomy import decoder_layers
+from .body import CheckpointEvery, compile_layers
 from .finite import check_weights, not_finite
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
@@ -33,6 +35,7 @@ from .saving import copy_processor, move_model, saving
 from .schedules import check_rates, own_length
 from .scoring import RowScores, attach_scoring, causal_lm
 from .shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
+from .sites import Site
 from .supported import check_model
 
 
@@ -55,6 +58,7 @@ class RowTrainer(ResumingTrainer):
 
     args: RowConfig
     noun = "pair"  # what `names` of a row names
+    sites: Sequence[Site] = ()  # of the activations that the loss reads
 
     def __init__(
         self,
@@ -71,6 +75,9 @@ class RowTrainer(ResumingTrainer):
         if dtypes != {"torch.float32"}:
             raise ValueError(f"model: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
         check_model(model)
+        layers = decoder_layers(causal_lm(model))
+        if args.compile_layers:
+            compile_layers(layers, self.sites)
         attach_scoring(model)
         self._started_from = model  # merging takes another object
         self._means = {"train": PairMeans(), "eval": PairMeans()}
@@ -84,7 +91,8 @@ class RowTrainer(ResumingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), MetricsFile(), self._memory],  # the run's record goes before its log
+            # The run's record goes before its log.
+            callbacks=[*(callbacks or []), MetricsFile(), self._memory, CheckpointEvery(layers, args.checkpoint_every)],
         )
         several = self.args.world_size > 1
         self._ranks = torch.distributed.new_group(backend="gloo") if several else None  # for counts alone

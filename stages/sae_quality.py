@@ -19,7 +19,7 @@ from .features import CHUNK_ENTRIES
 from .models import Recipe, autocast
 from .packing import pack
 from .preferences import ChatFormat, Limits, Preferences, tokenize_pair
-from .scoring import causal_lm, row_multiple, run_body
+from .scoring import causal_lm, row_layout, run_body
 from .sites import SiteSAE
 
 # Stage one looks at so many prediction positions before it starts: enough to tell a dead SAE from a sparse one.
@@ -99,7 +99,7 @@ def fit_on_pairs(
     """Fit of each SAE at the positions that predict the responses of some pairs, where features are pooled."""
     device = next(model.parameters()).device
     sums = [FitSums(site.sae) for site in saes]
-    for row in pack(pairs, token_budget, row_multiple(model)):
+    for row in pack(pairs, token_budget, *row_layout(model)):
         with autocast(recipe, device):
             _, acts = run_body(model, row.to(device), [site.site for site in saes])
         with torch.autocast(device.type, enabled=False):

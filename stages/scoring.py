@@ -8,8 +8,8 @@ Shapes: L positions of a row, T response tokens, R responses, D hidden size, M S
 """
 
 import types
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from ..cache.schema import CachedPair, Pair, ReferenceResponse
 from .anatomy import anatomy
 from .attention import PACKED, sequences_of
-from .features import CachedFeatures, FeatureDrift, feature_drift, keep_largest, pooled_features
-from .finite import find_faults, is_finite, not_finite
+from .features import CachedFeatures, FeatureDrift, LargestFeatures, feature_drift, pooled_features, select_largest
+from .finite import all_finite, find_faults, not_finite
 from .logprobs import token_scores
+from .masks import layout_for, masks_for
 from .models import Recipe, autocast
-from .packing import PackedRow, attention_mask, pack
+from .packing import PackedRow, RowLayout, pack, packed_rows
 from .rotary import forget_lengths, of_same_frequencies
 from .sites import Site, SiteSAE, capture_sites
-
-# Compiled attention sees row lengths that are multiples of this.
-FLEX_BLOCK = 128
+from .transfer import HostCopy
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +86,9 @@ def head_weight(model: nn.Module) -> Tensor:
     return weight
 
 
-def row_multiple(model: nn.Module) -> int:
-    """What row lengths are padded to a multiple of, so that compiled attention sees a bounded number of shapes."""
-    return FLEX_BLOCK if causal_lm(model).config._attn_implementation == "flex_attention" else 1
+def row_layout(model: nn.Module) -> RowLayout:
+    """What the model's attention asks of rows."""
+    return layout_for(causal_lm(model).get_decoder().config)  # of the text model, where the causal LM wraps several
 
 
 def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[Tensor, dict[Site, Tensor]]:
@@ -104,7 +103,7 @@ def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[T
         Hidden states after the final norm [T, D], and the activations of each site [T, D].
     """
     inner = causal_lm(model)
-    parts = of_same_frequencies(inner.get_decoder(), row, row_multiple(model))
+    parts = of_same_frequencies(inner.get_decoder(), row, row_layout(model))
     if len(parts) == 1:
         return _run_decoder(inner, row, sites)
     if any(hasattr(weight, "full_tensor") for weight in inner.parameters()):  # all ranks must run as many passes
@@ -124,22 +123,13 @@ def _run_decoder(inner: Any, row: PackedRow, sites: Sequence[Site]) -> tuple[Ten
     forget_lengths(decoder)
     config = decoder.config  # of the text model, where the causal LM wraps several
     implementation = config._attn_implementation
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    mask: Any
-    if kinds:
-        mask = {
-            kind: attention_mask(row, window if kind == "sliding_attention" else None, implementation) for kind in kinds
-        }
-    else:
-        mask = attention_mask(row, window, implementation)
     more: dict[str, Any] = {"sequences": sequences_of(row)} if implementation == PACKED else {}
     with ExitStack() as stack:
         captured = stack.enter_context(capture_sites(inner, sites)) if sites else {}
         hidden_LD = decoder(
             input_ids=row.input_ids_L[None],
             position_ids=row.position_ids_L[None],
-            attention_mask=mask,
+            attention_mask=masks_for(config, row),
             use_cache=False,
             **more,
         ).last_hidden_state[0]
@@ -210,13 +200,14 @@ def score_row(
     lengths = list(row.lengths)
     pooled: tuple[Tensor, ...] = ()
     drifts: tuple[FeatureDrift, ...] = ()
-    if cached is None:
-        pooled = tuple(pooled_features(sae.sae, acts[sae.site], lengths) for sae in saes)
-    else:
-        drifts = tuple(
-            feature_drift(sae.sae, acts[sae.site], lengths, features, top_k)
-            for sae, features in zip(saes, cached, strict=True)
-        )
+    with _sae_products(recipe, device):
+        if cached is None:
+            pooled = tuple(pooled_features(sae.sae, acts[sae.site], lengths) for sae in saes)
+        else:
+            drifts = tuple(
+                feature_drift(sae.sae, acts[sae.site], lengths, features, top_k)
+                for sae, features in zip(saes, cached, strict=True)
+            )
     return RowScores(
         token_logps_T=token_logps_T,
         logps_R=_sum_responses(token_logps_T, lengths),
@@ -224,6 +215,23 @@ def score_row(
         pooled=pooled,
         drifts=drifts,
     )
+
+
+@contextmanager
+def _sae_products(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Lets a GPU round the operands of the SAEs' products to TF32 where activations come out of bf16 anyway.
+
+    For these alone: models compute angles of positions in fp32 products.
+    """
+    if recipe != "bf16" or device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _sum_responses(values_T: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -286,24 +294,55 @@ def measure_pairs(
     Raises:
         FloatingPointError: naming pairs and sites, if a log-probability or a feature is not finite.
     """
-    device, multiple = next(model.parameters()).device, row_multiple(model)
+    device, layout = next(model.parameters()).device, row_layout(model)
 
     def score(row: PackedRow) -> RowScores:
-        return score_row(model, row.to(device), saes, recipe)
+        pinned = row.pin_memory() if device.type == "cuda" else row
+        return score_row(model, pinned.to(device), saes, recipe)
 
     measured: dict[int, CachedPair] = {}
-    for row in pack(pairs, token_budget, multiple):
-        scores = score(row)
-        if not is_finite(scores):
-            alone = find_faults(score, pack([pairs[index] for index in row.pairs], 1, multiple), saes)
+
+    def take(row: PackedRow, result: "_RowResult") -> None:
+        responses = result.read([sae.width for sae in saes], row.lengths)
+        if responses is None:
+            alone = find_faults(score, pack([pairs[index] for index in row.pairs], 1, *layout), saes)
             raise not_finite(alone or dict.fromkeys(row.names, "is finite alone, but not in a row with others"))
-        logps = scores.logps_R.tolist()
         for number, index in enumerate(row.pairs):
-            responses = []
-            for side in (2 * number, 2 * number + 1):
-                features = tuple(keep_largest(pooled_RM[side], keep_features) for pooled_RM in scores.pooled)
-                responses.append(ReferenceResponse(logps[side], row.lengths[side], features))
-            measured[index] = CachedPair(pairs[index], *responses)
+            measured[index] = CachedPair(pairs[index], *responses[2 * number : 2 * number + 2])
         if on_row:
             on_row(row)
+
+    # What a row gave is read when the next one is under way, so that the device never waits for the host.
+    before: tuple[PackedRow, _RowResult] | None = None
+    for row in packed_rows(pairs, token_budget, layout):
+        result = _RowResult(score(row), keep_features)
+        if before is not None:
+            take(*before)
+        before = row, result
+    if before is not None:
+        take(*before)
     return [measured[index] for index in range(len(pairs))]
+
+
+class _RowResult:
+    """What the cache holds of a row's responses, on its way to the host."""
+
+    def __init__(self, scores: RowScores, keep_features: int | None) -> None:
+        self._sites = [select_largest(pooled_RM, keep_features) for pooled_RM in scores.pooled]
+        head = [scores.logps_R, all_finite(scores).to(torch.int32).reshape(1)]
+        self._copy = HostCopy([*head, *(tensor for site in self._sites for tensor in site.tensors)])
+
+    def read(self, widths: Sequence[int], lengths: Sequence[int]) -> list[ReferenceResponse] | None:
+        """One entry a response; None if a number is not finite."""
+        logps_R, finite, *rest = self._copy.read()
+        if not finite.tolist()[0]:
+            return None
+        by_site = []
+        for site, width in zip(self._sites, widths, strict=True):
+            own, rest = rest[: len(site.tensors)], rest[len(site.tensors) :]
+            ids_RK = None if site.ids_RK is None else own.pop(0)
+            by_site.append(LargestFeatures(ids_RK, *own).stored(width))
+        return [
+            ReferenceResponse(logp, lengths[number], tuple(site[number] for site in by_site))
+            for number, logp in enumerate(logps_R.tolist())
+        ]

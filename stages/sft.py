@@ -16,7 +16,7 @@ from .models import check_tokens
 from .packing import Conversation, PackedRow
 from .row_config import RowConfig
 from .row_trainer import RowTrainer
-from .scoring import RowScores, causal_lm, row_multiple
+from .scoring import RowScores, causal_lm, row_layout
 
 __all__ = ["RowConfig", "SFTTrainer"]
 
@@ -57,7 +57,7 @@ class SFTTrainer(RowTrainer):
         super().__init__(
             model,
             args,
-            data_collator=ConversationCollator(args.token_budget, row_multiple(model)),
+            data_collator=ConversationCollator(args.token_budget, *row_layout(model)),
             train_dataset=conversations,
             processing_class=processing_class,
             callbacks=callbacks,

@@ -22,7 +22,7 @@ from ..cache.schema import Pair, pair_id
 from .anatomy import anatomy, decoder_layers, probe_ids, quiet
 from .packing import PackedRow, pack
 from .rotary import forget_lengths, frequencies_of, of_same_frequencies, unknown_scaling
-from .scoring import causal_lm, row_multiple, run_body, run_head
+from .scoring import causal_lm, row_layout, run_body, run_head
 from .sites import Site, capture_sites
 
 # What rounding explains in fp32: nats of a token's log-probability, and the part of a position's activations (their
@@ -200,7 +200,7 @@ def _try_long(inner: Any, seed: int) -> str | None:
     prompt, *responses = LONG
     row, sequences = _row(inner, [(prompt, *(max(1, min(size, longest - prompt)) for size in responses))], seed)
     found, order = [], []
-    for part, targets_T in of_same_frequencies(inner.get_decoder(), row, row_multiple(inner)):
+    for part, targets_T in of_same_frequencies(inner.get_decoder(), row, row_layout(inner)):
         found.append(_up_to(layers[depth - 1], partial(run_body, inner, part, []))[part.sources_T])
         order.append(torch.arange(len(row.targets_T), device=row.targets_T.device) if targets_T is None else targets_T)
     found_TD = torch.cat(found)[torch.cat(order).argsort()]
@@ -254,7 +254,7 @@ def _row(inner: Any, shapes: Sequence[Sequence[int]], seed: int) -> tuple[Packed
         pairs.append(Pair(pair_id(prompt, chosen, rejected, number), prompt, chosen, rejected))
         for response in parts[1:]:
             sequences.append((torch.cat([parts[0], response]), slice(sizes[0] - 1, sizes[0] + len(response) - 1)))
-    (row,) = pack(pairs, sum(map(sum, shapes)), row_multiple(inner))
+    (row,) = pack(pairs, sum(map(sum, shapes)), *row_layout(inner))
     return row.to(next(inner.parameters()).device), sequences
 
 

@@ -24,7 +24,7 @@ from .evaluate import Estimate, estimate
 from .features import CHUNK_ENTRIES
 from .models import Recipe, autocast
 from .packing import pack
-from .scoring import head_weight, logit_scale, reference_state, row_multiple, run_body, run_head
+from .scoring import head_weight, logit_scale, reference_state, row_layout, run_body, run_head
 from .sites import SiteSAE
 
 
@@ -97,7 +97,7 @@ def token_bound(
     """
     device = next(policy.parameters()).device
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for packed in pack(pairs, token_budget, row_multiple(policy)):
+    for packed in pack(pairs, token_budget, *row_layout(policy)):
         row = packed.to(device)
         with autocast(recipe, device):
             hidden_TD, acts = run_body(policy, row, [sae.site])

@@ -34,7 +34,7 @@ PRECOMPUTE: Changes = {
     "absent device": lambda w, b: {"device": "cuda:99"},
     "attention": lambda w, b: {"attention": "packed"},
     "unknown attention": lambda w, b: {"attention": "flash"},
-    "flex on CPU": lambda w, b: {"attention": "flex_attention", "device": "cpu"},
+    "flex on CPU": lambda w, b: {"attention": "packed_flex", "device": "cpu"},
     "limits": lambda w, b: {"max_length": 32},
     "no room for a prompt": lambda w, b: {"max_prompt_length": 1},
     "limit": lambda w, b: {"limit": 0},

@@ -16,7 +16,7 @@ from pairs import many_examples
 
 # PyYAML does not read back every control character and line separator that it writes.
 names = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]))
-PROFILES = ["embedded", "gemma-2-2b", "gemma-2-9b", "gemma-3-270m", "smollm2-135m"]
+PROFILES = ["embedded", "gemma-2-2b", "gemma-2-9b", "gemma-3-1b-it", "gemma-3-270m", "gemma-3-270m-it", "smollm2-135m"]
 STAGES = ("precompute", "align", "sft", "evaluate", "train-sae")
 # What only the comparison reads, from a file; `fpo table` and `fpo tune` have few options.
 OF_THE_COMPARISON = {"seeds", "heldout_split", "validation_split", "ablation_sites", "ablation_sums", "jobs", "runs"}

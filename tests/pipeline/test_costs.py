@@ -34,6 +34,7 @@ def test_what_distinguishes_trainings_in_memory():
     assert plain.memory - train(optimizer="rmsprop").memory == weights
     assert train(widths=(16_384,)).memory - plain.memory == 2 * 4 * 2304 * 16_384
     assert train(activation_checkpointing=False).memory > plain.memory
+    assert plain.memory < train(checkpoint_every=3).memory < train(activation_checkpointing=False).memory
     assert train(lora_r=8).memory < plain.memory - 2 * weights
     # Weights, gradients, both of Adam's moments, and autocast's copies are there at once.
     assert plain.memory > (4 + 4 + 8 + 2) * GEMMA.parameters
@@ -51,6 +52,7 @@ def test_time_is_that_of_the_flops():
     sae = 2 * 2304 * 16_384 * PAIRS.count * PAIRS.answered
     assert train(rates=free).seconds == pytest.approx((4 * layers + 4 * head) / 1e15)
     assert train(rates=free, activation_checkpointing=False).seconds == pytest.approx((3 * layers + 4 * head) / 1e15)
+    assert train(rates=free, checkpoint_every=2).seconds == pytest.approx((3.5 * layers + 4 * head) / 1e15)
     assert train(rates=free, reference="r").seconds == pytest.approx((5 * layers + 6 * head) / 1e15)
     assert train(rates=free, widths=(16_384,)).seconds == pytest.approx((4 * layers + 4 * head) / 1e15 + sae / 1e14)
     assert train(rates=replace(free, training=0.5)).seconds == pytest.approx(2 * train(rates=free).seconds)

@@ -122,7 +122,7 @@ def test_the_hub_is_asked_for_what_is_needed_of_it_once(make, monkeypatch, world
 
 def test_a_gpu_s_recipes_are_refused_on_a_cpu(make):
     only(missing([make(dtype="bf16"), make("align", dtype="bf16")], jobs=1), "bf16", "fp32")
-    only(missing([make(attention="flex_attention")], jobs=1), "flex_attention")
+    only(missing([make(attention="packed_flex")], jobs=1), "packed_flex")
 
 
 def test_a_device_that_is_not_here_is_all_that_is_said(make):

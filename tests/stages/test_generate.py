@@ -175,13 +175,13 @@ def test_a_model_that_scores_inside_its_forward_generates_as_before():
 def test_a_model_loaded_for_compiled_attention_generates_and_keeps_it(make):
     prompts = prompts_of(4, 17)
     expected = only(generate(make(attn_implementation="eager"), prompts, samples=1, sampling=GREEDY, end_id=5))
-    model = make(attn_implementation="flex_attention")
+    model = make(attn_implementation="packed_flex")
     assert only(generate(model, prompts, samples=1, sampling=GREEDY, end_id=5)) == expected
-    assert model.config._attn_implementation == "flex_attention"
+    assert model.config._attn_implementation == "packed_flex"
 
 
 def test_an_interruption_leaves_the_model_as_it_was():
-    model = tiny_llama(attn_implementation="flex_attention").train()
+    model = tiny_llama(attn_implementation="packed_flex").train()
     attach_scoring(model)
     own, forward = model.generation_config, model.forward
 
@@ -193,7 +193,7 @@ def test_an_interruption_leaves_the_model_as_it_was():
     assert model.generation_config is own
     assert model.forward is forward
     assert model.training
-    assert model.config._attn_implementation == "flex_attention"
+    assert model.config._attn_implementation == "packed_flex"
 
 
 def test_progress_counts_every_answer_once():

@@ -1,16 +1,32 @@
+import logging
+
 import pytest
 import torch
-from fpo.stages import logprobs
+from fpo.stages import flex, logprobs
 from fpo.stages.logprobs import chunk_tokens, token_scores
 from torch import Tensor
 
 TOKENS, HIDDEN, VOCABULARY = 11, 6, 17
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
 @pytest.fixture(autouse=True)
-def several_chunks(monkeypatch):
+def several_chunks(request, monkeypatch):
+    if "fused" in request.fixturenames and request.getfixturevalue("fused"):  # as on a GPU, run by torch's operations
+        monkeypatch.setattr(logprobs, "FUSED", ("cpu",))
+        monkeypatch.setattr(flex, "BACKEND", "aot_eager")
+        logging.getLogger("torch.__trace").handlers.clear()
+        torch._dynamo.reset()
     monkeypatch.setitem(logprobs.CHUNK_ENTRIES, "cpu", 3 * VOCABULARY + 1)
+    monkeypatch.setattr(logprobs, "LEAST_TOKENS", 1)
     assert chunk_tokens(VOCABULARY, torch.device("cpu")) == 3
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "fused"])
+def fused(request) -> bool:
+    return request.param
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -35,7 +51,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> No
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("with_reference", [True, False])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_chunks_give_the_values_and_gradients_of_full_logits(softcap, with_reference, tied):
+def test_chunks_give_the_values_and_gradients_of_full_logits(fused, softcap, with_reference, tied):
     body, head = random(HIDDEN, HIDDEN).requires_grad_(), random(VOCABULARY, HIDDEN, seed=1).requires_grad_()
     body_64, head_64 = (tensor.detach().double().requires_grad_() for tensor in (body, head))
     inputs, ids = random(TOKENS, HIDDEN, seed=2), torch.arange(TOKENS)
@@ -68,7 +84,7 @@ def test_chunks_give_the_values_and_gradients_of_full_logits(softcap, with_refer
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("with_reference", [True, False])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_a_bias_and_a_scale_give_the_values_and_gradients_of_full_logits(softcap, with_reference, scale):
+def test_a_bias_and_a_scale_give_the_values_and_gradients_of_full_logits(fused, softcap, with_reference, scale):
     inputs = [random(TOKENS, HIDDEN), random(VOCABULARY, HIDDEN, seed=1), random(VOCABULARY, seed=2)]
     hidden, head, bias = (tensor.requires_grad_() for tensor in inputs)
     hidden_64, head_64, bias_64 = (tensor.detach().double().requires_grad_() for tensor in inputs)
@@ -103,7 +119,7 @@ def test_a_bias_and_a_scale_give_the_values_and_gradients_of_full_logits(softcap
         assert_close(ours, theirs)
 
 
-def test_the_gradient_of_a_bias_is_summed_in_fp32_under_autocast():
+def test_the_gradient_of_a_bias_is_summed_in_fp32_under_autocast(fused):
     tokens = 4096
     hidden, head = torch.zeros(tokens, HIDDEN), random(VOCABULARY, HIDDEN)
     bias = random(VOCABULARY, seed=1).requires_grad_()
@@ -115,7 +131,7 @@ def test_the_gradient_of_a_bias_is_summed_in_fp32_under_autocast():
     assert_close(bias.grad, expected, 1e-5)
 
 
-def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_still_do():
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_still_do(fused):
     hidden, head = random(TOKENS, HIDDEN).requires_grad_(), random(VOCABULARY, HIDDEN, seed=1)
     token_scores(hidden, head, targets())[0].sum().backward()
     assert head.grad is None
@@ -132,7 +148,7 @@ def test_no_gradient_reaches_the_reference():
     assert reference[0].grad is reference[1].grad is None
 
 
-def test_the_divergence_from_itself_is_0_to_the_bit():
+def test_the_divergence_from_itself_is_0_to_the_bit(fused):
     hidden, head = 5 * random(TOKENS, HIDDEN), random(VOCABULARY, HIDDEN, seed=1)
     assert token_scores(hidden, head, targets(), softcap=3.0, reference=(hidden, head))[1].tolist() == [0.0] * TOKENS
 
@@ -144,7 +160,7 @@ def test_the_result_does_not_depend_on_the_chunks(monkeypatch):
     assert_close(token_scores(hidden, head, targets())[0], first.double())
 
 
-def test_what_backward_keeps_is_smaller_than_the_logits():
+def test_what_backward_keeps_is_smaller_than_the_logits(fused):
     tokens = 50
     hidden, head = random(tokens, HIDDEN).requires_grad_(), random(VOCABULARY, HIDDEN, seed=1).requires_grad_()
     reference = (random(tokens, HIDDEN, seed=2), random(VOCABULARY, HIDDEN, seed=3))
@@ -160,7 +176,7 @@ def test_what_backward_keeps_is_smaller_than_the_logits():
     assert max(kept) < tokens * VOCABULARY
 
 
-def test_bf16_autocast_is_close_and_its_gradients_are_fp32():
+def test_bf16_autocast_is_close_and_its_gradients_are_fp32(fused):
     hidden, head = random(TOKENS, HIDDEN).requires_grad_(), random(VOCABULARY, HIDDEN, seed=1).requires_grad_()
     expected = torch.autograd.grad(token_scores(hidden, head, targets())[0].sum(), (hidden, head))
     with torch.autocast("cpu", torch.bfloat16):
@@ -173,3 +189,10 @@ def test_bf16_autocast_is_close_and_its_gradients_are_fp32():
         assert ours.dtype == torch.float32
         assert_close(ours, theirs.double(), 0.03)
         assert not torch.equal(ours, theirs)
+
+
+def test_a_vocabulary_of_any_size_is_taken_so_many_tokens_at_a_time_that_reading_the_head_pays(monkeypatch):
+    monkeypatch.undo()
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [chunk_tokens(size, cpu) for size in (2_000, 49_152, 256_000, 2**30)] == [4194, 170, 128, 128]
+    assert chunk_tokens(256_000, gpu) == 1048

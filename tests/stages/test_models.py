@@ -97,8 +97,8 @@ def test_attention_is_the_fastest_that_the_model_has_on_cpu(tmp_path, make, expe
 
 
 def test_flex_attention_is_refused_on_cpu_where_it_has_no_backward(folder):
-    with pytest.raises(ValueError, match=r"^--attention: .*flex_attention"):
-        attentions_to_try("flex_attention", find_model(str(folder)), "cpu")
+    with pytest.raises(ValueError, match=r"^--attention: .*packed_flex"):
+        attentions_to_try("packed_flex", find_model(str(folder)), "cpu")
 
 
 def test_the_hash_is_that_of_weights_and_configuration_alone(folder, tmp_path):

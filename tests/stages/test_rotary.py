@@ -8,7 +8,7 @@ import pytest
 import torch
 from fpo.cache.schema import Pair
 from fpo.stages import train_sae
-from fpo.stages.packing import Conversation, pack, pack_conversations
+from fpo.stages.packing import Conversation, RowLayout, pack, pack_conversations
 from fpo.stages.rotary import forget_lengths, of_same_frequencies, unknown_scaling
 from fpo.stages.scoring import run_body, run_head, score_row
 from fpo.stages.sites import Site
@@ -150,7 +150,7 @@ def test_a_row_is_taken_apart_only_where_lengths_ask_for_it():
     short, mixed = random_pairs(0, 3, longest=6), [*random_pairs(0, 2, longest=6), random_pair(5, 30, 2)]
     for model, pairs, parts in ((dynamic(), short, 1), (dynamic(), mixed, 2), (tiny_llama(), mixed, 1)):
         (row,) = pack(pairs, 1000)
-        found = of_same_frequencies(model, row, 16)
+        found = of_same_frequencies(model, row, RowLayout(16))
         assert len(found) == parts
         if parts > 1:
             assert all(part.input_ids_L.numel() % 16 == 0 for part, _ in found)

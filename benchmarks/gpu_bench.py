@@ -1,0 +1,170 @@
+"""What the sections of `gpu_check` share: where figures go, what is measured, models and caches for it.
+
+In: an output folder and a device. Out: a `Bench`.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from fpo.cache.reader import open_cache
+from fpo.cache.schema import Pair
+from fpo.stages.align import FPOConfig, FPOTrainer
+from fpo.stages.flex import FLEX
+from fpo.stages.methods import METHODS
+from fpo.stages.scoring import measure_pairs
+from fpo.stages.sites import SiteSAE, load_sae
+from torch._dynamo.utils import counters
+
+from .prepare import write_cache
+from .setting import KEPT, Setting, load, random_sae
+
+# Gemma-2-2B's shape, UltraFeedback's lengths.
+LARGE = Setting(
+    model="google/gemma-2-2b",
+    dataset=None,
+    split="",
+    prompt=185,
+    response=330,
+    max_length=2048,
+    batch=8,
+    steps=6,
+    warmup=3,
+    token_budget=4096,
+    recipe="bf16",
+    device="cuda",
+    layer=25,
+    width=16_384,
+    optimizer="adamw_torch_fused",
+)
+TINY = dataclasses.replace(LARGE, layer=1, width=256, max_length=192, prompt=40, response=60, batch=4, token_budget=512)
+
+
+class Report:
+    """Figures as they are measured."""
+
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._path, self._start = out / "gpu_check.jsonl", time.perf_counter()
+
+    def add(self, section: str, **figures: Any) -> None:
+        """Prints and appends."""
+        line = {"at": round(time.perf_counter() - self._start, 1), "section": section, **figures}
+        text = json.dumps(line, default=str)
+        print(text, flush=True)
+        with self._path.open("a") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @property
+    def seconds(self) -> float:
+        """Since the process began to measure."""
+        return time.perf_counter() - self._start
+
+
+@dataclasses.dataclass
+class Bench:
+    """What the sections share.
+
+    Attributes:
+        report: takes the figures.
+        folder: for models, SAEs, caches and runs.
+        device: `cpu` or `cuda`.
+        large: what is measured at the steady rate.
+        compiled: whether layers are compiled too.
+        rate: FLOPs a second of bf16 matrix products; 0 until measured.
+    """
+
+    report: Report
+    folder: Path
+    device: str
+    large: Setting
+    compiled: bool
+    rate: float = 0.0
+
+    def now(self) -> float:
+        """Seconds, after all that was started on the device."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def compilations(self) -> int:
+        """Graphs that torch has compiled so far."""
+        return int(counters["stats"]["unique_graphs"])
+
+    def peak_gb(self) -> float:
+        """Most memory of tensors since `reset_peak`, GB."""
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2) if self.device == "cuda" else 0.0
+
+    def reset_peak(self) -> None:
+        """Lets the peak begin anew, without what an earlier section left."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def tiny_config(kind: str, head_dim: int) -> Any:
+    """Two layers, of which the first has a window where the kind has any; heads as Gemma-2-2B's."""
+    from transformers import AutoConfig
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": head_dim,
+        "tie_word_embeddings": True,
+    }
+    if kind != "llama":
+        sizes |= {"sliding_window": 64, "query_pre_attn_scalar": head_dim}
+        sizes |= {"layer_types": ["sliding_attention", "full_attention"]}
+    return AutoConfig.for_model(kind, **sizes)
+
+
+def make_sae(folder: Path, config: Any, setting: Setting) -> SiteSAE:
+    """A random SAE for the setting's site, saved in the folder, the first time, and loaded from there."""
+    if not (folder / "sae").exists():
+        random_sae(config.hidden_size, setting.width, setting.site).save_model(folder / "sae")
+    return load_sae(str(folder / "sae"), device=setting.device)
+
+
+def make_cache(folder: Path, model: Any, pairs: list[Pair], sae: SiteSAE, setting: Setting) -> None:
+    """Stage one on the pairs, written as a cache in the folder."""
+    rows = measure_pairs(model, pairs, [sae], setting.recipe, token_budget=setting.token_budget, keep_features=KEPT)
+    write_cache(folder / "cache", rows, [sae], setting, model)
+
+
+def make_trainer(folder: Path, setting: Setting, method: str, sae: SiteSAE, **settings: Any) -> FPOTrainer:
+    """`FPOTrainer` as `fpo align` makes it, with random weights, which are the same each time."""
+    divergence = METHODS[method].divergence
+    saes = [sae] if divergence == "features" else []
+    chosen: dict[str, Any] = {
+        "output_dir": str(folder / f"run-{method}"),
+        "method": method,
+        "per_device_train_batch_size": setting.batch,
+        "token_budget": setting.token_budget,
+        "warmup_steps": 0,
+        "optim": setting.optimizer,
+        "bf16": setting.recipe == "bf16",
+        "use_cpu": setting.device == "cpu",
+        "dataloader_pin_memory": setting.device == "cuda",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    return FPOTrainer(
+        load(setting, folder, FLEX),
+        FPOConfig(**(chosen | settings)),
+        open_cache(folder / "cache", sites=[sae.site.name for sae in saes]),
+        saes=saes,
+        reference=load(setting, folder, FLEX) if divergence == "kl" else None,
+    )

@@ -1,0 +1,91 @@
+"""Whether a GPU computes what it should, and how fast: one process, under four minutes on one card.
+
+In: a card. Out: figures, each printed and appended to `gpu_check.jsonl` the moment it is measured, so that a run that
+is cut short has lost nothing. The sections, in order of importance:
+- `card`: versions, and the measured rates of bf16 matrix products and of copies;
+- `values`: compiled against eager attention, values and gradients, fp32 and bf16, tiny Gemma-2, Gemma-3 and Llama;
+- `runs`: 12 steps of every kind of method past the second log, a checkpoint, and a resumed run;
+- `stage_one`, `train`: Gemma-2-2B's shape at the steady rate; compilation and warm-up are said apart;
+- `profile`: where the time of a row, and of a training step, goes.
+
+    python -m benchmarks.gpu_check --out DIR
+"""
+
+import argparse
+import dataclasses
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from fpo.stages import flex, memory
+
+from . import gpu_speed, gpu_values
+from .gpu_bench import LARGE, TINY, Bench, Report
+from .reporting import workplace
+
+SECTIONS = ("card", "values", "runs", "stage_one", "train", "profile")
+
+
+def main() -> None:
+    """Runs the sections that were asked for."""
+    options = parser().parse_args()
+    tiny = options.tiny
+    if options.device == "cpu":
+        run_on_cpu()
+    with workplace() as folder:
+        large = dataclasses.replace(TINY if tiny else LARGE, device=options.device, batch=options.batch)
+        if options.steps:
+            large = dataclasses.replace(large, steps=options.steps)
+        report = Report(options.out)
+        bench = Bench(report, folder, options.device, large, options.compile)
+        sections: dict[str, Callable[[], None]] = {
+            "card": lambda: gpu_values.card(bench),
+            "values": lambda: gpu_values.values(bench),
+            "runs": lambda: gpu_values.runs(bench),
+            "stage_one": lambda: gpu_speed.stage_one(bench, options.pairs),
+            "train": lambda: gpu_speed.train(bench, options.methods, options.checkpointing),
+            "profile": lambda: gpu_speed.profiles(bench),
+        }
+        for name in options.sections:
+            started = report.seconds
+            try:
+                sections[name]()
+            except Exception as error:  # noqa: BLE001 (the next section may well work)
+                traceback.print_exc()
+                report.add(name, failed=f"{type(error).__name__}: {str(error)[:500]}")
+            report.add(name, seconds=round(report.seconds - started, 1), compilations=bench.compilations())
+            if options.seconds and report.seconds > options.seconds:
+                report.add("end", after=name, reason="out of time")
+                break
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = made.add_argument
+    add("--out", type=Path, default=Path("results/benchmarks/gpu_check"), help="folder of the figures")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    add("--tiny", action="store_true", help="a tiny model in place of Gemma-2-2B's shape: whether it runs at all")
+    add("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
+    add("--pairs", type=int, default=96, help="pairs that stage one is timed on, twice")
+    add("--batch", type=int, default=8, help="pairs of a training step")
+    add("--steps", type=int, help="training steps that are timed")
+    add("--methods", nargs="+", default=["fpo", "simpo"], help="that are trained at the steady rate")
+    add("--checkpointing", type=int, default=0, help="every n-th layer; 0 none")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile layers too")
+    add("--seconds", type=float, default=0, help="begin no section after so many; 0 for all")
+    return made
+
+
+def run_on_cpu() -> None:
+    """Lets compiled attention run where there is no GPU, by torch's plain operations: to try this script out."""
+    from torch.nn.attention import flex_attention
+
+    flex.BACKEND = "aot_eager"
+    flex_attention._validate_device = lambda query, key, value: None
+    memory.COUNTED_STEPS = 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""The sections of `gpu_check` that say how fast a GPU is at stage one and at training.
+
+In: a `Bench`. Out: figures in its report. Compilation and warm-up are timed apart from the steady rate.
+"""
+
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from fpo.cache.schema import Pair
+from fpo.pipeline.amounts import ROWS
+from fpo.pipeline.shapes import configuration, shape_of_config
+from fpo.stages.flex import FLEX
+from fpo.stages.frozen import freeze
+from fpo.stages.scoring import measure_pairs
+from fpo.stages.sites import SiteSAE
+from transformers import TrainerCallback
+
+from .gpu_bench import Bench, make_cache, make_sae, make_trainer, tiny_config
+from .limit import TRAINING_PASSES, pair_flops
+from .pairs import amounts, random_pairs
+from .prepare import write_cache
+from .setting import KEPT, load
+
+ULTRAFEEDBACK = ROWS["HuggingFaceH4/ultrafeedback_binarized", "train_prefs"]
+# Kernels that a profile names.
+NAMED = 24
+
+
+def _prepared(bench: Bench) -> tuple[Any, SiteSAE]:
+    """The configuration of the large model, saved, and an SAE for it."""
+    tiny = bench.large.width < 1024
+    config = tiny_config("gemma2", 256) if tiny else configuration(bench.large.model)
+    folder = bench.folder / "large"
+    config.save_pretrained(folder / "model")
+    return config, make_sae(folder, config, bench.large)
+
+
+def _flops(config: Any, pairs: Sequence[Pair], bench: Bench) -> dict[str, float]:
+    return pair_flops(shape_of_config(config, "large"), amounts(pairs, bench.large.batch), bench.large)
+
+
+def stage_one(bench: Bench, count: int) -> None:
+    """Pairs a second of `measure_pairs`, with and without writing the shard; what a row waits for."""
+    setting, report = bench.large, bench.report
+    start = bench.now()
+    config, sae = _prepared(bench)
+    folder = bench.folder / "large"
+    model = reference_model(bench, sae)
+    report.add("stage_one", made_model=round(bench.now() - start, 1))
+    pairs = random_pairs(setting, config.vocab_size, count)
+
+    def measure(some: Sequence[Pair]) -> Any:
+        return measure_pairs(model, some, [sae], setting.recipe, token_budget=setting.token_budget, keep_features=KEPT)
+
+    start, before = bench.now(), bench.compilations()
+    measure(pairs[: 2 * setting.batch])
+    report.add("stage_one", warmed_up=round(bench.now() - start, 1), compilations=bench.compilations() - before)
+    flops = _flops(config, pairs, bench)
+    report.add("stage_one", tflop_a_pair={name: value / 1e12 for name, value in flops.items()}, pairs=amounts(pairs, 8))
+    before = bench.compilations()
+    for repeat in range(2):
+        bench.reset_peak()
+        start = bench.now()
+        rows = measure(pairs)
+        seconds = bench.now() - start
+        report.add(
+            "stage_one",
+            repeat=repeat,
+            pairs_a_second=len(pairs) / seconds,
+            minutes_for_ultrafeedback=ULTRAFEEDBACK * seconds / len(pairs) / 60,
+            utilisation=sum(flops.values()) * len(pairs) / seconds / bench.rate if bench.rate else None,
+            peak_gb=bench.peak_gb(),
+            compilations=bench.compilations() - before,
+        )
+    start = bench.now()
+    write_cache(folder / "cache", rows, [sae], setting, model)
+    report.add("stage_one", shard_written=round(bench.now() - start, 2))
+    _count_waits(bench, lambda: measure(pairs[: 4 * setting.batch]))
+
+
+def reference_model(bench: Bench, sae: SiteSAE) -> Any:
+    """The large model as stage one has it."""
+    model = load(bench.large, bench.folder / "large", FLEX)
+    freeze(model, bench.large.recipe, compiled=bench.compiled, sites=[sae.site])
+    return model
+
+
+def _count_waits(bench: Bench, work: Callable[[], Any]) -> None:
+    """Operations at which the host waits for the GPU, as torch's debug mode sees them."""
+    if bench.device != "cuda":
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = Counter(f"{w.filename[-40:]}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+    bench.report.add("waits", total=sum(places.values()), places=places.most_common(12))
+
+
+class StepTimes(TrainerCallback):
+    """Writes how long each step took, as it ends."""
+
+    def __init__(self, bench: Bench, method: str) -> None:
+        self._bench, self._method, self._last = bench, method, 0.0
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The clock starts with the first step."""
+        self._last = self._last or self._bench.now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From the last step's end to this one's, loading included."""
+        now = self._bench.now()
+        self.seconds.append(now - self._last)
+        self._last = now
+        self._bench.report.add(
+            "train",
+            method=self._method,
+            step=state.global_step,
+            took=round(self.seconds[-1], 4),
+            compilations=self._bench.compilations(),
+        )
+
+
+def train(bench: Bench, methods: Sequence[str], checkpointing: int) -> None:
+    """Pairs a second and peak memory of training steps."""
+    setting, report, folder = bench.large, bench.report, bench.folder / "large"
+    config, sae = _prepared(bench)
+    steps = setting.warmup + setting.steps
+    if not (folder / "cache").exists():
+        pairs = random_pairs(setting, config.vocab_size, steps * setting.batch)
+        make_cache(folder, load(setting, folder, FLEX), pairs, sae, setting)
+    for method in methods:
+        bench.reset_peak()
+        start = bench.now()
+        trainer = make_trainer(
+            folder,
+            setting,
+            method,
+            sae,
+            max_steps=steps,
+            logging_steps=steps,
+            compile_layers=bench.compiled,
+            activation_checkpointing=checkpointing > 0,
+            checkpoint_every=max(1, checkpointing),
+            train_sampling_strategy="sequential",
+        )
+        times = StepTimes(bench, method)
+        trainer.add_callback(times)
+        trainer.train()
+        pairs = [
+            trainer.train_cache[number].pair for number in range(setting.warmup * setting.batch, steps * setting.batch)
+        ]
+        flops = _flops(config, pairs, bench)
+        useful = TRAINING_PASSES * flops["model"] + (flops["sae"] if method == "fpo" else 0)
+        seconds = statistics.mean(times.seconds[setting.warmup : -1])  # the last one measures the constraint too
+        report.add(
+            "train",
+            method=method,
+            made_and_warmed_up=round(bench.now() - start - sum(times.seconds[setting.warmup :]), 1),
+            pairs_a_second=setting.batch / seconds,
+            median_step=statistics.median(times.seconds[setting.warmup :]),
+            logged_step=times.seconds[-1],
+            utilisation=useful * setting.batch / seconds / bench.rate if bench.rate else None,
+            tflop_a_pair=useful / 1e12,
+            peak_gb=bench.peak_gb(),
+            checkpointing=checkpointing,
+        )
+        del trainer, times
+
+
+def profiles(bench: Bench) -> None:
+    """The kernels that take longest: of a few rows of stage one, and of one training step."""
+    setting, folder = bench.large, bench.folder / "large"
+    config, sae = _prepared(bench)
+    pairs = random_pairs(setting, config.vocab_size, 4 * setting.batch)
+    models = [reference_model(bench, sae)]
+
+    def rows(some: Sequence[Pair]) -> None:
+        measure_pairs(models[0], some, [sae], setting.recipe, token_budget=setting.token_budget, keep_features=KEPT)
+
+    rows(pairs[: 2 * setting.batch])
+    _profile(bench, "stage one", lambda: rows(pairs[2 * setting.batch :]))
+    if not (folder / "cache").exists():
+        make_cache(folder, models[0], pairs, sae, setting)
+    models.clear()
+    trainer = make_trainer(folder, setting, "fpo", sae, max_steps=4, logging_steps=10, compile_layers=bench.compiled)
+    trainer.add_callback(ProfiledStep(bench, 3))
+    trainer.train()
+
+
+class ProfiledStep(TrainerCallback):
+    """Profiles one step."""
+
+    def __init__(self, bench: Bench, step: int) -> None:
+        self._bench, self._step = bench, step
+        self._profile = torch.profiler.profile(activities=_activities(bench))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begins."""
+        if state.global_step + 1 == self._step:
+            self._started = self._bench.now()
+            self._profile.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ends, and reports."""
+        if state.global_step == self._step:
+            seconds = self._bench.now() - self._started
+            self._profile.stop()
+            _report_kernels(self._bench, "training step", self._profile, seconds)
+
+
+def _activities(bench: Bench) -> list[Any]:
+    kinds = torch.profiler.ProfilerActivity
+    return [kinds.CUDA] if bench.device == "cuda" else [kinds.CPU]
+
+
+def _profile(bench: Bench, what: str, work: Callable[[], None]) -> None:
+    start = bench.now()
+    with torch.profiler.profile(activities=_activities(bench)) as recorded:
+        work()
+        seconds = bench.now() - start
+    _report_kernels(bench, what, recorded, seconds)
+
+
+def _report_kernels(bench: Bench, what: str, recorded: Any, seconds: float) -> None:
+    """Sums by kernel, from the raw events: the profiler's own tables take minutes."""
+    busy: Counter[str] = Counter()
+    times: Counter[str] = Counter()
+    for event in recorded.profiler.kineto_results.events():
+        if bench.device == "cpu" or "CUDA" in str(event.device_type()):
+            busy[event.name()] += event.duration_ns()
+            times[event.name()] += 1
+    total = sum(busy.values())
+    bench.report.add("profile", what=what, seconds=round(seconds, 3), kernels=sum(times.values()), busy_ms=total / 1e6)
+    for name, nanoseconds in busy.most_common(NAMED):
+        bench.report.add("profile", what=what, ms=round(nanoseconds / 1e6, 2), times=times[name], kernel=name[:150])

@@ -1,0 +1,158 @@
+"""The sections of `gpu_check` that say whether a GPU computes what it should.
+
+In: a `Bench`. Out: figures in its report.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import statistics
+from typing import Any
+
+import torch
+from fpo.stages.flex import FLEX
+from fpo.stages.packing import pack
+from fpo.stages.scoring import row_layout, score_row
+from torch import Tensor
+
+from .gpu_bench import TINY, Bench, make_cache, make_sae, make_trainer, tiny_config
+from .pairs import random_pairs
+from .reporting import PACKAGES, hardware
+from .setting import Setting, load
+
+# Gemma-2-2B's heads in bf16, so that what is compiled for the values serves the rest; fp32 has half the room.
+HEAD_DIM = {"bf16": 256, "fp32": 64}
+METHODS = ("fpo", "dpo", "simpo", "tdpo2")
+STEPS, EVERY, SAVED = 12, 5, 6
+
+
+def card(bench: Bench) -> None:
+    """Versions, and what the device can do."""
+    versions = {name: _version(name) for name in PACKAGES}
+    bench.report.add("card", **hardware(), versions=versions)
+    size, cuda = (8192, True) if bench.device == "cuda" else (256, False)
+    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=bench.device) for _ in range(2))
+    source = torch.randn(size, size, 4, device=bench.device)
+    target = torch.empty_like(source)
+    seconds = _median_seconds(bench, lambda: left @ right)
+    bench.rate = 2 * size**3 / seconds
+    copied = 2 * source.nbytes / _median_seconds(bench, lambda: target.copy_(source))
+    tf32 = 0.0
+    if cuda:
+        single_left, single_right = left.float(), right.float()
+        torch.backends.cuda.matmul.allow_tf32 = True
+        tf32 = 2 * size**3 / _median_seconds(bench, lambda: single_left @ single_right) / 1e12
+        torch.backends.cuda.matmul.allow_tf32 = False
+    bench.report.add("card", bf16_tflops=bench.rate / 1e12, tf32_tflops=tf32, copy_tb_a_second=copied / 1e12)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _median_seconds(bench: Bench, work: Any, repeats: int = 10) -> float:
+    found = []
+    for number in range(repeats + 3):
+        start = bench.now()
+        work()
+        if number >= 3:
+            found.append(bench.now() - start)
+        else:
+            bench.now()
+    return statistics.median(found)
+
+
+def values(bench: Bench) -> None:
+    """Compiled against eager attention, in the same recipe and against fp32."""
+    for recipe in ("bf16", "fp32"):
+        for kind in ("gemma2", "gemma3_text", "llama"):
+            start, before = bench.now(), bench.compilations()
+            found = {
+                name: _scored(kind, attention, HEAD_DIM[recipe], chosen, bench.device)
+                for name, attention, chosen in (
+                    ("exact", "eager", "fp32"),
+                    ("eager", "eager", recipe),
+                    ("ours", FLEX, recipe),
+                )
+            }
+            bench.report.add(
+                "values",
+                kind=kind,
+                recipe=recipe,
+                finite=bool(torch.stack([tensor.isfinite().all() for tensor in found["ours"]]).all()),
+                **{
+                    f"{what}_{first}_{second}": _apart(found[first][number], found[second][number])
+                    for number, what in enumerate(("logps", "gradient"))
+                    for first, second in (("ours", "eager"), ("ours", "exact"), ("eager", "exact"))
+                },
+                compilations=bench.compilations() - before,
+                took=round(bench.now() - start, 1),
+            )
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def _scored(kind: str, attention: str, head_dim: int, recipe: Any, device: str) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of a row of pairs, and the gradient of a weighted sum of them."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(kind, head_dim)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:  # so large that attention matters
+            factor = 2 if "q_proj" in name or "k_proj" in name else 1
+            weight.data = factor * torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1])
+    model = model.to(device).train()
+    pairs = random_pairs(dataclasses.replace(TINY, max_length=400, prompt=120, response=150), config.vocab_size, 6)
+    (row,) = pack(pairs, 2**62, *row_layout(model))
+    scores = score_row(model, row.to(device), [], recipe)
+    weights = torch.linspace(-1, 1, len(scores.token_logps_T), device=device)
+    (scores.token_logps_T * weights).sum().backward()
+    gradient = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+    return scores.token_logps_T.detach(), gradient
+
+
+def runs(bench: Bench) -> None:
+    """12 steps of each method past the second log, a checkpoint, and a resumed run that ends as the first did."""
+    folder = bench.folder / "tiny"
+    setting = dataclasses.replace(TINY, device=bench.device)
+    config = tiny_config("gemma2", HEAD_DIM["bf16"])
+    config.save_pretrained(folder / "model")
+    sae = make_sae(folder, config, setting)
+    pairs = random_pairs(setting, config.vocab_size, STEPS * setting.batch)
+    make_cache(folder, load(setting, folder, FLEX), pairs, sae, setting)
+    for method in METHODS:
+        start, before = bench.now(), bench.compilations()
+        _run(bench, folder, setting, method, sae)
+        bench.report.add(
+            "runs",
+            method=method,
+            compilations=bench.compilations() - before,
+            took=round(bench.now() - start, 1),
+        )
+
+
+def _run(bench: Bench, folder: Any, setting: Setting, method: str, sae: Any) -> None:
+    steps = {"max_steps": STEPS, "logging_steps": EVERY, "save_strategy": "steps", "save_steps": SAVED}
+    steps |= {"learning_rate": 1e-4, "compile_layers": bench.compiled}
+    trainer = make_trainer(folder, setting, method, sae, **steps)
+    trainer.train()
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    again = make_trainer(folder, setting, method, sae, **steps)
+    again.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-{SAVED}")
+    ends = [next(line for line in reversed(run.state.log_history) if "loss" in line) for run in (trainer, again)]
+    bench.report.add(
+        "runs",
+        method=method,
+        logged={line["step"]: round(line["loss"], 4) for line in logged},
+        grad_ratio=[line.get("constraint/grad_ratio") for line in logged],
+        parity=trainer.parity,
+        last_loss=[end["loss"] for end in ends],
+        resumed_is_close=bool(abs(ends[0]["loss"] - ends[1]["loss"]) < 0.02),
+    )
