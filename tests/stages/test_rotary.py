@@ -168,6 +168,15 @@ def test_conversations_score_as_alone_by_a_fresh_model(make):
     torch.testing.assert_close(found_T, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
+def test_sharded_weights_are_refused_where_ranks_would_run_different_numbers_of_passes():
+    model, (row,) = dynamic(), pack([random_pair(5, 30, 2)], 1000)
+    score_row(model, row, [], "fp32")
+    model.model.norm.weight.full_tensor = None  # as a DTensor has one
+    with pytest.raises(ValueError, match=r"\Apairs [^\n]* not supported under FSDP; lower --max-length\Z"):
+        score_row(model, row, [], "fp32")
+    score_row(model, pack([random_pair(5, 3, 2)], 1000)[0], [], "fp32")
+
+
 @pytest.mark.parametrize("threshold", [10, 15, 40, 200, 400])
 def test_a_model_is_found_right_on_either_side_of_what_it_is_tried_with(threshold):
     check_model(tiny_llama(max_position_embeddings=threshold, rope_parameters=DYNAMIC))
