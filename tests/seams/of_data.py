@@ -9,7 +9,6 @@ import pytest
 import torch
 from fpo.cache.reader import verify
 from pairs import score_alone
-from safetensors.torch import load_file, save_file
 from seams.lab import (
     SMALL,
     Lab,
@@ -223,18 +222,6 @@ def sae(lab: Lab, command: str) -> None:
     assert_measured(lab, lab.run(command, sae=folder), lab.world.gemma, [load_sae(str(folder))])
     assert "--sae" in lab.refused(command, sae=None)
     assert "--sae" in lab.refused(command, sae=(lab.world.saes[1], folder))
-
-
-@effect("precompute", "allow_poor_sae")
-def allow_poor_sae(lab: Lab, command: str) -> None:
-    """An SAE that never fires on the model is refused, unless that is wanted: then the cache holds no feature."""
-    folder = lab.folder / "dead-sae"
-    save_tiny_sae(folder, 32, 64, 5, "jumprelu", SITES[0])
-    weights = load_file(folder / "sae_weights.safetensors")
-    save_file(weights | {"threshold": weights["threshold"] * 1e6}, folder / "sae_weights.safetensors")
-    assert "--allow-poor-sae" in lab.refused(command, sae=folder)
-    run = lab.run(command, sae=folder, allow_poor_sae=True)
-    assert {side.features[0].nnz for row in run.open(SITES[0].name) for side in (row.chosen, row.rejected)} == {0}
 
 
 @effect("precompute", "keep_features")

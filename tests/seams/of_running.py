@@ -10,6 +10,7 @@ import transformers
 import yaml
 from fpo.cache.reader import open_cache
 from fpo.stages import attention as packed
+from fpo.stages import flex
 from seams.lab import Lab, plain_model
 from seams.of_training import TRAINING, loss_of
 from seams.options import effect
@@ -97,6 +98,29 @@ def attention(lab: Lab, command: str) -> None:
         assert calls[name] > 0
         assert name == "packed" or calls["packed"] == 0  # eager runs in the check of packed rows too
     assert "--attention" in lab.refused(command, attention="none")
+
+
+@effect("precompute, align, sft, evaluate, train-sae", "compile")
+def compiled(lab: Lab, command: str) -> None:
+    """Layers run compiled, here by a compiler that leaves them as they are; on a CPU only if asked."""
+    for on in (True, False, None):
+        calls = 0
+
+        def fake(function: Any = None, **settings: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                return function(*args, **kwargs)
+
+            return run if function else fake
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", fake)
+            patch.setattr(flex, "BACKEND", f"none-{command}-{on}")
+            found = lab.run(command, compile=on, token_budget=161)
+        assert (calls > 0) == (on is True)
+        if command in TRAINING:
+            assert found.logged("loss") == lab.run(command, token_budget=161).logged("loss")
 
 
 @effect("precompute, align, sft, evaluate", "dtype")

@@ -258,3 +258,15 @@ def activation_checkpointing(lab: Lab, command: str) -> None:
     assert kept.layers == LAYERS * len(kept.rows)
     assert again.layers == 2 * LAYERS * len(again.rows)
     assert distance(run.weights(1), without.weights(1), run.weights(0)) < 1e-3
+
+
+@effect(TRAINING, "checkpoint_every")
+def checkpoint_every(lab: Lab, command: str) -> None:
+    """Of four layers every second, or the first alone, runs twice."""
+    without = lab.run(command, seed=11)
+    for every, twice in ((2, 2), (3, 2), (4, 1)):
+        with watched_passes() as passes:
+            run = lab.run(command, seed=11, activation_checkpointing=True, checkpoint_every=every)
+        assert passes.layers == (LAYERS + twice) * len(passes.rows)
+        assert distance(run.weights(1), without.weights(1), run.weights(0)) < 1e-3
+    assert "--checkpoint-every" in lab.refused(command, checkpoint_every=2)

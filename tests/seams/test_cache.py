@@ -145,10 +145,15 @@ def test_info_s_numbers_are_those_of_data_and_model(lab, keep):
             above = np.array([int((side.pooled_M(sae) > 0).sum()) for side in sides])
         most = np.minimum(above, 10**9 if keep == "all" else keep)
         assert f"{site.name}: jumprelu SAE, width 64" in said[f"site {number}"]
-        assert said[f"site {number}"].endswith(
-            f"{above.mean():.0f} features above 0 a response, {most.sum() / above.sum():.1%} of them kept; "
-            f"{(above > most).sum()} of {len(above)} responses were cut"
-        )
+        wanted = f"{above.mean():.0f} features above 0 a response, {most.sum() / above.sum():.1%} of them kept; "
+        assert f"{wanted}{(above > most).sum()} of {len(above)} responses were cut" in said[f"site {number}"]
+        acts_TD = torch.cat([side.acts[site] for side in sides])
+        features_TM = sae.sae.encode(acts_TD)
+        error = (acts_TD - sae.sae.decode(features_TM)).square().sum()
+        explained = 1 - float(error / (acts_TD - acts_TD.mean(0)).square().sum())
+        fit = re.search(r"L0 ([\d.]+), explained variance ([-\d.]+) at first", said[f"site {number}"])
+        assert fit and float(fit[1]) == pytest.approx(float((features_TM > 0).sum(1).double().mean()), abs=0.051)
+        assert float(fit[2]) == pytest.approx(explained, abs=0.00051)
     assert said["device"].endswith(f"{torch.get_num_threads()} threads")
     assert said["recipe"] == "fp32, eager attention, 160 tokens a row"
     scored = sum(len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
