@@ -1,16 +1,20 @@
 """Checks of the options by which `align` and `sft` train: optimiser, schedule, batches, memory, order, length."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from fpo.stages import flex
 from seams.lab import SMALL, Lab, Run, in_turns, plain_model, tokens, watched_passes
 from seams.options import effect
 from seams.oracle import Objective, Step, distance, likelihood, losses, train
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import get_scheduler
 
 TRAINING = "align, sft"
@@ -258,3 +262,27 @@ def activation_checkpointing(lab: Lab, command: str) -> None:
     assert kept.layers == LAYERS * len(kept.rows)
     assert again.layers == 2 * LAYERS * len(again.rows)
     assert distance(run.weights(1), without.weights(1), run.weights(0)) < 1e-3
+
+
+@effect(TRAINING, "checkpoint_every")
+def checkpoint_every(lab: Lab, command: str) -> None:
+    """Every third layer runs twice, and the step is the same."""
+    without = lab.run(command, seed=11)
+    with watched_passes() as again:
+        run = lab.run(command, seed=11, activation_checkpointing=True, checkpoint_every=3)
+    twice = len(range(0, LAYERS, 3))
+    assert again.layers == (LAYERS + twice) * len(again.rows)
+    assert distance(run.weights(1), without.weights(1), run.weights(0)) < 1e-3
+
+
+@effect(f"precompute, {TRAINING}", "compile")
+def compiled_layers(lab: Lab, command: str) -> None:
+    """Layers run as compiled code, which is the compiler's only work, and as they are without the option."""
+    torch._dynamo.reset()  # what another check had compiled would serve here
+    counters.clear()
+    lab.run(command)
+    assert not counters["stats"]["unique_graphs"]
+    with patch.object(flex, "BACKEND", "aot_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own look at what it compiles
+        lab.run(command, compile=True)
+    assert counters["stats"]["unique_graphs"] > 0
