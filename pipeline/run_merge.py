@@ -9,7 +9,7 @@ from pathlib import Path
 from ..stages.adapters import AdapterSource, load_adapter, merged
 from ..stages.model_card import card_of_merged
 from ..stages.models import load_tokenizer
-from ..stages.saving import move_model, saving
+from ..stages.saving import copy_processor, move_model, saving
 from .inputs import check_new, policy_of
 from .progress import console
 from .run_record import sole_writer
@@ -29,6 +29,7 @@ def run_merge(run: str, out: Path, base: str | None) -> None:
         with saving(out):
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
+            copy_processor(tokenizer, new)
             (new / "README.md").write_text(card_of_merged(source))
             move_model(new, out)
     console.print(f"{out}: the model, merged from {run}")

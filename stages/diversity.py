@@ -38,12 +38,17 @@ class Sample:
 
 
 def distinct_prompts(cache: Cache, count: int) -> list[Pair]:
-    """The first pair of each of the first `count` distinct prompts; fewer where the cache has fewer."""
+    """The first pair of each of the first `count` distinct prompts that an answer follows; fewer where there are fewer.
+
+    Some pairs part at a turn of the user's.
+    """
     found: dict[bytes, Pair] = {}
     for number in range(len(cache)):
         if len(found) == count:
             break
         pair = cache[number].pair
+        if pair.chosen_learnt[0] and pair.rejected_learnt[0]:
+            continue
         found.setdefault(pair.prompt_ids.tobytes(), pair)
     return list(found.values())
 

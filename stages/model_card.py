@@ -83,6 +83,7 @@ def card_of_merged(source: AdapterSource) -> str:
 
 def _card(base: str, rows: Sequence[str], adapter: bool) -> str:
     (method,) = (row.split("|")[2].split(",")[0].strip() for row in rows if row.startswith("| method |"))
+    base = base or "a model without a name"
     name = base.rstrip("/").rsplit("/", 1)[-1]
     noun = "adapter" if adapter else "model"
     text = _CARD.format(

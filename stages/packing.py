@@ -231,6 +231,7 @@ def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], layout: RowLayout) 
         for part, response, spans in sides:
             length = response.size
             assert length > 0, "a response has at least one token"
+            assert spans[-1] == length, "a response ends with a token that is learnt"
             tokens.append(response)
             positions.append(np.arange(prompt, prompt + length))
             part_of.append(np.full(length, part))

@@ -119,7 +119,10 @@ class Renderer:
             raise TemplateRefusalError(f"the chat template refuses the turns {roles}: {error}") from error
 
     def leaves_out(self, messages: Messages, tools: Tools) -> bool:
-        """Whether the template drops a tool, a call of one or what one returned; it is tried with other names."""
+        """Whether the template drops a tool, a call, what is said beside it or what it returned.
+
+        Names and texts are tried that no template writes by itself.
+        """
         marks: list[str] = []
 
         def mark() -> str:
@@ -134,9 +137,10 @@ class Renderer:
 
         marked = []
         for message in messages:
-            if message["role"] not in SPEAKERS and message["content"].strip():
+            calls = message.get("tool_calls")
+            if (calls or message["role"] not in SPEAKERS) and message["content"].strip():
                 message = {**message, "content": mark()}
-            if calls := message.get("tool_calls"):
+            if calls:
                 message = {**message, "tool_calls": [renamed(call) for call in calls]}
             marked.append(message)
         others = [renamed(tool) for tool in tools]

@@ -26,7 +26,7 @@ from .sites import SiteSAE
 POSITIONS = 1024
 
 # Of fewer positions than this the variance is not known well enough to hold it against an SAE.
-LEAST_POSITIONS = 32
+LEAST_POSITIONS = 128
 
 # With fewer features than this firing at a position, pooled features are empty for much of the data.
 LEAST_L0 = 1.0

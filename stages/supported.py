@@ -6,6 +6,7 @@ plain transformers on each of their sequences alone: log-probabilities, hidden s
 Shapes: T response tokens, L positions of a sequence, D hidden size, V vocabulary.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from ..cache.schema import Pair, pair_id
 from .anatomy import anatomy, decoder_layers, probe_ids, quiet
 from .packing import PackedRow, pack
-from .rotary import forget_lengths, frequencies_of, unknown_scaling
+from .rotary import forget_lengths, frequencies_of, of_same_frequencies, unknown_scaling
 from .scoring import causal_lm, row_layout, run_body, run_head
 from .sites import Site, capture_sites
 
@@ -31,6 +32,7 @@ ACTS_TOLERANCE = 1e-3
 # Prompt, chosen and rejected: longer than the windows are made for the purpose, and of one token.
 SHORT = ((7, 12, 6), (1, 5, 13))
 WINDOW = 4
+WINDOWS = re.compile(r"window(_size)?$")  # `sliding_window`, Doge's `keep_window_size`
 # For what acts beyond a distance that no configuration names (GPT-Neo's 256): through the first layers alone.
 LONG = (9, 300, 10)
 # A router that two roundings send to two experts differs in one draw of tokens, a fault in all.
@@ -197,7 +199,11 @@ def _try_long(inner: Any, seed: int) -> str | None:
     longest = getattr(config, "max_position_embeddings", None) or sum(LONG)
     prompt, *responses = LONG
     row, sequences = _row(inner, [(prompt, *(max(1, min(size, longest - prompt)) for size in responses))], seed)
-    found_TD = _up_to(layers[depth - 1], lambda: run_body(inner, row, []))[row.sources_T]
+    found, order = [], []
+    for part, targets_T in of_same_frequencies(inner.get_decoder(), row, row_layout(inner)):
+        found.append(_up_to(layers[depth - 1], partial(run_body, inner, part, []))[part.sources_T])
+        order.append(torch.arange(len(row.targets_T), device=row.targets_T.device) if targets_T is None else targets_T)
+    found_TD = torch.cat(found)[torch.cat(order).argsort()]
     expected = []
     with _plain_attention(inner):
         for ids, predicting in sequences:
@@ -254,22 +260,22 @@ def _row(inner: Any, shapes: Sequence[Sequence[int]], seed: int) -> tuple[Packed
 
 @contextmanager
 def _window(inner: Any, tokens: int) -> Iterator[None]:
-    """Makes sliding windows this long, wherever a model looks them up: the same masks, without thousands of tokens."""
-    window = getattr(inner.get_decoder().config, "sliding_window", None)
+    """Makes windows this long, wherever a model looks them up: the same masks, without thousands of tokens."""
     places: dict[int, Any] = {id(part): part for part in inner.modules()}
     places |= {id(part.config): part.config for part in inner.modules() if hasattr(part, "config")}
-    held = [] if window is None else [place for place in places.values() if _window_of(place) == window]
-    for place in held:
-        place.sliding_window = tokens
+    held = [
+        (place, name, value)
+        for place in places.values()
+        for name, value in list(vars(place).items())
+        if WINDOWS.search(name) and isinstance(value, int) and value > tokens
+    ]
+    for place, name, _ in held:
+        setattr(place, name, tokens)
     try:
         yield
     finally:
-        for place in held:
-            place.sliding_window = window
-
-
-def _window_of(place: Any) -> Any:
-    return vars(place).get("sliding_window")
+        for place, name, value in held:
+            setattr(place, name, value)
 
 
 @contextmanager

@@ -44,6 +44,12 @@ def with_context(pair: Pair, seed: int) -> Pair:
     return replace(pair, chosen_learnt=spans[0], rejected_learnt=spans[1])
 
 
+def swapped(pair: Pair) -> Pair:
+    """Chosen and rejected exchanged."""
+    chosen, rejected = (pair.chosen_ids, pair.chosen_learnt), (pair.rejected_ids, pair.rejected_learnt)
+    return Pair(pair.pair_id, pair.prompt_ids, rejected[0], chosen[0], rejected[1], chosen[1])
+
+
 def learnt_tokens(pair: Pair) -> list[list[int]]:
     """Which tokens of chosen and rejected are learnt."""
     sides = (pair.chosen_learnt, pair.rejected_learnt)

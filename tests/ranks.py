@@ -3,18 +3,21 @@
 (A spawned process finds what it runs by the name of its module, which pytest does not give to test files.)
 """
 
+import datetime
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from fpo.stages import rendering
 from fpo.stages.align import FPOConfig, FPOTrainer
 from fpo.stages.snapshots import Snapshots
 from pairs import calm_gemma2, calm_llama
-from tiny_world import World
+from tiny_world import World, fpo, ran
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -149,3 +152,21 @@ def whole_run(world: Path, out: Path, **settings: Any) -> list[dict[str, float]]
     again.train(resume_from_checkpoint=str(out / "run" / "checkpoint-2"))
     again.save_model()
     return trainer.state.log_history
+
+
+def fine_tune_about_midnight(arguments: list[str]) -> str:
+    """Fine-tunes on ranks of which one lives on the next day; returns the day that its conversations show."""
+    from fpo.pipeline import run_sft
+
+    day = datetime.date(2026, 11, 23 + int(os.environ["RANK"]))
+    date = type("Date", (datetime.date,), {"today": classmethod(lambda cls: day)})
+    days, load = [], run_sft.load_conversations
+
+    def noting(*args: Any, chat: Any, **options: Any) -> Any:
+        days.append(chat.date.isoformat())
+        return load(*args, chat=chat, **options)
+
+    clock = mock.patch.object(rendering, "datetime", SimpleNamespace(date=date))
+    with clock, mock.patch.object(run_sft, "load_conversations", noting):
+        ran(fpo(*arguments))
+    return str(days[0])

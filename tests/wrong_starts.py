@@ -20,6 +20,7 @@ from fpo.stages.chat import GEMMA_TURNS
 from fpo.stages.models import find_model
 from fpo.stages.sites import load_sae
 from pairs import calm_gemma2
+from pairs import swapped as with_sides_swapped
 from tiny import save_tiny_sae
 from tiny_tokenizers import gemma
 from tiny_world import SITES, World, make_world, metrics, ran, save_model
@@ -115,12 +116,11 @@ def swapped(row: CachedPair, *fields: str) -> CachedPair:
         for ours, theirs in ((row.chosen, row.rejected), (row.rejected, row.chosen))
     )
     row = dataclasses.replace(row, chosen=chosen, rejected=rejected)
-    pair = row.pair
-    return named(row, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids) if "ids" in fields else row
+    return named(dataclasses.replace(row, pair=with_sides_swapped(row.pair))) if "ids" in fields else row
 
 
 def flip(row: CachedPair) -> Any:
-    return dataclasses.replace(row.pair, chosen_ids=row.pair.rejected_ids, rejected_ids=row.pair.chosen_ids)
+    return with_sides_swapped(row.pair)
 
 
 def forged(change: Callable[[CachedPair], CachedPair]) -> Case:

@@ -221,6 +221,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "Mistral without a window": ("mistral", {"sliding_window": None}),
     "DeepSeek-V3, yarn": ("deepseek_v3", {"rope_parameters": _YARN}),
+    "Ministral-3 with scaled queries": ("ministral3", {"rope_parameters": _YARN | {"llama_4_scaling_beta": 0.3}}),
     "BERT as a decoder": ("bert", {"is_decoder": True}),
     "BART as a decoder": ("bart", {"is_decoder": True, "is_encoder_decoder": False}),
     "GPT-BigCode, many queries": ("gpt_bigcode", {"multi_query": False}),

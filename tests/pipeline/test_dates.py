@@ -16,6 +16,7 @@ from fpo.pipeline.config import load_config
 from fpo.pipeline.run_evaluate import _prepare
 from fpo.stages import rendering
 from fpo.stages.chat import GEMMA_TURNS
+from ranks import fine_tune_about_midnight, on_ranks
 from tiny_tokenizers import gemma
 from tiny_world import World, files, fpo, ran, to_arguments, write_rows
 
@@ -168,3 +169,17 @@ def test_fine_tuning_that_is_resumed_keeps_its_day(
     fresh = record("tuesday")
     assert fresh["date"] == "2026-11-24"
     assert fresh["data_sha256"] != begun["data_sha256"]
+
+
+@pytest.mark.slow
+def test_ranks_of_one_run_live_on_the_day_of_the_first(
+    world: World, tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    chat = write_rows(tmp_path / "chat.jsonl", [{"messages": turns}] * 6)
+    options = {"model": world.gemma, "dataset": chat, "chat_template": template, "out": tmp_path / "run"}
+    options |= {"batch_size": 2, "max_length": 64, "warmup_steps": 0, "max_steps": 1, "device": "cpu"}
+    days = on_ranks(fine_tune_about_midnight, tmp_path, ["sft", *to_arguments(options)])
+    assert days == ["2026-11-23", "2026-11-23"]
+    assert yaml.safe_load((tmp_path / "run/run.yaml").read_text())["date"] == "2026-11-23"

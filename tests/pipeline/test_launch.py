@@ -13,7 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from ranks import FSDP
 from safetensors.torch import load_file
-from tiny_world import World, metrics, ran
+from tiny_world import World, metrics, ran, state_of
 
 FOLDER = Path(str(importlib.resources.files("fpo.pipeline"))) / "launch"
 
@@ -51,7 +51,8 @@ def test_align_under_torchrun_is_the_run_of_one_process(world: World, tmp_path):
     ran(world.align(tmp_path / "one", **options))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "fpo.pipeline.cli", *world.to_align(tmp_path / "two", **options)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for line, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for name in [name for name in line if "loss" in name or "rewards" in name or "logps" in name]:
@@ -59,3 +60,8 @@ def test_align_under_torchrun_is_the_run_of_one_process(world: World, tmp_path):
     weights, other_weights = (load_file(tmp_path / which / "model.safetensors") for which in ("one", "two"))
     for name, weight in weights.items():
         torch.testing.assert_close(other_weights[name], weight, rtol=1e-3, atol=1e-4)
+    before = state_of(tmp_path / "two")
+    again = subprocess.run([*command, "--resume"], env=env, capture_output=True, text=True)
+    said = again.stdout.replace("\n", " ")
+    assert (again.returncode, said.count("finished after 4 steps")) == (0, 1), again.stderr
+    assert state_of(tmp_path / "two") == before

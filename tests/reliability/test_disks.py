@@ -232,19 +232,19 @@ def test_an_input_of_stage_one_that_may_not_be_read_is_named(world, tmp_path, ta
     tally("files that may not be read")
 
 
-def others(world: World, folder: Path) -> dict[str, tuple[Command, str, bool]]:
-    """The other commands: what each is told to do, and whether it is to be given another folder."""
+def others(world: World, folder: Path) -> dict[str, tuple[Command, str]]:
+    """The other commands, and what each is told to do."""
     learn = {"model": world.gemma, "dataset": write_rows(folder / "chat.jsonl", chats()), "split": "train"}
     learn |= {"max_length": 64, "batch_size": 4, "epochs": 1, "save_steps": 2, "lr": 1e-3, "token_budget": 100}
     sae = {"model": world.gemma, "dataset": world.data, "site": SITES[0].name, "width": 96, "tokens": 600}
     sae |= {"max_length": 64, "max_prompt_length": 32}
     score = {"model": world.gemma, "cache": world.eval_cache, "prompts": 0, "sae": world.saes[0], "site": SITES[0].name}
-    commands = {"sft": (learn, RESUME), "train-sae": (sae, AGAIN), "evaluate": (score, "empty --out, or give another")}
+    commands = {"sft": (learn, RESUME), "train-sae": (sae, AGAIN), "evaluate": (score, AGAIN)}
     made = {}
     for name, (options, says) in commands.items():
         out = folder / name
         command = Filling([name, *to_arguments(options | {"out": out})], out, resumes=name == "sft")
-        made[name] = command, says, name == "evaluate"
+        made[name] = command, says
     return made
 
 
@@ -254,7 +254,7 @@ def chats() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["sft", "train-sae", "evaluate"])
 def test_every_other_command_whose_disk_is_full_goes_on_as_it_says(world, tmp_path, tries, tally, name):
-    command, says, empties = others(world, tmp_path)[name]
+    command, says = others(world, tmp_path)[name]
     whole = command.points()
     made = model_of(command.folder)
     fails = [number for number, point in enumerate(whole) if point.startswith(FAILS)]
@@ -263,8 +263,6 @@ def test_every_other_command_whose_disk_is_full_goes_on_as_it_says(world, tmp_pa
         line = refused(command, command.end(point=number), FULL, "free space", says)
         assert line.startswith(f"fpo: {command.folder}"), line
         assert not (command.folder / "metrics.json").exists()
-        if empties:
-            shutil.rmtree(command.folder, ignore_errors=True)
         command.finish()
         assert model_of(command.folder) == made, whole[number]
         tally("writes to a full disk")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fpo.cache.reader import verify
 from pairs import score_alone
+from safetensors.torch import load_file, save_file
 from seams.lab import (
     SMALL,
     Lab,
@@ -224,6 +225,18 @@ def sae(lab: Lab, command: str) -> None:
     assert "--sae" in lab.refused(command, sae=(lab.world.saes[1], folder))
 
 
+@effect("precompute", "allow_poor_sae")
+def allow_poor_sae(lab: Lab, command: str) -> None:
+    """An SAE that never fires on the model is refused, unless that is wanted: then the cache holds no feature."""
+    folder = lab.folder / "dead-sae"
+    save_tiny_sae(folder, 32, 64, 5, "jumprelu", SITES[0])
+    weights = load_file(folder / "sae_weights.safetensors")
+    save_file(weights | {"threshold": weights["threshold"] * 1e6}, folder / "sae_weights.safetensors")
+    assert "--allow-poor-sae" in lab.refused(command, sae=folder)
+    run = lab.run(command, sae=folder, allow_poor_sae=True)
+    assert {side.features[0].nnz for row in run.open(SITES[0].name) for side in (row.chosen, row.rejected)} == {0}
+
+
 @effect("precompute", "keep_features")
 def keep_features(lab: Lab, command: str) -> None:
     saes = [lab.world.load_sae(0), lab.world.load_sae(1)]
@@ -271,18 +284,16 @@ def engine(lab: Lab, command: str) -> None:
     """Who hands out the shards; what Ray's actors write is tested, slowly, in test_run_precompute.py."""
     assert "--workers" in lab.refused(command, workers=2)
     assert "--engine" in lab.refused(command, engine="ray", rank=0, world_size=2)
-    asked: list[Any] = []
     ray_pool = pytest.importorskip("fpo.pipeline.ray_pool")
     with pytest.MonkeyPatch.context() as patch:
 
-        def run_pool(config: Any, out: Any) -> Any:
-            asked.append((config.workers, out))
-            return lab.run(command).open().manifest
+        def run_pool(config: Any, *rest: Any) -> Any:
+            raise ValueError(f"a pool of {config.workers} for {config.out}")
 
         patch.setattr(ray_pool, "run_pool", run_pool)
-        folder = lab.new()
-        assert lab.call(command, folder, engine="ray", workers=3).exit_code == 0
-    assert asked == [(3, folder)]
+        for number in (2, 3):
+            out = lab.new()
+            assert f"a pool of {number} for {out}" in lab.call(command, out, engine="ray", workers=number).stderr
 
 
 @effect("precompute", "repair")

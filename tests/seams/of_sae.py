@@ -1,6 +1,7 @@
 """Checks of the options of `train-sae`; what it reads is in of_data.py."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from fpo.stages.sites import load_sae, parse_site
 from pairs import score_alone
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from seams.lab import Lab, Run, by_hand, plain_model
 from seams.options import effect
 from tiny_world import SITES
@@ -104,3 +105,13 @@ def seed(lab: Lab, command: str) -> None:
     weights = [load_file(folder / "sae_weights.safetensors") for folder in (first.folder, again, second.folder)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not np.allclose(weights[0]["W_enc"], weights[2]["W_enc"])
+
+
+@effect("precompute", "allow_poor_sae")
+def allow_poor_sae(lab: Lab, command: str) -> None:
+    dead = lab.new("dead")
+    shutil.copytree(lab.world.saes[0], dead)
+    weights = load_file(dead / "sae_weights.safetensors")
+    save_file({**weights, "threshold": weights["threshold"] * 1e4}, dead / "sae_weights.safetensors")
+    assert "--allow-poor-sae" in lab.refused(command, sae=dead)
+    assert "L0 0.0," in lab.run(command, sae=dead, allow_poor_sae=True).said

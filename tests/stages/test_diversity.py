@@ -1,5 +1,6 @@
 """Diversity H: against closed forms of policies whose next token is always drawn from one known distribution."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,10 @@ def test_prompts_that_repeat_are_taken_once_in_order():
     found = distinct_prompts(cached, 3)
     assert [pair.pair_id for pair in found] == [pair.pair_id for pair in pairs[:3]]
     assert len(distinct_prompts(cached, 9)) == 4
+    # A pair that parts at a turn of the user's: no answer follows its prompt.
+    parted = dataclasses.replace(pairs[0], chosen_learnt=np.int32([1, 3]), rejected_learnt=np.int32([2, 3]))
+    cached = [dataclasses.replace(row, pair=parted) if row.pair.pair_id == parted.pair_id else row for row in cached]
+    assert parted.pair_id not in [pair.pair_id for pair in distinct_prompts(cached, 9)]
 
 
 @pytest.mark.parametrize("make", [gemma, chatml])

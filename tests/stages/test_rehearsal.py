@@ -12,7 +12,7 @@ from fpo.stages.align import FPOConfig, FPOTrainer
 from fpo.stages.rehearsal import _bytes_to_come, outside_decoder
 from safetensors import safe_open
 from tiny_tokenizers import gemma
-from tiny_world import World, files, ran, save_model
+from tiny_world import World, files, fpo, ran, save_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -238,9 +238,14 @@ def test_an_adapter_wraps_what_training_on_text_runs(world, seeing, tmp_path):
     assert outside_decoder(world.policy()) is None
 
 
-def test_merged_the_adapter_s_model_sees_as_before(world, seeing, tmp_path):
+@pytest.mark.parametrize("afterwards", [False, True])
+def test_merged_the_adapter_s_model_sees_as_before(world, seeing, tmp_path, afterwards):
     model, cache = seeing
-    ran(align(world, tmp_path / "out", model, "--merge", cache=cache, lora_r=2, lr=1e-3))
+    if afterwards:
+        ran(align(world, tmp_path / "run", model, cache=cache, lora_r=2, lr=1e-3))
+        ran(fpo("merge", str(tmp_path / "run"), "--out", str(tmp_path / "out")))
+    else:
+        ran(align(world, tmp_path / "out", model, "--merge", cache=cache, lora_r=2, lr=1e-3))
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model, tmp_path / "out"))
     for name, weight in before.named_parameters():
         if "vision" in name or "projector" in name:

@@ -1,7 +1,6 @@
 """Sequences whose rotary frequencies depend on their length score as a fresh model scores each of them alone."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from pairs import (
     random_pair,
     random_pairs,
     score_alone,
+    swapped,
 )
 from tiny import randomize, tiny_llama
 from torch import Tensor
@@ -89,7 +89,7 @@ def make(request):
 
 def score_response(model: Any, pair: Pair, side: int, sites: Sequence[Site] = ()) -> Alone:
     """Chosen (0) or rejected (1), before which the model has scored nothing of the pair."""
-    first = pair if side == 0 else replace(pair, chosen_ids=pair.rejected_ids, rejected_ids=pair.chosen_ids)
+    first = pair if side == 0 else swapped(pair)
     return score_alone(model, first, sites)[0]
 
 
@@ -166,6 +166,23 @@ def test_conversations_score_as_alone_by_a_fresh_model(make):
             expected.append(score_response(make(), Pair("", ids[:3], ids[3:], ids[3:]), 0).token_logps_T)
         found_T = score_row(make(), row, [], "fp32").token_logps_T
     torch.testing.assert_close(found_T, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_sharded_weights_are_refused_where_ranks_would_run_different_numbers_of_passes():
+    model, (row,) = dynamic(), pack([random_pair(5, 30, 2)], 1000)
+    score_row(model, row, [], "fp32")
+    model.model.norm.weight.full_tensor = None  # as a DTensor has one
+    with pytest.raises(ValueError, match=r"\Apairs [^\n]* not supported under FSDP; lower --max-length\Z"):
+        score_row(model, row, [], "fp32")
+    score_row(model, pack([random_pair(5, 3, 2)], 1000)[0], [], "fp32")
+
+
+@pytest.mark.parametrize("threshold", [10, 15, 40, 200, 400])
+def test_a_model_is_found_right_on_either_side_of_what_it_is_tried_with(threshold):
+    check_model(tiny_llama(max_position_embeddings=threshold, rope_parameters=DYNAMIC))
+    scaling = LONGROPE | {"original_max_position_embeddings": threshold}
+    lengths = {"max_position_embeddings": 512, "original_max_position_embeddings": threshold, "sliding_window": None}
+    check_model(_of(Phi3Config(**SIZES, **lengths, rope_parameters=scaling), "packed"))
 
 
 def test_a_scaling_that_is_not_known_is_refused():

@@ -141,9 +141,9 @@ def test_an_sae_that_is_of_no_use_is_refused_unless_that_is_allowed(world, tmp_p
 
 def test_too_few_positions_say_nothing_against_an_sae_but_that_it_is_dead():
     sae = tiny_sae()
-    check_fit(sae, SAEFit(l0=5.0, explained_variance=-2.0, dead=0.5, tokens=31))
+    check_fit(sae, SAEFit(l0=5.0, explained_variance=-2.0, dead=0.5, tokens=127))
     check_fit(sae, SAEFit(l0=5.0, explained_variance=float("nan"), dead=0.5, tokens=1))
     check_fit(sae, SAEFit(l0=float("nan"), explained_variance=float("nan"), dead=0.5, tokens=90))
-    for fit in (SAEFit(5.0, -2.0, 0.5, 32), SAEFit(0.5, 0.9, 0.5, 31), SAEFit(0.0, 0.0, 1.0, 1)):
+    for fit in (SAEFit(5.0, -2.0, 0.5, 128), SAEFit(0.5, 0.9, 0.5, 127), SAEFit(0.0, 0.0, 1.0, 1)):
         with pytest.raises(ValueError, match=r"\A--sae: [^\n]*--allow-poor-sae\Z"):
             check_fit(sae, fit)

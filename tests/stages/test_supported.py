@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BloomConfig,
+    DogeConfig,
     FalconConfig,
     GPT2Config,
     GPTNeoConfig,
@@ -106,6 +107,10 @@ def test_what_scores_as_separate_sequences_passes_and_is_left_as_it_was(make):
             lambda: made(PhimoeConfig(**SIZES, **MOE, num_local_experts=4, sliding_window=9), "packed"),
             "log-probs that differ",
         ),
+        (
+            lambda: made(DogeConfig(**SIZES, intermediate_size=64)),
+            "log-probs that differ by",
+        ),  # keeps 2048 keys, of equal ones any
         (lambda: gpt_neo(8), "log-probs that differ by"),
         (lambda: gpt_neo(256), "activations after 2 layers, 309 tokens that differ by"),
         (bart, "log-probs that differ by"),

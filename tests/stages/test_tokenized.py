@@ -129,6 +129,13 @@ CHATML_FORMAT = FORMATS["chatml"]
             Example(user("Hello") + call() + (Message("tool", "42"),), answer("Yes."), answer("No.")),
             LEFT_OUT,
         ),
+        (
+            ChatFormat(
+                chatml(), TOOL_CHATML.replace("m['content'] + (", "('' if m['tool_calls'] else m['content']) + (")
+            ),
+            Example(user("Hello"), (Message("assistant", "I will look.", call()[0].more),), answer("No.")),
+            LEFT_OUT,
+        ),
         # A response without a word.
         (CHATML_FORMAT, Example(user("Hello"), user("Yes."), answer("No.")), EMPTY),
         (CHATML_FORMAT, Example(user("Hello"), answer("Yes."), answer("No.") + user("Why?") + answer(" ")), EMPTY),
