@@ -155,9 +155,8 @@ def train(bench: Bench, methods: Sequence[str], checkpointing: int) -> None:
         times = StepTimes(bench, method)
         trainer.add_callback(times)
         trainer.train()
-        pairs = [
-            trainer.train_cache[number].pair for number in range(setting.warmup * setting.batch, steps * setting.batch)
-        ]
+        cache, measured = trainer.train_cache, range(setting.warmup * setting.batch, steps * setting.batch)
+        pairs = [cache[number % len(cache)].pair for number in measured]
         flops = _flops(config, pairs, bench)
         useful = TRAINING_PASSES * flops["model"] + (flops["sae"] if method == "fpo" else 0)
         seconds = statistics.mean(times.seconds[setting.warmup : -1])  # the last one measures the constraint too

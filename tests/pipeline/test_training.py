@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fpo.pipeline.config import load_config
+from fpo.pipeline.config import RunConfig, load_config
 from fpo.pipeline.run_align import run_align
-from fpo.pipeline.training import last_checkpoint
+from fpo.pipeline.training import last_checkpoint, trainer_settings
 
 
 def align(world: Any, out: Path, **options: Any) -> Path:
@@ -45,3 +45,17 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
             (folder / "trainer_state.json").write_text(state)
     assert last_checkpoint(config) == str(tmp_path / "checkpoint-10")
     assert last_checkpoint(load_config(None, {"out": tmp_path}, "align")) is None
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, False), (True, True), (False, False)])
+def test_layers_are_compiled_on_request_and_not_on_a_cpu_otherwise(tmp_path, given, expected):
+    config = RunConfig(out=tmp_path / "run", device="cpu", compile=given)
+    assert trainer_settings(config, frozenset())["compile_layers"] is expected
+
+
+def test_which_layers_are_recomputed_is_no_question_where_none_is(tmp_path):
+    config = RunConfig(out=tmp_path / "run", device="cpu", checkpoint_every=3)
+    with pytest.raises(ValueError, match=r"^--checkpoint-every: .*--activation-checkpointing"):
+        trainer_settings(config, frozenset({"checkpoint_every"}))
+    both = config.model_copy(update={"activation_checkpointing": True})
+    assert trainer_settings(both, frozenset({"checkpoint_every"}))["checkpoint_every"] == 3

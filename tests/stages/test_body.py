@@ -144,3 +144,29 @@ def test_a_run_with_compiled_layers_learns_as_one_without(world, tmp_path):
         losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_every_nth_layer_is_checkpointed_and_no_gradient_changes(world, tmp_path):
+    found = {}
+    for every in (0, 1, 3):
+        arguments = FPOConfig(
+            str(tmp_path / str(every)),
+            method="dpo",
+            max_steps=1,
+            logging_steps=1,
+            per_device_train_batch_size=4,
+            activation_checkpointing=every > 0,
+            checkpoint_every=max(1, every),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        policy = world.policy()
+        trainer = FPOTrainer(policy, arguments, world.open(()))
+        trainer.train()
+        checkpointed = [number for number, layer in enumerate(policy.model.layers) if layer.gradient_checkpointing]
+        norm = next(line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line)
+        found[every] = checkpointed, norm
+    assert [found[every][0] for every in (0, 1, 3)] == [[], [0, 1, 2, 3], [0, 3]]
+    assert found[0][1] == pytest.approx(found[1][1]) == pytest.approx(found[3][1])

@@ -248,3 +248,18 @@ def test_real_features_of_a_truncated_cache_stay_within_the_bound(seed, top_k, k
         feature_drift(sae, activations(seed), LENGTHS, cache_of(pooled_RM, kept), top_k) for kept in (None, keep)
     )
     assert torch.all((full.mse_R - cut.mse_R).abs() <= cut.error_bound_R * (1 + 1e-9) + 1e-12)
+
+
+def test_operands_rounded_to_tf32_move_features_far_less_than_the_bf16_recipe_does():
+    """A GPU's products of the SAE under the bf16 recipe, imitated: operands keep ten bits of their fraction."""
+
+    def tf32(values: Tensor) -> Tensor:
+        bits = values.contiguous().view(torch.int32)
+        return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+    sae = make_sae("standard")
+    acts = 2 * torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
+    exact = pooled_features(sae, acts, [400])
+    recipe = (pooled_features(sae, acts.to(torch.bfloat16).float(), [400]) - exact).norm()
+    sae.W_enc.data = tf32(sae.W_enc.data)
+    assert 0 < (pooled_features(sae, tf32(acts), [400]) - exact).norm() < recipe
