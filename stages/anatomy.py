@@ -146,19 +146,42 @@ def _examine(model: Any) -> Anatomy:
 
 
 def _watch(layer: nn.Module, seen: list[_Seen]) -> list[Any]:
-    """Hooks that note what a layer and its parts do."""
+    """Hooks that note what a layer and its parts do.
 
-    def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
+    A weight that is not finite makes everything after it so, and then any part looks right; such numbers are replaced
+    on their way. They are named with their pair when it is scored.
+    """
+
+    def enters(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if args:
+            args = (_made_finite(args[0]), *args[1:])
+        elif "hidden_states" in kwargs:
+            kwargs = kwargs | {"hidden_states": _made_finite(kwargs["hidden_states"])}
         seen.append(_Seen(args[0] if args else kwargs.get("hidden_states"), None, []))
+        return args, kwargs
 
     def leaves(module: nn.Module, args: Any, output: Any) -> None:
         seen[-1].left = _first(output)
 
     def part(name: str) -> Any:
-        return lambda module, args, output: seen[-1].parts.append((name, _first(output))) if seen else None
+        def makes(module: nn.Module, args: Any, output: Any) -> Any:
+            output = (_made_finite(output[0]), *output[1:]) if isinstance(output, tuple) else _made_finite(output)
+            if seen:
+                seen[-1].parts.append((name, _first(output)))
+            return output
+
+        return makes
 
     handles = [layer.register_forward_pre_hook(enters, with_kwargs=True), layer.register_forward_hook(leaves)]
     return handles + [child.register_forward_hook(part(name)) for name, child in layer.named_children()]
+
+
+def _made_finite(values: Any) -> Any:
+    """The same, or random numbers where a tensor is not finite."""
+    if not isinstance(values, Tensor) or not values.is_floating_point() or bool(values.isfinite().all()):
+        return values
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(values.shape, generator=generator).to(values)
 
 
 def _first(output: Any) -> Any:

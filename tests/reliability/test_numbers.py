@@ -326,7 +326,7 @@ def test_answers_that_logits_do_not_give_are_not_written(world, tmp_path, tally,
     options = {"model": model, "outputs": "alpaca-eval", "questions": questions, "max_new_tokens": 4}
     result = fpo("evaluate", *to_arguments(options | {"temperature": temperature, "out": tmp_path / "out"}))
     stopped(result, "fpo: prompt 0: logits of its answer are not finite; also prompts 1, 2")
-    assert files(tmp_path / "out") == {}
+    assert set(files(tmp_path / "out")) == {"run.yaml"}  # by which the same command may start over
     tally("numbers that are not finite, caught")
 
 

@@ -202,3 +202,13 @@ def test_the_model_is_left_as_it_was():
         assert not model.model.norm.training
         assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
         assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("weight", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_weight_that_is_not_finite_does_not_make_another_part_look_like_the_mlp_s(weight):
+    model = tiny_gemma2()
+    sound = anatomy(tiny_gemma2())
+    with torch.no_grad():
+        model.get_parameter(weight).fill_(torch.nan)
+    assert anatomy(model).mlp_out == sound.mlp_out == ("post_feedforward_layernorm",) * len(sound.mlp_out)
+    assert anatomy(model).resid_post == sound.resid_post
