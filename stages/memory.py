@@ -91,6 +91,10 @@ class PeakMemory(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts no more."""
         self._steps += 1
+        self.stop()
+
+    def stop(self) -> None:
+        """Counts no more, also where a step ended in an error."""
         if self._mode is not None:
             self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._peak, self._mode = max(self._peak, self._mode.peak), None

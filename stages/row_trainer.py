@@ -188,7 +188,10 @@ class RowTrainer(ResumingTrainer):
         check_repeats(model, lambda: self.score(model, self._spare).token_logps_T, checkpointing=checkpointing)
         rehearse(self, resumed=bool(resume_from_checkpoint))
         self._tokens, self._started = 0, time.monotonic()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._memory.stop()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

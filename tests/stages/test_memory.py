@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fpo.stages.align import FPOConfig, FPOTrainer
 from fpo.stages.memory import COUNTED_STEPS, PeakMemory, TensorBytes, resident_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import few_examples
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 KB = 1024
 CPU = torch.device("cpu")
@@ -97,3 +99,12 @@ def test_a_training_s_peak_is_that_of_its_first_steps():
     assert found["train_peak_memory_bytes"] == before + 100 * COUNTED_STEPS * KB
     assert found["train_peak_process_bytes"] == pytest.approx(resident_bytes(), rel=0.01)
     assert found["train_peak_process_bytes"] > found["train_peak_memory_bytes"]
+
+
+def test_a_step_that_ends_in_an_error_leaves_nothing_on(world, tmp_path, monkeypatch):
+    settings = {"method": "dpo", "max_steps": 2, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    trainer = FPOTrainer(world.policy(), FPOConfig(str(tmp_path), **settings), world.open(()))
+    monkeypatch.setattr(trainer, "row_loss", lambda model, row: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert not _get_current_dispatch_mode_stack()
