@@ -220,7 +220,9 @@ def assert_cell(cell: str, values: Sequence[float], scale: float) -> None:
     for part, value in zip(parts, wanted, strict=True):
         digits = len(part.partition(".")[2])
         assert abs(float(part) - value) <= 0.5000001 * 10**-digits, (cell, value)
-        assert digits >= 0 and abs(float(part)) >= 10**-digits, f"{cell} shows nothing of {value}"
+    # Of the mean something has to show; a deviation may be less than the last digit, where two seeds agree by chance.
+    digits = len(parts[0].partition(".")[2])
+    assert abs(float(parts[0])) >= 10**-digits, f"{cell} shows nothing of {wanted[0]}"
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:
