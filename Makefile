@@ -104,7 +104,6 @@ $(REPORTS)/gpu_growth.json: | install
 typing:
 	mkdir -p .typing/fpo
 	for room in pipeline stages cache; do ln -sfn ../../$$room .typing/fpo/$$room; done
-	for file in __init__.py py.typed; do ln -sfn ../../pipeline/api/$$file .typing/fpo/$$file; done
 	ln -sfn ../benchmarks .typing/benchmarks
 
 lint: install
@@ -137,5 +136,5 @@ wheel: install
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	rm -rf build/wheel && $(BIN)/pip install --quiet --no-deps --target build/wheel dist/fpo-*.whl
 	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -m fpo.pipeline.cli config show --config gemma-2-2b > /dev/null
-	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -c "import fpo; fpo.FPOTrainer; print(fpo.__version__, fpo.__file__)"
-	@echo "the wheel carries its profiles and what \`import fpo\` offers"
+	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -c "from fpo import stages; stages.FPOTrainer; print(stages.__file__)"
+	@echo "the wheel carries its profiles and what \`fpo.stages\` offers"

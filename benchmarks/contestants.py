@@ -11,9 +11,9 @@ from typing import Any
 
 from fpo.cache.reader import open_cache
 from fpo.cache.schema import Pair
-from fpo.stages.align import FPOConfig, FPOTrainer
-from fpo.stages.methods import METHODS
-from fpo.stages.sites import load_sae
+from fpo.stages.model.sites import load_sae
+from fpo.stages.train.align import FPOConfig, FPOTrainer
+from fpo.stages.train.methods import METHODS
 from transformers import TrainerCallback
 
 from .measuring import Meter, Result

@@ -20,7 +20,7 @@ from fpo.cache.reader import open_cache
 from fpo.cache.schema import FORMAT_VERSION, CachedPair, Pair, ReferenceResponse, SparseFeatures, pair_id
 from fpo.cache.shard import encode_shard
 from fpo.cache.writer import CacheWriter
-from fpo.stages.batches import RowCollator
+from fpo.stages.scoring.batches import RowCollator
 
 from .measuring import Result
 

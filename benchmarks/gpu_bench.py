@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from fpo.cache.reader import open_cache
 from fpo.cache.schema import Pair
-from fpo.stages.align import FPOConfig, FPOTrainer
-from fpo.stages.flex import FLEX
-from fpo.stages.methods import METHODS
-from fpo.stages.scoring import measure_pairs
-from fpo.stages.sites import SiteSAE, load_sae
+from fpo.stages.model.sites import SiteSAE, load_sae
+from fpo.stages.scoring.flex import FLEX
+from fpo.stages.scoring.forward import measure_pairs
+from fpo.stages.train.align import FPOConfig, FPOTrainer
+from fpo.stages.train.methods import METHODS
 from torch._dynamo.utils import counters
 
 from .prepare import write_cache

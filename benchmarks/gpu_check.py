@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fpo.stages import flex, memory
+from fpo.stages.scoring import flex
+from fpo.stages.train import memory
 
 from . import gpu_speed, gpu_values
 from .gpu_bench import LARGE, TINY, Bench, Report

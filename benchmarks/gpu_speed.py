@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from fpo.cache.schema import Pair
-from fpo.pipeline.amounts import ROWS
-from fpo.pipeline.shapes import configuration, shape_of_config
-from fpo.stages.flex import FLEX
-from fpo.stages.frozen import freeze
-from fpo.stages.scoring import measure_pairs
-from fpo.stages.sites import SiteSAE
+from fpo.pipeline.report.amounts import ROWS
+from fpo.pipeline.report.shapes import configuration, shape_of_config
+from fpo.stages.model.frozen import freeze
+from fpo.stages.model.sites import SiteSAE
+from fpo.stages.scoring.flex import FLEX
+from fpo.stages.scoring.forward import measure_pairs
 from transformers import TrainerCallback
 
 from .gpu_bench import Bench, make_cache, make_sae, make_trainer, tiny_config

@@ -10,9 +10,9 @@ import statistics
 from typing import Any
 
 import torch
-from fpo.stages.flex import FLEX
-from fpo.stages.packing import pack
-from fpo.stages.scoring import row_layout, score_row
+from fpo.stages.scoring.flex import FLEX
+from fpo.stages.scoring.forward import row_layout, score_row
+from fpo.stages.scoring.packing import pack
 from torch import Tensor
 
 from .gpu_bench import TINY, Bench, make_cache, make_sae, make_trainer, tiny_config

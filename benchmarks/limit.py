@@ -13,9 +13,9 @@ checkpointing and the head compute again is not useful work and lowers the utili
 import dataclasses
 
 import torch
-from fpo.pipeline.amounts import ROWS
-from fpo.pipeline.rates import measured_rate
-from fpo.pipeline.shapes import Shape, shape_of
+from fpo.pipeline.report.amounts import ROWS
+from fpo.pipeline.report.rates import measured_rate
+from fpo.pipeline.report.shapes import Shape, shape_of
 
 from .contestants import CONTESTANTS
 from .measuring import Result, in_fresh_process, in_turn

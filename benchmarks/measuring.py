@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from fpo.stages.memory import TensorBytes, resident_bytes
+from fpo.stages.train.memory import TensorBytes, resident_bytes
 
 Result = dict[str, Any]
 

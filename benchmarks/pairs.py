@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from fpo.cache.schema import Pair, pair_id
-from fpo.stages.preferences import ChatFormat, Limits, load_preferences, tokenize_pair
+from fpo.stages.data.preferences import ChatFormat, Limits, load_preferences, tokenize_pair
 
 from .setting import Setting
 

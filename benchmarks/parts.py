@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from fpo.cache.schema import Pair
-from fpo.stages.features import CachedFeatures, feature_drift, largest_features, pooled_features
-from fpo.stages.logprobs import token_scores
-from fpo.stages.packing import pack
-from fpo.stages.scoring import head_weight, row_layout, run_body, softcap
+from fpo.stages.scoring.features import CachedFeatures, feature_drift, largest_features, pooled_features
+from fpo.stages.scoring.forward import head_weight, row_layout, run_body, softcap
+from fpo.stages.scoring.logprobs import token_scores
+from fpo.stages.scoring.packing import pack
 from torch import Tensor
 
 from .measuring import Result, in_fresh_process, measured

@@ -13,11 +13,11 @@ from fpo.cache.manifest import Meaning, Noise, ShardReport, SiteMeaning
 from fpo.cache.reader import open_cache
 from fpo.cache.schema import FORMAT_VERSION, CachedPair, Pair, pair_id
 from fpo.cache.writer import CacheWriter
-from fpo.pipeline.shapes import configuration, is_hub_id
-from fpo.stages.models import find_model, load_model, load_tokenizer
-from fpo.stages.reference import describe_numerics
-from fpo.stages.scoring import measure_pairs
-from fpo.stages.sites import SiteSAE, load_sae
+from fpo.pipeline.report.shapes import configuration, is_hub_id
+from fpo.stages.model.models import find_model, load_model, load_tokenizer
+from fpo.stages.model.sites import SiteSAE, load_sae
+from fpo.stages.precompute.reference import describe_numerics
+from fpo.stages.scoring.forward import measure_pairs
 
 from .measuring import Result, in_fresh_process
 from .pairs import amounts, choose, random_pairs, real_pairs, size

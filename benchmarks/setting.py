@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fpo.stages.models import ModelSource, Recipe, attentions_to_try
-from fpo.stages.sites import Site
+from fpo.stages.model.models import ModelSource, Recipe, attentions_to_try
+from fpo.stages.model.sites import Site
 
 # Features that a cache keeps a response: the default of `fpo precompute`.
 KEPT = 512

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from fpo.cache.schema import Pair
-from fpo.pipeline.shapes import configuration, shape_of_config
-from fpo.stages.attention import PACKED
-from fpo.stages.features import CachedFeatures, keep_largest
-from fpo.stages.flex import FLEX
-from fpo.stages.models import Recipe
-from fpo.stages.packing import PackedRow, pack
-from fpo.stages.scoring import row_layout, score_row
-from fpo.stages.sites import Site, SiteSAE
+from fpo.pipeline.report.shapes import configuration, shape_of_config
+from fpo.stages.model.models import Recipe
+from fpo.stages.model.sites import Site, SiteSAE
+from fpo.stages.scoring.attention import PACKED
+from fpo.stages.scoring.features import CachedFeatures, keep_largest
+from fpo.stages.scoring.flex import FLEX
+from fpo.stages.scoring.forward import row_layout, score_row
+from fpo.stages.scoring.packing import PackedRow, pack
 
 from .setting import KEPT, random_sae
 

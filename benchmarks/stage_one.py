@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from fpo.cache.schema import Pair
-from fpo.stages.frozen import freeze
-from fpo.stages.models import autocast
-from fpo.stages.scoring import measure_pairs
-from fpo.stages.sites import capture_sites, load_sae
+from fpo.stages.model.frozen import freeze
+from fpo.stages.model.models import autocast
+from fpo.stages.model.sites import capture_sites, load_sae
+from fpo.stages.scoring.forward import measure_pairs
 from torch import Tensor
 
 from .contestants import CONTESTANTS, common, dpo_trainer, token_ids

@@ -106,7 +106,7 @@ def configured(
             with user_errors(resume):
                 settings = load_config(config, given, name if group is app else None)
                 if group is app:
-                    from .embedded import provide
+                    from .world.world import provide
 
                     settings = provide(settings, fields)
                 function(settings, frozenset(given))
@@ -135,7 +135,7 @@ def precompute(config: RunConfig, given: frozenset[str]) -> None:
 
     Needs --model, --dataset, --sae and --out, here or in the configuration.
     """
-    from .run_precompute import run_precompute
+    from .commands.precompute import run_precompute
 
     run_precompute(config)
 
@@ -155,7 +155,7 @@ def align(config: RunConfig, given: frozenset[str]) -> None:
 
     Needs --model, --cache and --out, fpo also --sae, here or in the configuration.
     """
-    from .run_align import run_align
+    from .commands.align import run_align
 
     run_align(config, given)
 
@@ -173,7 +173,7 @@ def sft(config: RunConfig, given: frozenset[str]) -> None:
 
     Needs --model, --dataset and --out, here or in the configuration.
     """
-    from .run_sft import run_sft
+    from .commands.sft import run_sft
 
     run_sft(config, given)
 
@@ -192,7 +192,7 @@ def evaluate(config: RunConfig, given: frozenset[str]) -> None:
 
     Needs --model and --out, and --cache or --outputs with --questions, here or in the configuration.
     """
-    from .run_evaluate import run_evaluate
+    from .commands.evaluate import run_evaluate
 
     run_evaluate(config, given)
 
@@ -208,7 +208,7 @@ def train_sae(config: RunConfig, given: frozenset[str]) -> None:
 
     Needs --model, --dataset, --site and --out, here or in the configuration.
     """
-    from .run_train_sae import run_train_sae
+    from .commands.train_sae import run_train_sae
 
     run_train_sae(config)
 
@@ -223,7 +223,7 @@ def merge(
 ) -> None:
     """Add a LoRA adapter into its model's weights: a model that needs no PEFT."""
     with user_errors():
-        from .run_merge import run_merge
+        from .commands.merge import run_merge
 
         run_merge(run, out, base)
 
@@ -248,7 +248,7 @@ def table(
     given = {"runs": runs, "out": out, "jobs": jobs}
     with user_errors(GO_ON):
         settings = load_config(config, {name: value for name, value in given.items() if value is not None}, "table")
-        from .table import run_table
+        from .report.run import run_table
 
         run_table(config, settings, ablations=ablations, dry_run=dry_run)
 
@@ -264,7 +264,7 @@ def tune(
     given = {"runs": runs, "out": out, "jobs": jobs}
     with user_errors(GO_ON):
         settings = load_config(config, {name: value for name, value in given.items() if value is not None}, "tune")
-        from .tune import run_tune
+        from .report.tune import run_tune
 
         run_tune(config, settings)
 
@@ -277,7 +277,7 @@ CachePlace = Annotated[
 @cache_app.command("info")
 def cache_info(place: CachePlace) -> None:
     """What is in a cache: pairs, sites, sizes, what was skipped, noise, provenance."""
-    from .cache_info import print_info
+    from .commands.cache_info import print_info
 
     with user_errors():
         print_info(place)

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from ..cache import files
-from ..stages.methods import METHODS, MethodName
+from ..stages.train.methods import METHODS, MethodName
 from .plain_yaml import field_name, read_yaml, write_yaml
 
 # What `for` of a configuration file may name beside methods; those that read a method's settings; those that may write

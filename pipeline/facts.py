@@ -9,8 +9,8 @@ import os
 import platform
 from pathlib import Path
 
-from .embedded import world_folder
-from .plan import Plan
+from .report.plan import Plan
+from .world.world import world_folder
 
 TOY = (
     "A toy: a made-up language and a Gemma-2 of under a million parameters, trained in minutes. It shows what the "

@@ -1,6 +1,6 @@
 """Chat formats of the four kinds, and conversations for them."""
 
-from fpo.stages.chat import ChatFormat, Example, Message, Text, Turns
+from fpo.stages.data.chat import ChatFormat, Example, Message, Text, Turns
 from hypothesis import strategies as st
 from tiny_tokenizers import chatml, gemma
 

@@ -13,9 +13,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fpo.stages import rendering
-from fpo.stages.align import FPOConfig, FPOTrainer
-from fpo.stages.snapshots import Snapshots
+from fpo.stages.data import rendering
+from fpo.stages.train.align import FPOConfig, FPOTrainer
+from fpo.stages.train.snapshots import Snapshots
 from pairs import calm_gemma2, calm_llama
 from tiny_world import World, fpo, ran
 from torch import Tensor
@@ -156,7 +156,7 @@ def whole_run(world: Path, out: Path, **settings: Any) -> list[dict[str, float]]
 
 def fine_tune_about_midnight(arguments: list[str]) -> str:
     """Fine-tunes on ranks of which one lives on the next day; returns the day that its conversations show."""
-    from fpo.pipeline import run_sft
+    from fpo.pipeline.commands import sft as run_sft
 
     day = datetime.date(2026, 11, 23 + int(os.environ["RANK"]))
     date = type("Date", (datetime.date,), {"today": classmethod(lambda cls: day)})

@@ -13,10 +13,10 @@ from typing import Any
 from click.testing import Result
 from fpo.cache.reader import Cache, open_cache
 from fpo.pipeline.cli import app
-from fpo.stages.models import find_model, load_model, load_tokenizer
-from fpo.stages.preferences import ChatFormat, Limits, Preferences, load_preferences
-from fpo.stages.reference import Reference
-from fpo.stages.sites import Site, SiteSAE, load_sae
+from fpo.stages.data.preferences import ChatFormat, Limits, Preferences, load_preferences
+from fpo.stages.model.models import find_model, load_model, load_tokenizer
+from fpo.stages.model.sites import Site, SiteSAE, load_sae
+from fpo.stages.precompute.reference import Reference
 from pairs import calm_gemma2, calm_llama
 from tiny import save_tiny_sae
 from tiny_tokenizers import chatml, gemma

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fpo.stages.chat import GEMMA_TURNS
+from fpo.stages.data.chat import GEMMA_TURNS
 from tiny_tokenizers import CHATML, CORPUS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast

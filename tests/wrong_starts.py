@@ -16,9 +16,9 @@ from typing import Any
 from cache_rows import forge
 from fpo.cache.manifest import Manifest
 from fpo.cache.schema import CachedPair, pair_id
-from fpo.stages.chat import GEMMA_TURNS
-from fpo.stages.models import find_model
-from fpo.stages.sites import load_sae
+from fpo.stages.data.chat import GEMMA_TURNS
+from fpo.stages.model.models import find_model
+from fpo.stages.model.sites import load_sae
 from pairs import calm_gemma2
 from pairs import swapped as with_sides_swapped
 from tiny import save_tiny_sae

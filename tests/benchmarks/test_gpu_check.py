@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.stages import flex, memory
+from fpo.stages.scoring import flex
+from fpo.stages.train import memory
 from torch.nn.attention import flex_attention
 
 from benchmarks import gpu_check, gpu_values

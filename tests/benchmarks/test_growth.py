@@ -1,6 +1,6 @@
 import pytest
 from fpo.cache.reader import open_cache, verify
-from fpo.stages import logprobs
+from fpo.stages.scoring import logprobs
 
 from benchmarks import generated_cache
 from benchmarks.growth import fpo_pair
@@ -16,7 +16,7 @@ def pair_of(world):
 
 
 def test_activations_grow_by_one_vector_of_the_sae_s_width_a_response_and_by_chunks(pair_of, monkeypatch):
-    monkeypatch.setattr("fpo.stages.features.CHUNK_ENTRIES", 2**12)  # chunks of one token, at the widest
+    monkeypatch.setattr("fpo.stages.scoring.features.CHUNK_ENTRIES", 2**12)  # chunks of one token, at the widest
     narrow, wide = (pair_of(width=width)["extra_bytes"] for width in (2**10, 2**12))
     a_vector_a_response = 2 * 4 * (2**12 - 2**10)
     assert wide - narrow < 8 * a_vector_a_response

@@ -1,5 +1,5 @@
 import pytest
-from fpo.pipeline.shapes import shape_of
+from fpo.pipeline.report.shapes import shape_of
 from tiny_setting import tiny_setting
 
 from benchmarks.limit import arithmetic, pair_flops, utilisation

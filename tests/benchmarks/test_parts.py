@@ -1,7 +1,7 @@
 import pytest
 import torch
-from fpo.stages import logprobs
-from fpo.stages.features import feature_drift, pooled_features
+from fpo.stages.scoring import logprobs
+from fpo.stages.scoring.features import feature_drift, pooled_features
 
 from benchmarks.parts import compare, drift_of_all, features, head, packed_logps, packing, padded_logps
 from benchmarks.shapes import cached_features, random_model, random_pair, saes_at
@@ -29,7 +29,7 @@ def test_two_passes_compute_what_encoding_all_does():
 
 
 def test_two_passes_need_less_memory_in_training_than_all_features(monkeypatch):
-    monkeypatch.setattr("fpo.stages.features.CHUNK_ENTRIES", 2**14)
+    monkeypatch.setattr("fpo.stages.scoring.features.CHUNK_ENTRIES", 2**14)
     few, all_ = (features(way, 128, 2**12, 16, "cpu") for way in ("two passes", "all encoded"))
     assert few["extra_bytes"] < all_["extra_bytes"] / 4
 

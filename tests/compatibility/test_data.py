@@ -11,8 +11,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fpo.stages.chat import Example, Message, Turns
-from fpo.stages.preferences import load_preferences
+from fpo.stages.data.chat import Example, Message, Turns
+from fpo.stages.data.preferences import load_preferences
 
 ASKED = "What is the capital of France?"
 GOOD, BAD = "Paris, of course.", "Lyon, I think."

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fpo.stages.anatomy import anatomy
-from fpo.stages.models import attentions_to_try, find_model, load_model
-from fpo.stages.packing import pack
-from fpo.stages.scoring import run_body, run_head
-from fpo.stages.sites import Site, capture_sites, module_at
-from fpo.stages.supported import load_supported
+from fpo.stages.model.anatomy import anatomy
+from fpo.stages.model.models import attentions_to_try, find_model, load_model
+from fpo.stages.model.sites import Site, capture_sites, module_at
+from fpo.stages.model.supported import load_supported
+from fpo.stages.scoring.forward import run_body, run_head
+from fpo.stages.scoring.packing import pack
 from pairs import random_pair
 from tiny_architectures import ARCHITECTURES, tiny_config, tiny_model
 from torch import Tensor

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import trl
-from fpo.stages.chat import ChatFormat, Example, Message, Turns
-from fpo.stages.models import ModelSource, load_tokenizer
-from fpo.stages.rendering import ANEW, LEFT_OUT, OPENING, REFUSED, SHARED
-from fpo.stages.scoring import measure_pairs
-from fpo.stages.tokenized import Limits, tokenize_pair
+from fpo.stages.data.chat import ChatFormat, Example, Message, Turns
+from fpo.stages.data.rendering import ANEW, LEFT_OUT, OPENING, REFUSED, SHARED
+from fpo.stages.data.tokenized import Limits, tokenize_pair
+from fpo.stages.model.models import ModelSource, load_tokenizer
+from fpo.stages.scoring.forward import measure_pairs
 from pairs import calm_llama
 from tiny_tokenizers import _train
 from tokenizer_zoo import MISTRAL, SMOLLM2, TEMPLATES, ZOO, built

@@ -6,11 +6,12 @@ import sys
 import pytest
 import yaml
 from fpo.cache.reader import open_cache, verify
-from fpo.pipeline import run_precompute, run_train_sae
 from fpo.pipeline.cli import app
+from fpo.pipeline.commands import precompute as run_precompute
+from fpo.pipeline.commands import train_sae as run_train_sae
 from fpo.pipeline.config import load_config
 from fpo.pipeline.errors import user_errors
-from fpo.stages.sites import load_sae
+from fpo.stages.model.sites import load_sae
 from tiny_world import SITES, files, fpo, ran, rows, to_arguments, write_rows
 from typer.testing import CliRunner
 

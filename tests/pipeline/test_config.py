@@ -9,7 +9,7 @@ import yaml
 from fpo.pipeline.cli import app
 from fpo.pipeline.config import COMMANDS, RunConfig, has_section, load_config, profile_names, to_yaml
 from fpo.pipeline.plain_yaml import write_yaml
-from fpo.stages.methods import METHODS
+from fpo.stages.train.methods import METHODS
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import many_examples

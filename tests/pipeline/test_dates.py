@@ -12,10 +12,10 @@ import pytest
 import yaml
 from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache
+from fpo.pipeline.commands.evaluate import _prepare
 from fpo.pipeline.config import load_config
-from fpo.pipeline.run_evaluate import _prepare
-from fpo.stages import rendering
-from fpo.stages.chat import GEMMA_TURNS
+from fpo.stages.data import rendering
+from fpo.stages.data.chat import GEMMA_TURNS
 from ranks import fine_tune_about_midnight, on_ranks
 from tiny_tokenizers import gemma
 from tiny_world import World, files, fpo, ran, to_arguments, write_rows

@@ -134,7 +134,7 @@ def test_a_repair_that_was_killed_is_finished_by_another(world, cache, monkeypat
 
 
 def test_other_bytes_than_the_manifest_vouched_for_are_told(world, cache, monkeypatch):
-    from fpo.stages import precompute
+    from fpo.stages.precompute import shards as precompute
 
     real = precompute.measure_pairs
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 import yaml
 from fpo.cache.reader import open_cache
-from fpo.pipeline import inputs, run_align, run_record
-from fpo.stages.align import FPOTrainer
-from fpo.stages.methods import METHODS
-from fpo.stages.models import load_model
+from fpo.pipeline.commands import align as run_align
+from fpo.pipeline.commands import inputs, run_record
+from fpo.stages.model.models import load_model
+from fpo.stages.train.align import FPOTrainer
+from fpo.stages.train.methods import METHODS
 from peft import PeftModel
 from tiny_world import SITES, files, losses, metrics, ran, state_of
 from transformers import AutoModelForCausalLM, AutoTokenizer

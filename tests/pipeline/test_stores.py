@@ -101,7 +101,7 @@ def test_a_damaged_object_stops_training_before_anything_is_written(world, url, 
 
 
 def test_a_store_that_takes_nothing_is_refused_before_anything_is_computed(world, s3, monkeypatch):
-    from fpo.stages import precompute
+    from fpo.stages.precompute import shards as precompute
 
     monkeypatch.setattr(precompute, "measure_pairs", lambda *_, **__: pytest.fail("computes"))
     result = world.precompute("s3://a-bucket-that-is-not-there/uf")

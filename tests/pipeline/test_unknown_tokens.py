@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from cache_rows import forge
 from fpo.cache.schema import CachedPair
-from fpo.stages.chat import GEMMA_TURNS, ChatFormat
-from fpo.stages.conversations import load_conversations
-from fpo.stages.models import find_model, load_tokenizer
+from fpo.stages.data.chat import GEMMA_TURNS, ChatFormat
+from fpo.stages.data.conversations import load_conversations
+from fpo.stages.model.models import find_model, load_tokenizer
 from tiny_world import SITES, World, files, fpo, rows, write_rows
 from wrong_starts import named
 

@@ -76,7 +76,7 @@ def test_another_model_of_the_same_tokenizer_is_refused_by_its_weights(world, tm
 
 
 def test_a_policy_that_fails_parity_leaves_nothing_and_the_folder_can_be_used(world, tmp_path, monkeypatch):
-    from fpo.stages import models
+    from fpo.stages.model import models
 
     monkeypatch.setattr(models.ModelSource, "sha256", "0" * 64)  # as if the hashes were equal
     cache = shutil.copytree(world.cache, tmp_path / "cache")

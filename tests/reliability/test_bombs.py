@@ -12,7 +12,7 @@ import pytest
 from forged import MANIFEST_NAME, Files, sound_files, write_files
 from fpo.cache.manifest import LARGEST_TEXT
 from fpo.cache.pages import LARGEST_FOOTER, SMALLEST_LIMIT
-from fpo.stages.row_files import SMALLEST_LIMIT as SMALLEST_ROWS
+from fpo.stages.data.row_files import SMALLEST_LIMIT as SMALLEST_ROWS
 
 TRIED = "decompression bombs refused within the bound of memory"
 MB = 1 << 20
@@ -40,9 +40,9 @@ for argument in map(Path, sys.argv[1:]):
 """
 OPEN = RUN.format(imports="from fpo.cache.reader import open_cache", call="open_cache(argument)")
 VERIFY = RUN.format(imports="from fpo.cache.reader import verify", call="['refused:', *verify(argument)]")
-UNPACK = RUN.format(imports="from fpo.stages.npz import read_npz", call="len(read_npz(argument))")
+UNPACK = RUN.format(imports="from fpo.stages.model.npz import read_npz", call="len(read_npz(argument))")
 READ = RUN.format(
-    imports="from fpo.stages.preferences import load_preferences",
+    imports="from fpo.stages.data.preferences import load_preferences",
     call="load_preferences(str(argument), split='train').content_hash",
 )
 

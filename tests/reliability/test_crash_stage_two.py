@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from fpo.stages.models import find_model
+from fpo.stages.model.models import find_model
 from killing import KILLED, Command, spread
 from tiny_world import files, metrics, rows, to_arguments, write_rows
 

@@ -246,7 +246,7 @@ def flip_at(folder: Path, index: int, share: float) -> None:
 
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_align_refuses_a_damaged_cache_before_a_model_is_loaded(world, tmp_path, monkeypatch, tally, kind):
-    from fpo.pipeline import run_align
+    from fpo.pipeline.commands import align as run_align
 
     change, name = DAMAGED[kind]
     damaged = shutil.copytree(world.cache, tmp_path / "cache")

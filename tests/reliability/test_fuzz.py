@@ -22,10 +22,10 @@ from forged import MANIFEST_NAME, change_json, forge, sound_files, write_files
 from fpo.cache.manifest import Manifest
 from fpo.cache.shard import DAMAGE, read_footer, read_table
 from fpo.pipeline.config import COMMANDS, RunConfig, load_config, to_yaml
-from fpo.stages.chat import GEMMA_TURNS, ChatFormat
-from fpo.stages.conversations import load_conversations
-from fpo.stages.methods import METHODS
-from fpo.stages.preferences import Limits, load_preferences, tokenize_pair
+from fpo.stages.data.chat import GEMMA_TURNS, ChatFormat
+from fpo.stages.data.conversations import load_conversations
+from fpo.stages.data.preferences import Limits, load_preferences, tokenize_pair
+from fpo.stages.train.methods import METHODS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from judge import judge

@@ -78,7 +78,7 @@ def slope(samples: list[list[int]], column: int) -> float:
 
 def stage_one(folder: Path, pairs: int, leak: int) -> dict[str, Any]:
     """Measures `pairs` pairs into a cache."""
-    from fpo.stages.precompute import ShardWorker
+    from fpo.stages.precompute.shards import ShardWorker
     from tiny_world import ran
 
     world, growth, real = make(folder, pairs), Growth(pairs, leak), ShardWorker._write_shard
@@ -95,7 +95,7 @@ def stage_one(folder: Path, pairs: int, leak: int) -> dict[str, Any]:
 
 def stage_two(folder: Path, pairs: int, leak: int) -> dict[str, Any]:
     """Trains on `pairs` pairs of a cache, once each, and evaluates on them every so often."""
-    from fpo.stages.align import FPOTrainer
+    from fpo.stages.train.align import FPOTrainer
     from tiny_world import ran
 
     world = make(folder, pairs)

@@ -9,7 +9,7 @@ import yaml
 from cache_rows import forge
 from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache
-from fpo.stages.chat import GEMMA_TURNS
+from fpo.stages.data.chat import GEMMA_TURNS
 from pairs import calm_gemma2, calm_llama
 from tiny_tokenizers import gemma
 from tiny_world import World, files, metrics, ran, rows, save_model, write_rows

@@ -215,7 +215,7 @@ def model(lab: Lab, command: str) -> None:
 
 @effect("precompute", "sae")
 def sae(lab: Lab, command: str) -> None:
-    from fpo.stages.sites import load_sae
+    from fpo.stages.model.sites import load_sae
 
     folder = lab.folder / "sae-of-its-own"
     save_tiny_sae(folder, 32, 40, 5, "standard", SITES[1])
@@ -271,7 +271,7 @@ def engine(lab: Lab, command: str) -> None:
     """Who hands out the shards; what Ray's actors write is tested, slowly, in test_run_precompute.py."""
     assert "--workers" in lab.refused(command, workers=2)
     assert "--engine" in lab.refused(command, engine="ray", rank=0, world_size=2)
-    ray_pool = pytest.importorskip("fpo.pipeline.ray_pool")
+    ray_pool = pytest.importorskip("fpo.pipeline.commands.ray_pool")
     with pytest.MonkeyPatch.context() as patch:
 
         def run_pool(config: Any, *rest: Any) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.stages import memory
-from fpo.stages.align import FPOConfig, FPOTrainer
-from fpo.stages.methods import METHODS
+from fpo.stages.train import memory
+from fpo.stages.train.align import FPOConfig, FPOTrainer
+from fpo.stages.train.methods import METHODS
 from tiny_world import SITES
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from fpo.cache.schema import CachedPair
-from fpo.stages.batches import RowCollator
-from fpo.stages.methods import METHODS, Objective, make_objective
-from fpo.stages.objectives import PairLosses, PairScores, pair_losses
-from fpo.stages.scoring import RowScores, live_reference, measure_pairs, score_row
-from fpo.stages.sites import Site
+from fpo.stages.model.sites import Site
+from fpo.stages.scoring.batches import RowCollator
+from fpo.stages.scoring.forward import RowScores, live_reference, measure_pairs, score_row
+from fpo.stages.train.methods import METHODS, Objective, make_objective
+from fpo.stages.train.objectives import PairLosses, PairScores, pair_losses
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import (

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.stages.anatomy import anatomy
-from fpo.stages.scoring import measure_pairs
-from fpo.stages.sites import Site
-from fpo.stages.transfer import HostCopy
+from fpo.stages.model.anatomy import anatomy
+from fpo.stages.model.sites import Site
+from fpo.stages.scoring.forward import measure_pairs
+from fpo.stages.scoring.transfer import HostCopy
 from pairs import calm_gemma2, random_pairs
 from tiny import tiny_sae
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,0 +1,81 @@
+"""`fpo train-sae`: from a configuration to an SAE for a model that has none.
+
+In: a `RunConfig`. Out: an SAE in SAELens' format in `--out`, its quality on the terminal and in `quality.json`.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ...cache.files import write_atomically
+from ...stages.data.preferences import tokenize_pair
+from ...stages.model.models import attentions_to_try, check_tokens, check_vocabulary, load_model
+from ...stages.model.sites import parse_site
+from ...stages.model.supported import check_length, load_supported
+from ...stages.train.saving import move_model
+from ...stages.train.train_sae import train_sae
+from ..config import RunConfig, to_yaml
+from ..progress import console
+from .inputs import check_folder, device_of, load_data, required
+from .run_record import sole_writer
+
+
+def run_train_sae(config: RunConfig) -> None:
+    """`fpo train-sae`."""
+    _, _, (site_name, *more), out = required(config, "model", "dataset", "site", "out")
+    if more:
+        raise ValueError(f"--site: expected one site to train an SAE for, found {len(more) + 1}")
+    _check_out(out)  # once more below: others may have come meanwhile
+    site = parse_site(site_name)
+    source, preferences, chat, limits = load_data(config)
+    device = device_of(config)
+    model = load_supported(
+        partial(load_model, source, device=device), attentions_to_try(config.attention, source, device), console.print
+    )
+    check_vocabulary(model, chat.tokenizer, chat.probe_ids)
+    check_length(model, limits.max_length)
+    sequences, seen = [], set()
+    for row in range(len(preferences)):
+        pair = tokenize_pair(preferences.example(row), row, chat, limits).pair
+        if pair is None:
+            continue
+        for ids in (pair.chosen_ids, pair.rejected_ids):
+            conversation = np.concatenate([pair.prompt_ids, ids])
+            check_tokens(model, [(f"row {row}", conversation)], chat.tokenizer)
+            if conversation.tobytes() not in seen:  # prompts and answers repeat across pairs
+                seen.add(conversation.tobytes())
+                sequences.append(conversation)
+    console.print(f"{len(sequences)} conversations, {sum(map(len, sequences))} tokens, site {site.name}")
+    with sole_writer(out):
+        _check_out(out)
+        new = out / ".new"
+        shutil.rmtree(new, ignore_errors=True)  # of a run that was stopped while it saved
+        quality = train_sae(
+            model,
+            sequences,
+            site=site,
+            width=config.width,
+            tokens=config.tokens,
+            out=new,
+            model_name=source.name,
+            target_l0=config.target_l0,
+            seed=config.seed,
+        )
+        write_atomically(new / "quality.json", json.dumps(asdict(quality), indent=1).encode())
+        write_atomically(new / "run.yaml", to_yaml(config).encode())
+        move_model(new, out)
+    console.print(
+        f"{out}: L0 {quality.l0:.1f}, explained variance {quality.explained_variance:.3f}, "
+        f"dead features {quality.dead:.1%}, on {quality.tokens} held-out tokens after {quality.passes:.1f} passes"
+    )
+
+
+def _check_out(out: Path) -> None:
+    """Refuses a folder that holds an SAE; what a stopped run left of one is replaced."""
+    check_folder(out)
+    if (out / "cfg.json").exists():
+        raise FileExistsError(f"{out} already holds an SAE: choose another folder or remove it")

@@ -1,0 +1,1 @@
+"""The comparison: plan, runs, records, tables, figures and the page."""

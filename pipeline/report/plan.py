@@ -1,0 +1,238 @@
+"""What the comparison consists of: for each row of a table, the commands that lead to it.
+
+In: a profile. Out: steps (`jobs.py` runs them), and for each trained run where its results will be. A step's folder
+carries a hash of its whole configuration, and a configuration holds the folders of what it stands on: other settings
+give other folders, and equal ones are run once, whichever table asks.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...cache.files import canonical_json
+from ...stages.train.methods import METHODS
+from ..config import RunConfig, has_section, load_config
+from ..world.world import in_the_world, located, world_folder
+from .figure_data import LABELS
+from .jobs import Step
+
+# The rows of the paper's comparison, and one that it lacks: α = 0. The reference itself has no options.
+ROWS: dict[str, dict[str, Any] | None] = {
+    "sft": None,
+    "dpo": {"method": "dpo"},
+    "tdpo1": {"method": "tdpo1"},
+    "tdpo2": {"method": "tdpo2"},
+    "simpo": {"method": "simpo"},
+    "simpo-kl": {"method": "simpo-kl"},
+    "fpo": {"method": "fpo"},
+    "fpo-alpha0": {"method": "fpo", "alpha": 0.0},
+}
+ALPHAS = (0.1, 0.5, 1.0, 2.0)
+
+# Fields of `table` and `tune` that may name what is in the embedded world.
+OF_THE_WORLD = ("model", "sae")
+
+WHERE = {
+    "out",
+    "resume",
+    "runs",
+    "jobs",
+    "seeds",
+    "ablation_sites",
+    "ablation_sums",
+    "heldout_split",
+    "validation_split",
+}  # of a configuration, what a step's result does not depend on
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of a table under one seed.
+
+    Attributes:
+        row: its key.
+        label: its name.
+        seed: of data order and sampling.
+        train: the step that trains it; None for the reference itself.
+        method: the objective; None for the reference.
+    """
+
+    row: str
+    label: str
+    seed: int
+    train: Step | None
+    method: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A profile's steps.
+
+    Attributes:
+        name: the profile or file.
+        config: its settings for `table` or `tune`.
+        base: fine-tuning, where the profile has it.
+        base_model: what was fine-tuned.
+        model: the reference and every policy's start.
+        saes: the SAE at each site.
+        world: the folder of the embedded world, whether or not it has been made.
+    """
+
+    name: str
+    config: RunConfig
+    base: tuple[Step, ...]
+    base_model: str
+    model: str
+    saes: Mapping[str, str]
+    world: Path
+
+    def comparison(self) -> list[Run]:
+        """The paper's methods, each under every seed."""
+        return [
+            self.run(row, LABELS[row], seed, options, followed=seed == self.config.seeds[0])
+            for seed in self.config.seeds
+            for row, options in ROWS.items()
+        ]
+
+    def site_ablation(self) -> list[Run]:
+        """Table 3, left: FPO constrained at one site after the other."""
+        return self._fpo_runs({site: {"site": (site,)} for site in self.config.ablation_sites})
+
+    def weight_ablation(self) -> list[Run]:
+        """Table 3, right: α with and without the stop-gradient, and without a constraint."""
+        rows: dict[str, dict[str, Any]] = {"α = 0": {"alpha": 0.0}}
+        for stop in (False, True):
+            for alpha in ALPHAS:
+                rows[f"α = {alpha:g}, {'with' if stop else 'without'} sg"] = {"alpha": alpha, "stop_gradient": stop}
+        return self._fpo_runs(rows)
+
+    def sum_ablation(self) -> list[Run]:
+        """Table 7: FPO constrained at several sites at once."""
+        return self._fpo_runs({sites: {"site": tuple(sites.split("+"))} for sites in self.config.ablation_sums})
+
+    def _fpo_runs(self, rows: Mapping[str, dict[str, Any]]) -> list[Run]:
+        """FPO with other settings; where the comparison has such a run, that one."""
+        known = {_settings(run.train): run.train for run in self.comparison() if run.train}
+        found = []
+        for seed in self.config.seeds:
+            for label, options in rows.items():
+                run = self.run(label, label, seed, {"method": "fpo", **options})
+                assert run.train is not None
+                found.append(replace(run, train=known.get(_settings(run.train), run.train)))
+        return found
+
+    def run(self, row: str, label: str, seed: int, options: Mapping[str, Any] | None, *, followed: bool = False) -> Run:
+        """A row under one seed; options None is the reference itself. Runs that are not followed save no snapshots."""
+        if options is None:
+            return Run(row, label, seed, None)
+        if not followed:
+            options = {**options, "snapshot_steps": None}
+        return Run(
+            row, label, seed, self.training(f"{label}, seed {seed}", {**options, "seed": seed}), options["method"]
+        )
+
+    def training(self, label: str, options: Mapping[str, Any]) -> Step:
+        """The step that trains a policy; `options` are the method, the seed and what else differs from the profile."""
+        config = self._load("align", {"model": self.model, "cache": self.train_cache.out, **options})
+        sites = config.site if config.method == "fpo" else ()
+        needed: dict[str, Any] = {"sae": tuple(self.saes[site] for site in sites), "site": sites}
+        if METHODS[config.method].divergence == "kl":
+            needed["reference"] = self.model
+        return self._step("align", label, config.model_copy(update=needed), self.train_cache)
+
+    def evaluation(self, run: Run, model: Path | None = None, *, prompts: int | None = None) -> Step:
+        """The step that measures a run.
+
+        Args:
+            run: the run.
+            model: one of its snapshots; default its end.
+            prompts: to sample answers to; default the profile's number.
+        """
+        trained = model or (run.train.out if run.train else None)
+        given: dict[str, Any] = {"model": str(trained or self.model), "reference": self.model, "seed": run.seed}
+        given |= {"cache": self.heldout_cache.out} | ({} if prompts is None else {"prompts": prompts})
+        given |= {} if run.method is None else {"method": run.method}
+        config = self._load("evaluate", given)
+        config = config.model_copy(update={"sae": tuple(self.saes[site] for site in config.site)})
+        label = run.train.label.removeprefix("align ") if run.train else f"{run.label}, seed {run.seed}"
+        label += f", {model.name}" if model else ""
+        return self._step("evaluate", label, config, self.heldout_cache, *((run.train,) if run.train else ()))
+
+    def cache(self, split: str) -> Step:
+        """Stage one over a split, with every SAE that a table needs."""
+        config = self._load("precompute", {"model": self.model, "split": split})
+        config = located(config, ("dataset",), self.world)
+        config = config.model_copy(update={"sae": tuple(self.saes.values())})
+        return self._step("precompute", split, config, *self.base)
+
+    @cached_property
+    def train_cache(self) -> Step:
+        """The cache that every method trains on."""
+        return self.cache(self.config.split)
+
+    @cached_property
+    def heldout_cache(self) -> Step:
+        """The cache that every method is measured on."""
+        return self.cache(self.config.heldout_split)
+
+    def _load(self, command: str, given: Mapping[str, Any]) -> RunConfig:
+        return load_config(self.name, given, command)
+
+    def _step(self, command: str, label: str, config: RunConfig, *needs: Step) -> Step:
+        assert self.config.runs is not None
+        return make_step(command, label, config, self.config.runs, *needs)
+
+
+def _settings(train: Step) -> str:
+    """What a training's result depends on: defaults of the method filled in, snapshots left out."""
+    content = train.config.model_dump(mode="json", exclude={*WHERE, "snapshot_steps"})
+    defaults = METHODS[train.config.method].defaults
+    return canonical_json(content | {name: value for name, value in defaults.items() if content[name] is None})
+
+
+def make_plan(name: str, config: RunConfig, world: Path | None = None) -> Plan:
+    """The plan of a profile.
+
+    Args:
+        name: profile or file.
+        config: its settings for `table` or `tune`, `runs` included.
+        world: the folder of the embedded world; default the user's.
+
+    Raises:
+        ValueError: if there is not one SAE a site, or none at a site that the methods or ablations read.
+    """
+    has_sft = has_section(name, "sft") and not in_the_world(config.model)
+    world = world or world_folder()
+    config = located(config, OF_THE_WORLD, world)
+    if len(config.sae) != len(config.site) or not config.sae:
+        raise ValueError(
+            f"{name}: for: table: expected one site for each SAE, found {len(config.site)} sites and "
+            f"{len(config.sae)} SAEs; list both, in the same order"
+        )
+    saes = dict(zip(config.site, config.sae, strict=True))
+    wanted = {*load_config(name, {}, "align").site, *config.ablation_sites}
+    wanted |= {site for sites in config.ablation_sums for site in sites.split("+")}
+    if missing := sorted(wanted - set(saes)):
+        raise ValueError(
+            f"{name}: for: table: expected an SAE at {', '.join(missing)}, found none; add it to sae and site"
+        )
+    assert config.model is not None
+    if not has_sft:
+        return Plan(name, config, (), config.model, config.model, saes, world)
+    assert config.runs is not None
+    sft = make_step("sft", "sft", load_config(name, {}, "sft"), config.runs)
+    return Plan(name, config, (sft,), config.model, str(sft.out), saes, world)
+
+
+def make_step(command: str, label: str, config: RunConfig, runs: Path, *needs: Step) -> Step:
+    """A step in a folder of its own under `runs`."""
+    content = config.model_dump(mode="json", exclude=WHERE)
+    digest = hashlib.sha256(canonical_json([command, content]).encode()).hexdigest()[:10]
+    slug = "-".join("".join(c if c.isalnum() or c in ".=+_" else " " for c in label).split())
+    out = runs / f"{command}-{slug}-{digest}"
+    return Step(
+        command, f"{command} {label}", config.model_copy(update={"out": out}), tuple(step.out for step in needs)
+    )

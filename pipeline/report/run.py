@@ -1,0 +1,204 @@
+"""`fpo table`: the paper's comparison or its ablations, from a profile to tables, figures and a page.
+
+In: a profile's name and its settings. Out: `results/<profile>/`: Markdown, CSV and JSON lines of every table, the
+figures as PNG and SVG, and a self-contained HTML page. Runs lie in `runs/<profile>/`; what is there is not run again.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...cache.files import write_atomically
+from ..config import RunConfig
+from ..facts import facts_of, note_of
+from ..progress import console
+from ..world.world import begin, in_the_world, is_made, provide, world_folder, world_steps
+from .claims import Claim, ablation_claims, comparison_claims
+from .estimates import estimate_plan, print_plan
+from .figure_data import rank_correlations
+from .jobs import Step, run_steps, seconds_of
+from .measured import comparison_figures, curves_of
+from .page import Page, PageFigure, PageTable, write_page
+from .paper import paper_columns, win_rates
+from .plan import OF_THE_WORLD, Plan, Run, make_plan
+from .preflight import missing
+from .results import (
+    ACCURACY,
+    COLUMNS,
+    ENTROPY,
+    Column,
+    Record,
+    by_row,
+    cells,
+    markdown,
+    read_record,
+    training_cost,
+    write_records,
+)
+
+ABLATION_KEYS = ("length/finished", "kl/chosen", "kl/rejected", "features/mse_chosen", "features/mse_rejected")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A finished table.
+
+    Attributes:
+        name: of its files.
+        caption: its title.
+        header: its columns.
+        body: its rows.
+        prose: whether its cells are sentences.
+    """
+
+    name: str
+    caption: str
+    header: list[str]
+    body: list[list[str]]
+    prose: bool = False
+
+    @property
+    def markdown(self) -> str:
+        """With its caption above."""
+        return f"**{self.caption}**\n\n{markdown(self.header, self.body)}\n"
+
+
+def run_table(name: str, config: RunConfig, *, ablations: bool, dry_run: bool) -> None:
+    """`fpo table`."""
+    stem = Path(name).stem
+    config = config.model_copy(
+        update={"runs": config.runs or Path("runs") / stem, "out": config.out or Path("results") / stem}
+    )
+    if dry_run:
+        _print_plan(name, config, ablations)
+        return
+    provide(config, OF_THE_WORLD)
+    plan = make_plan(name, config)
+    parts, steps = _parts(plan, ablations)
+    runs = [run for part in parts.values() for run in part]
+    if lacking := missing(steps, config.jobs):
+        raise ValueError(f"{name}: nothing was started: {'; '.join(lacking)}")
+    run_steps(steps, config.jobs)
+    if not ablations:
+        steps = unique([*steps, *(step for run in first_seed(plan, runs) for step in _snapshots(plan, run).values())])
+        run_steps(steps, config.jobs)
+    command = f"make reproduce-{'ablations' if ablations else 'table'} PROFILE={name}"
+    facts = facts_of(plan, command) | {
+        "Time": f"{sum(map(seconds_of, steps)):.0f} s over {len(steps)} steps, {config.jobs} at a time"
+    }
+    if ablations:
+        _report_ablations(plan, parts, facts)
+    else:
+        _report_comparison(plan, runs, facts)
+
+
+def _parts(plan: Plan, ablations: bool) -> tuple[dict[str, list[Run]], list[Step]]:
+    """The runs of each table, and the steps that lead to them; snapshots are evaluated after these."""
+    parts = _ablations(plan) if ablations else {"comparison": plan.comparison()}
+    runs = [run for part in parts.values() for run in part]
+    steps = unique([step for run in runs for step in (run.train, plan.evaluation(run)) if step])
+    return parts, [*plan.base, plan.train_cache, plan.heldout_cache, *steps]
+
+
+def _print_plan(name: str, config: RunConfig, ablations: bool) -> None:
+    """What would be run and what is missing; the embedded world is not made for it, but planned too."""
+    with tempfile.TemporaryDirectory(prefix="embedded-world-") as scratch:
+        world, making = world_folder(), []
+        if any(in_the_world(getattr(config, field)) for field in OF_THE_WORLD) and not is_made(world):
+            console.print("the embedded world is not made yet: the first steps make it, once")
+            world = Path(scratch)
+            begin(world)
+            fine_tuning, saes = world_steps(world)
+            making = [*fine_tuning, *saes]
+        _, steps = _parts(make_plan(name, config, world), ablations)
+        for line in missing([*making, *steps], config.jobs):
+            console.print(f"missing: {line}")
+        print_plan(estimate_plan([*making, *steps], config.jobs))
+
+
+def unique(steps: Sequence[Step]) -> list[Step]:
+    """Every step once, in the order of first appearance."""
+    return list({step.out: step for step in steps}.values())
+
+
+def first_seed(plan: Plan, runs: Sequence[Run]) -> list[Run]:
+    """The trained runs of the first seed: those that are followed over training."""
+    return [run for run in runs if run.train is not None and run.seed == plan.config.seeds[0]]
+
+
+def _snapshots(plan: Plan, run: Run) -> dict[int, Step]:
+    """The evaluation of each snapshot of a run, and of its end, by step."""
+    assert run.train is not None
+    folders = (run.train.out / "snapshots").glob("step-*")
+    found = {int(folder.name.removeprefix("step-")): plan.evaluation(run, folder, prompts=0) for folder in folders}
+    return found | {int(training_cost(run.train.out)["train/steps"]): plan.evaluation(run)}
+
+
+def _ablations(plan: Plan) -> dict[str, list[Run]]:
+    return {"sites": plan.site_ablation(), "alpha": plan.weight_ablation(), "layers": plan.sum_ablation()}
+
+
+def _report_comparison(plan: Plan, runs: Sequence[Run], facts: dict[str, str]) -> None:
+    records = [read_record(run, plan.evaluation(run)) for run in runs]
+    curves = curves_of({run: _snapshots(plan, run) for run in first_seed(plan, runs)})
+    tables = [_table(plan, "comparison", "Methods", records, COLUMNS)]
+    if rates := win_rates(plan.base_model):
+        tables.append(Table("win-rates", "The paper's Table 2, left; not measured here", *rates))
+    claims = comparison_claims(records, rank_correlations(curves))
+    out = plan.config.out
+    assert isinstance(out, Path)
+    figures = comparison_figures(plan, runs, records, curves, out / "figures")
+    _write(plan, "table", tables, claims, figures, facts)
+
+
+def _report_ablations(plan: Plan, parts: dict[str, list[Run]], facts: dict[str, str]) -> None:
+    captions = {
+        "sites": "Table 3, left: the constraint at one site",
+        "alpha": "Table 3, right: α, with and without stop-gradient (sg)",
+        "layers": "Table 7: the constraint at several sites",
+    }
+    columns = (ACCURACY, ENTROPY, *(column for column in COLUMNS if column.key in ABLATION_KEYS))
+    records = {name: [read_record(run, plan.evaluation(run)) for run in runs] for name, runs in parts.items() if runs}
+    tables = [_table(plan, name, captions[name], found, columns) for name, found in records.items()]
+    _write(plan, "ablations", tables, ablation_claims(records.get("sites", []), records["alpha"]), [], facts)
+
+
+def _table(plan: Plan, name: str, caption: str, records: Sequence[Record], columns: Sequence[Column]) -> Table:
+    """Writes the records and makes a table of them, the paper's figures on its right."""
+    assert isinstance(plan.config.out, Path)
+    plan.config.out.mkdir(parents=True, exist_ok=True)
+    write_records(records, columns, plan.config.out, name)
+    header, more = paper_columns(plan.base_model, name, list(by_row(records)))
+    body = [[*left, *right] for left, right in zip(cells(records, columns), more, strict=True)]
+    return Table(name, caption, ["", *(column.title for column in columns), *header], body)
+
+
+def _write(
+    plan: Plan,
+    name: str,
+    tables: Sequence[Table],
+    claims: Sequence[Claim],
+    figures: Sequence[PageFigure],
+    facts: dict[str, str],
+) -> None:
+    """The Markdown file and the page."""
+    out = plan.config.out
+    assert isinstance(out, Path)
+    note = note_of(plan)
+    answers = [[claim.text, claim.answer, claim.figures] for claim in claims]
+    judged = Table("claims", "The paper's claims", ["claim", "here", "figures"], answers, prose=True)
+    tables = [*tables, judged]
+    listed = "".join(f"- {key}: {value}\n" for key, value in facts.items())
+    text = f"{note}\n\n" + "".join(table.markdown for table in tables) + listed
+    write_atomically(out / f"{name}.md", text.encode())
+    page = Page(
+        title=f"FPO: {name}, profile {plan.name}",
+        note=note,
+        tables=[PageTable(table.caption, table.header, table.body, table.prose) for table in tables],
+        figures=list(figures),
+        facts=facts,
+    )
+    write_page(out / f"{name}.html", page)
+    console.print(f"{out}: {name}.md, {name}.html" + (", figures/" if figures else ""))
+    console.print(tables[0].markdown)

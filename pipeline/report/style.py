@@ -1,0 +1,151 @@
+"""The one look of all figures: what each method looks like, scales and small print that they share, and their files.
+
+In: figures in the making. Out: PNG and SVG files.
+"""
+
+import io
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from ...cache.files import write_atomically
+from .figure_data import method_label
+
+
+class Look(NamedTuple):
+    """How a method is drawn: colour, marker and line (matplotlib's)."""
+
+    colour: str
+    marker: str
+    line: Literal["-", "--", "-.", ":"] | tuple[float, tuple[float, ...]]
+
+
+# Colours of Okabe and Ito, which colour-blind readers tell apart; their yellow is too faint on white, so grey is here.
+LOOKS = {
+    "sft": Look("#808080", "X", (0, (1, 2))),
+    "dpo": Look("#000000", "s", "--"),
+    "tdpo1": Look("#56B4E9", "^", "-."),
+    "tdpo2": Look("#0072B2", "v", (0, (5, 1, 1, 1, 1, 1))),
+    "simpo": Look("#E69F00", "D", ":"),
+    "simpo-kl": Look("#CC79A7", "P", (0, (3, 1))),
+    "fpo": Look("#D55E00", "o", "-"),
+    "fpo-alpha0": Look("#009E73", "*", (0, (8, 2))),
+}
+BLUE, GREY = LOOKS["tdpo2"].colour, LOOKS["sft"].colour
+
+# Highest over lowest value from which a linear axis would hide the lowest.
+_WIDE = 20.0
+
+# A decorator, for all that builds or draws a figure. Text stays text in the SVG; the fixed salt names its parts alike.
+styled = rc_context(
+    {
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.labelsize": 9,
+        "xtick.labelsize": 9,
+        "ytick.labelsize": 9,
+        "legend.fontsize": 9,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "hatch.linewidth": 0.7,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "fpo",
+    }
+)
+
+
+def new_figure(width: float, height: float, *small_print: str) -> Figure:
+    """An empty figure of this size in inches; each part of the small print begins a line at its foot."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    lines = [textwrap.fill(part, int(width * 12)) for part in small_print if part]
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=9, color="#555555")
+    return figure
+
+
+def method_legend(figure: Figure, methods: Sequence[str], *, lines: bool) -> None:
+    """One row of methods above the panels: markers, on their lines where curves are drawn."""
+    looks = [LOOKS[method] for method in methods]
+    handles = [
+        Line2D([], [], color=look.colour, marker=look.marker, linestyle=look.line if lines else "none", markersize=6)
+        for look in looks
+    ]
+    labels = [method_label(method) for method in methods]
+    figure.legend(handles, labels, loc="outside upper left", ncols=8, handlelength=3 if lines else 1, columnspacing=1.4)
+
+
+def plain_log_ticks(axes: Axes, *which: Literal["x", "y"]) -> None:
+    """A few ticks of a log axis, as plain numbers. Call it when all is drawn: a short axis has no decades to show."""
+    for name in which:
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        low, high = sorted(axes.get_xlim() if name == "x" else axes.get_ylim())
+        decades = LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0), numticks=5)
+        axis.set_major_locator(decades if high > 10 * low else MaxNLocator(5))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(plain))
+
+
+def scale_y_from_zero(axes: Axes, values: Iterable[float]) -> None:
+    """Starts y at 0: linear, or where the values that must stay apart differ widely, logarithmic above a first step.
+
+    Call it when all is drawn.
+    """
+    positive = [value for value in values if value > 0]
+    highest = max(panel.dataLim.y1 for panel in axes.get_shared_y_axes().get_siblings(axes)) or 1.0
+    if positive and max(positive) > _WIDE * min(positive):
+        threshold = 10.0 ** math.floor(math.log10(max(min(positive), highest / 1e4)))
+        axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
+        axes.yaxis.set_major_formatter(FuncFormatter(plain))
+        axes.set_ylim(0, 1.5 * highest)
+    else:
+        axes.set_ylim(0, 1.08 * highest)
+
+
+def draw_seeds(axes: Axes, place: float, values: Sequence[float], deviation: float, *, upright: bool) -> None:
+    """A dot a seed, and the sd around their mean where there is one, over the bar at `place`."""
+    mean = sum(values) / len(values)
+    # Dots side by side, so that equal values stay visible; the whisker has a white rim, to be seen on a black bar.
+    places = [place + 0.12 * shift for shift in np.linspace(-1, 1, len(values))] if len(values) > 1 else [place]
+    x, y = (place, mean) if upright else (mean, place)
+    yerr, xerr = (deviation, None) if upright else (None, deviation)
+    for width, colour in ((3, "white"), (1, "black")) if deviation else ():
+        axes.errorbar(x, y, yerr, xerr, "none", ecolor=colour, elinewidth=width, capthick=width, capsize=3)
+    x_dots, y_dots = (places, values) if upright else (values, places)
+    axes.scatter(x_dots, y_dots, s=13, color="white", edgecolors="black", zorder=3, clip_on=False)
+
+
+def plain(value: float, _: int | None = None) -> str:
+    """A tick's number as one writes it; the second argument is the tick's place, which matplotlib passes."""
+    return f"{value:g}"
+
+
+def short(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+@styled
+def save(figure: Figure, folder: Path, name: str) -> Path:
+    """Writes `name`.png (150 dpi) and `name`.svg, each whole or not at all; equal figures give equal SVG bytes.
+
+    Returns:
+        Path of the SVG.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    undated = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    for suffix, metadata in (("png", {}), ("svg", undated)):
+        data = io.BytesIO()
+        figure.savefig(data, format=suffix, dpi=150, metadata=metadata)
+        write_atomically(folder / f"{name}.{suffix}", data.getvalue())
+    return folder / f"{name}.svg"

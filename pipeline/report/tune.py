@@ -1,0 +1,74 @@
+"""`fpo tune`: learning rate and β of every method, on the validation split, with one budget of search for all.
+
+In: a profile. Out: `tuning.csv` in the results folder, a line a trial, and each method's winner on the terminal. The
+winner stands in the profile: whoever tunes copies it there.
+"""
+
+import csv
+import io
+from pathlib import Path
+
+from ...cache.files import write_atomically
+from ...stages.train.methods import METHODS
+from ..config import RunConfig
+from ..progress import console
+from ..world.world import provide
+from .jobs import run_steps
+from .plan import OF_THE_WORLD, Plan, Run, make_plan
+from .results import Record, read_record
+
+# Factors of the profile's learning rate, and of the method's own β (method.md section 4).
+RATES = (0.3, 1.0, 3.0, 10.0)
+BETAS = (0.3, 1.0, 3.0)
+
+SCORE = "accuracy/raw"
+COLUMNS = ("method", "lr", "beta", SCORE, "accuracy/implicit", "kl/chosen", "kl/rejected")
+
+
+def run_tune(name: str, config: RunConfig) -> None:
+    """`fpo tune`."""
+    stem = Path(name).stem
+    if config.validation_split is None:
+        raise ValueError(f"{name}: expected validation_split, found none; name the split to choose on")
+    out = config.out or Path("results") / stem
+    assert isinstance(out, Path)
+    config = config.model_copy(update={"runs": config.runs or Path("runs") / stem, "out": out})
+    provide(config, OF_THE_WORLD)
+    plan = make_plan(name, config.model_copy(update={"heldout_split": config.validation_split}))
+    runs = [run for method in METHODS for run in trials(plan, method)]
+    steps = [*plan.base, plan.train_cache, plan.heldout_cache, *(run.train for run in runs if run.train)]
+    run_steps([*steps, *(plan.evaluation(run, prompts=0) for run in runs)], config.jobs)
+    records = [read_record(run, plan.evaluation(run, prompts=0)) for run in runs]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "tuning.csv", text.getvalue().encode())
+    console.print(f"{out / 'tuning.csv'}: {len(records)} trials; for the profile:")
+    for method, record in winners(records).items():
+        console.print(f"  {method}: {{lr: {record['lr']:g}, beta: {record['beta']:g}}}  # {100 * record[SCORE]:.1f} %")
+
+
+def trials(plan: Plan, method: str) -> list[Run]:
+    """The grid of one method, under the first seed."""
+    base = plan.config.lr
+    own = float(METHODS[method].defaults["beta"])
+    points = [(float(f"{base * rate:.3g}"), float(f"{own * beta:.3g}")) for rate in RATES for beta in BETAS]
+    return [
+        plan.run(
+            method,
+            f"{method} lr {lr:g} beta {beta:g}",
+            plan.config.seeds[0],
+            {"method": method, "lr": lr, "beta": beta},
+        )
+        for lr, beta in points
+    ]
+
+
+def winners(records: list[Record]) -> dict[str, Record]:
+    """The best trial of each method by raw accuracy; among equals the lower rate, then the lower β."""
+    best: dict[str, Record] = {}
+    for record in sorted(records, key=lambda trial: (-trial[SCORE], trial["lr"], trial["beta"])):
+        best.setdefault(record["method"], record)
+    return {method: best[method] for method in METHODS if method in best}

@@ -1,0 +1,220 @@
+"""The embedded world: data, tokenizer, model and SAEs that need no download, made on first use.
+
+In: nothing but this file, `embedded_tasks.py` and the profile `embedded`. Out: a folder in the user's cache folder with
+preference pairs, a fine-tuned Gemma-2 of about a million parameters that prefers neither answer, and JumpReLU SAEs at
+every site. `embedded:data`, `embedded:sft` and `embedded:saes/SITE` in a configuration stand for them. It is a toy: it
+shows that the machinery works and what the methods do to it, not what they do to a language model.
+"""
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...cache.files import canonical_json, user_folder, write_atomically
+from ...cache.locks import locked
+from ..config import RunConfig, load_config
+from ..progress import console
+from ..report.jobs import Step, run_steps
+from . import language as embedded_tasks
+
+PROFILE = "embedded"
+PREFIX = "embedded:"
+LAYERS = 4
+SITES = tuple(f"blocks.{layer}.hook_{kind}" for layer in range(LAYERS) for kind in ("resid_post", "mlp_out"))
+SPLITS = {"test_prefs": 500, "validation_prefs": 200, "train_prefs": 1500}
+# Conversations, and the share of them with the better answer. From the first the model learns what instructions ask
+# for; the second are mostly worse answers, and so many that it ends where it prefers neither.
+CONVERSATIONS = {"pretrain": (9_000, 1.0), "train_sft": (2_600, 0.1)}
+PRETRAINING = {"split": "pretrain", "lr": 4e-3, "warmup_steps": 50}
+SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+
+
+def provide(config: RunConfig, fields: Sequence[str]) -> RunConfig:
+    """A configuration with the world's folders in place of its names; the world is made if it is not there yet.
+
+    Args:
+        config: the configuration.
+        fields: those that a command reads; what others name is left alone.
+    """
+    folder = world_folder()
+    if any(in_the_world(getattr(config, name)) for name in fields):
+        build(folder)
+    return located(config, fields, folder)
+
+
+def located(config: RunConfig, fields: Sequence[str], folder: Path) -> RunConfig:
+    """A configuration with what lies, or will lie, in the world's folder in place of its names."""
+    found = {name: value for name in fields if in_the_world(value := getattr(config, name))}
+    return config.model_copy(update={name: _resolve(value, folder) for name, value in found.items()})
+
+
+def in_the_world(value: Any) -> bool:
+    """Whether a field of a configuration names something of the embedded world."""
+    items = value if isinstance(value, tuple) else (value,)
+    return any(isinstance(item, str) and item.startswith(PREFIX) for item in items)
+
+
+def _resolve(value: Any, folder: Path) -> Any:
+    """A value with the world's folder in place of its prefix."""
+    if isinstance(value, tuple):
+        return tuple(_resolve(item, folder) for item in value)
+    return str(folder / value.removeprefix(PREFIX)) if in_the_world(value) else value
+
+
+def world_folder() -> Path:
+    """Where the world of these files and settings is, whether or not it has been made."""
+    files = [Path(__file__), Path(embedded_tasks.__file__)]
+    settings = [load_config(PROFILE, {}, command).model_dump(mode="json") for command in ("sft", "train-sae")]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files) + canonical_json(settings).encode())
+    return user_folder() / PROFILE / digest.hexdigest()[:12]
+
+
+def is_made(folder: Path) -> bool:
+    """Whether the world in a folder is whole."""
+    return (folder / "world.json").exists()
+
+
+def build(folder: Path) -> None:
+    """Makes the world in `folder`, or what is missing of it.
+
+    Two makers at once: the second waits for the first.
+    """
+    if is_made(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".lock"):
+        if is_made(folder):
+            return
+        console.print(f"making the embedded world in {folder}, once; some minutes on two cores")
+        started = time.monotonic()
+        begin(folder)
+        fine_tuning, saes = world_steps(folder)
+        run_steps(fine_tuning, jobs=1)
+        run_steps([*fine_tuning, *saes], jobs=2)
+        quality = {site: json.loads((folder / "saes" / site / "quality.json").read_text()) for site in SITES}
+        facts = {"baselines": baselines(folder / "data"), "saes": quality, "seconds": time.monotonic() - started}
+        write_atomically(folder / "world.json", json.dumps(facts, indent=1).encode())
+
+
+def begin(folder: Path) -> None:
+    """Writes what the world is trained from: the data, and a model with random weights; it takes seconds."""
+    _write_data(folder / "data")
+    _write_base_model(folder)
+
+
+def world_steps(folder: Path) -> tuple[list[Step], list[Step]]:
+    """Training on good answers, fine-tuning on mixed ones, then an SAE at every site."""
+    pretrained = str(folder / "pretrained")
+    pretraining = load_config(PROFILE, {"out": pretrained, **PRETRAINING}, "sft")
+    sft = load_config(PROFILE, {"out": folder / "sft", "model": pretrained}, "sft")
+    fine_tuning = [
+        Step("sft", "train on good answers", _in(pretraining, folder)),
+        Step("sft", "fine-tune on mixed answers", _in(sft, folder), (Path(pretrained),)),
+    ]
+    saes = []
+    for site in SITES:
+        config = load_config(PROFILE, {"out": folder / "saes" / site, "site": (site,)}, "train-sae")
+        saes.append(Step("train-sae", f"train-sae {site}", _in(config, folder), (folder / "sft",)))
+    return fine_tuning, saes
+
+
+def _in(config: RunConfig, folder: Path) -> RunConfig:
+    return config.model_copy(update={name: _resolve(getattr(config, name), folder) for name in ("model", "dataset")})
+
+
+def _write_data(folder: Path) -> None:
+    """Preference pairs of three splits and conversations; a held-out instruction stands nowhere else."""
+    rng, taken = random.Random(0), set[str]()
+    tables = {split: embedded_tasks.preference_rows(rng, count, taken) for split, count in SPLITS.items()}
+    for name, (count, good) in CONVERSATIONS.items():
+        tables[name] = embedded_tasks.conversation_rows(rng, count, taken, good=good)
+    folder.mkdir(exist_ok=True)
+    for name, rows in tables.items():
+        write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _write_base_model(world: Path) -> None:
+    """A tokenizer trained on the conversations and a Gemma-2 with random weights."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+    rows = map(json.loads, (world / "data" / "pretrain.jsonl").read_text().splitlines())
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=640,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((turn["content"] for row in rows for turn in row["messages"]), trainer)
+    bos = SPECIAL_TOKENS.index("<bos>")
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=32,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        bos_token_id=bos,
+        eos_token_id=SPECIAL_TOKENS.index("<eos>"),
+        pad_token_id=SPECIAL_TOKENS.index("<pad>"),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Gemma2ForCausalLM(config)
+    shutil.rmtree(world / "base", ignore_errors=True)
+    model.save_pretrained(world / "base")
+    tokenizer.save_pretrained(world / "base")
+
+
+def baselines(data: Path) -> dict[str, float]:
+    """How many of the held-out pairs need no reading: share right by length alone and by one word alone.
+
+    The word is the one that tells most training pairs apart; ties count one half.
+    """
+    train, heldout = (_answers(data / f"{split}.jsonl") for split in ("train_prefs", "test_prefs"))
+    votes: Counter[str] = Counter()
+    for chosen, rejected in train:
+        votes.update(chosen - rejected)
+        votes.subtract(rejected - chosen)
+    word = max(sorted(votes), key=lambda candidate: abs(votes[candidate]))
+    sign = 1 if votes[word] > 0 else -1
+    by_word = [sign * ((word in chosen) - (word in rejected)) for chosen, rejected in heldout]
+    lengths = [
+        len(" ".join(chosen)) - len(" ".join(rejected)) for chosen, rejected in _texts(data / "test_prefs.jsonl")
+    ]
+    by_length = [(length > 0) - (length < 0) for length in lengths]
+    longer = 0.5 + 0.5 * sum(by_length) / len(by_length)
+    return {"length": max(longer, 1 - longer), "keyword": 0.5 + 0.5 * sum(by_word) / len(by_word)}
+
+
+def _texts(path: Path) -> list[tuple[str, str]]:
+    rows: Sequence[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(row["chosen"][1]["content"], row["rejected"][1]["content"]) for row in rows]
+
+
+def _answers(path: Path) -> list[tuple[set[str], set[str]]]:
+    chosen_and_rejected = _texts(path)
+    return [
+        (set(re.findall(r"[a-z]+|[-/*]", chosen.lower())), set(re.findall(r"[a-z]+|[-/*]", rejected.lower())))
+        for chosen, rejected in chosen_and_rejected
+    ]

@@ -1,0 +1,1 @@
+"""Preference data and conversations: from rows of any shape to token ids."""

@@ -1,0 +1,252 @@
+"""Chat data to conversations whose assistant turns are to be learnt.
+
+In: a hub id with configuration and split, or a local file or folder, with a column `messages` or `conversations`; a
+chat format and a length. Out: token ids with a mask of the assistant's tokens, and what was
+skipped or cut. Tokenising is a `datasets.map`: it shows its progress, and the same data are tokenised once.
+"""
+
+import hashlib
+import importlib.metadata
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+
+from ...cache.files import canonical_json, sha256_file, sha256_text
+from ..model.models import tokenizer_sha256
+from ..scoring.packing import Conversation
+from . import boundary, cutting, rendering, shapes
+from . import chat as chat_file
+from . import turns as turns_file
+from .chat import ChatFormat, Turns, is_blank
+from .raw_rows import load_rows, parse_row
+from .rendering import ANEW, EMPTY, LEFT_OUT, OPENING, REFUSED, SHARED, SkipError, Tools
+from .shapes import check_readable, conversation_column, read_conversation
+
+CONVERSATION_SKIP_REASONS = (
+    "no messages",
+    "no assistant turn",
+    "no turn before the first answer",
+    EMPTY,
+    SHARED,
+    ANEW,
+    OPENING,
+    LEFT_OUT,
+    REFUSED,
+    "no learnt token after truncation",
+)
+
+FEATURES = datasets.Features(
+    {
+        "ids": datasets.List(datasets.Value("int32")),
+        "learnt": datasets.List(datasets.Value("bool")),
+        "skipped": datasets.Value("string"),
+        "truncated": datasets.Value("bool"),
+        "row": datasets.Value("int32"),
+    }
+)
+
+
+# What a row becomes depends on these files.
+CODE = [__file__, *(module.__file__ for module in (boundary, chat_file, cutting, rendering, shapes, turns_file))]
+
+
+class Conversations:
+    """Tokenised conversations, in the order of their raw rows; those that were skipped have no number.
+
+    Where the template renders an answer otherwise once others follow, each answer is a conversation of its own.
+
+    Attributes:
+        skipped: how many rows, or answers of a row, were skipped, by reason (`CONVERSATION_SKIP_REASONS`).
+        truncated: how many conversations were cut at their end.
+        tokens: tokens of all conversations.
+        learnt_tokens: how many of them are the assistant's.
+    """
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        """Takes rows with the columns of `FEATURES`, empty lists where skipped; `load_conversations` makes them."""
+        self._table = rows.data
+        skipped = rows["skipped"][:]
+        kept = [i for i, reason in enumerate(skipped) if reason is None]
+        self._kept = rows.select(kept).with_format("numpy")
+        self.skipped = dict(Counter(reason for reason in skipped if reason is not None))
+        self.truncated = sum(rows["truncated"][:])
+        self.tokens = int(pc.sum(pc.list_value_length(self._table.column("ids"))).as_py() or 0)
+        self.learnt_tokens = int(pc.sum(pc.list_flatten(self._table.column("learnt"))).as_py() or 0)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, i: int) -> Conversation:
+        row = self._kept[i]
+        return Conversation(np.asarray(row["ids"], np.int32), np.asarray(row["learnt"], np.bool_), int(row["row"]))
+
+    def largest_token(self) -> tuple[str, int]:
+        """The raw row that holds the largest token id, as "row N", and that id."""
+        ids = self._table.column("ids")
+        largest = pc.list_flatten(ids).to_numpy()
+        place = int(np.argmax(largest))
+        number = int(np.searchsorted(np.cumsum(pc.list_value_length(ids).to_numpy()), place, side="right"))
+        return f"row {self._table.column('row')[number].as_py()}", int(largest[place])
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of all lengths, ids and masks: equal hashes mean the same training data, however they were stored."""
+        ids, learnt = self._table.column("ids"), self._table.column("learnt")
+        digest = hashlib.sha256()
+        for column in (pc.list_value_length(ids), pc.list_flatten(ids), pc.list_flatten(learnt)):
+            for chunk in column.chunks:
+                digest.update(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False)).tobytes())
+        return digest.hexdigest()
+
+
+def load_conversations(
+    source: str,
+    *,
+    split: str,
+    chat: ChatFormat,
+    max_length: int,
+    config: str | None = None,
+    limit: int | None = None,
+    renames: Sequence[str] = (),
+) -> Conversations:
+    """Opens chat data and tokenises it.
+
+    Args:
+        source: a local file or folder, or else a hub id, as in `load_preferences`.
+        split: the name of the split.
+        chat: the chat format.
+        max_length: tokens of a conversation; its end is cut.
+        config: the hub data set's configuration; local data has none.
+        limit: keep only the first so many raw rows.
+        renames: `NEW=OLD`: the column OLD is called NEW.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or hub data set.
+        ValueError: as `load_preferences`; no column with conversations; a row that is malformed, with its number; a
+            template that closes answers in different ways.
+    """
+    rows = load_rows(source, split, config, limit, "conversations", renames)
+    try:
+        conversation_column(rows.columns)
+        check_readable(rows.columns)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    tokenised = rows.data.map(
+        partial(
+            _tokenised_rows,
+            columns=tuple(rows.columns),
+            chat=chat,
+            max_length=max_length,
+            source=source,
+            split=split,
+        ),
+        with_indices=True,
+        batched=True,
+        input_columns=["row"],
+        remove_columns=["row"],
+        features=FEATURES,
+        new_fingerprint=_fingerprint(rows.data, chat, max_length),
+        desc="tokenising",
+    )
+    return Conversations(tokenised)
+
+
+def tokenize_conversation(
+    turns: Turns, chat: ChatFormat, max_length: int, tools: Tools = ()
+) -> tuple[list[Conversation], list[str], list[bool]]:
+    """Tokenises one conversation.
+
+    What stands after the last answer is left out: nothing is learnt from it.
+
+    Args:
+        turns: the conversation.
+        chat: the chat format.
+        max_length: tokens that are kept.
+        tools: schemas of the tools that may be called.
+
+    Returns:
+        The conversation, or several where the template renders an answer otherwise once others follow; the reasons why
+        it, or answers of it, are skipped; for each conversation whether its end was cut.
+
+    Raises:
+        ValueError: the template closes answers in different ways.
+    """
+    if (reason := _reason_to_skip(turns)) is not None:
+        return [], [reason], []
+    try:
+        lessons, reasons = chat.lessons(turns, tools)
+    except SkipError as error:
+        return [], [error.reason], []
+    found, truncated = [], []
+    for ids, learnt in lessons:
+        if not any(learnt[:max_length]):
+            reasons.append("no learnt token after truncation")
+            continue
+        found.append(Conversation(np.asarray(ids[:max_length], np.int32), np.asarray(learnt[:max_length], np.bool_)))
+        truncated.append(len(ids) > max_length)
+    return found, reasons, truncated
+
+
+def _reason_to_skip(turns: Turns) -> str | None:
+    if not turns:
+        return "no messages"
+    roles = [message.role for message in turns]
+    if "assistant" not in roles:
+        return "no assistant turn"
+    if not any(message.content.strip() for message in turns[: roles.index("assistant")]):
+        return "no turn before the first answer"
+    if any(message.role == "assistant" and is_blank(message) for message in turns):
+        return EMPTY
+    return None
+
+
+def _tokenised_rows(
+    texts: list[str],
+    numbers: list[int],
+    *,
+    columns: Sequence[str],
+    chat: ChatFormat,
+    max_length: int,
+    source: str,
+    split: str,
+) -> dict[str, list[Any]]:
+    """Columns of `FEATURES` for some raw rows: one entry a conversation or reason to skip."""
+    made: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    for row, text in zip(numbers, texts, strict=True):
+        try:
+            turns, tools = read_conversation(parse_row(text), columns)
+            found, reasons, truncated = tokenize_conversation(turns, chat, max_length, tools)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{source}, row {row} of split {split!r}: {error}") from error
+        for one, cut in zip(found, truncated, strict=True):
+            _add(made, ids=one.ids, learnt=one.learnt, skipped=None, truncated=cut, row=row)
+        for reason in reasons:
+            _add(
+                made, ids=np.zeros(0, np.int32), learnt=np.zeros(0, np.bool_), skipped=reason, truncated=False, row=row
+            )
+    return made
+
+
+def _add(columns: dict[str, list[Any]], **entry: Any) -> None:
+    for name, value in entry.items():
+        columns[name].append(value)
+
+
+def _fingerprint(rows: datasets.Dataset, chat: ChatFormat, max_length: int) -> str:
+    """Names the result by all that it depends on; the library's own would overlook changes of the code."""
+    content = {
+        "rows": rows._fingerprint,
+        "tokenizer": tokenizer_sha256(chat.tokenizer),
+        "template": chat.template,
+        "date": None if chat.date is None else chat.date.isoformat(),
+        "max_length": max_length,
+        "code": [sha256_file(Path(str(file))) for file in CODE],
+        "versions": [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
+    }
+    return sha256_text(canonical_json(content))[:32]

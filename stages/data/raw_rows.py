@@ -1,0 +1,218 @@
+"""Where rows come from: local files, folders of them, what `save_to_disk` wrote, or the hub.
+
+In: a name, a split, and columns to rename. Out: `RawRows`, in which it no longer matters how they were stored: a row is
+a dict of JSON's values. They are written once into the cache of `datasets`, one JSON text a row, and read from there.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+
+from ...cache.files import sha256_file
+from ..train.reading import reading
+from . import row_files
+from .hub_data import load_from_hub, may_be_hub_id
+from .row_files import READERS, Row, columns_of, kind_of, read_rows, stem_of, table_columns
+
+KINDS = "Parquet, JSON, JSONL, CSV or TSV"
+FEATURES = datasets.Features({"row": datasets.Value("large_string")})
+CODE = [sha256_file(Path(str(file))) for file in (__file__, row_files.__file__)]  # what wrote the cached rows
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """Rows of one split, in order.
+
+    Attributes:
+        data: the rows as JSON text, in the column `row`.
+        columns: the names of all columns, renamed as was asked; a row may lack some. With each its type if that cannot
+            be read, as images and bytes.
+    """
+
+    data: datasets.Dataset
+    columns: Mapping[str, str | None]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Row:
+        return parse_row(self.data[i]["row"])
+
+
+def parse_row(text: str) -> Row:
+    """A row of `RawRows.data`."""
+    row: Row = json.loads(text)
+    return row
+
+
+def load_rows(
+    source: str,
+    split: str,
+    config: str | None = None,
+    limit: int | None = None,
+    what: str = "preference data",
+    renames: Sequence[str] = (),
+) -> RawRows:
+    """Opens the rows of a split, whatever their columns.
+
+    Args:
+        source: a local file or folder, or else a hub id.
+        split: the name of the split; a local file is the split, whatever its name.
+        config: the hub data set's configuration; local data has none.
+        limit: keep only the first so many rows.
+        what: what they are, for errors.
+        renames: `NEW=OLD`: the column OLD is called NEW.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or hub data set.
+        ValueError: no such split or column, a file of another kind or damaged, or a setting that would be ignored.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"expected a limit of at least 1 row, found {limit}")
+    new_names = _new_names(renames)
+    path = Path(source).expanduser()
+    if path.exists() and config is not None:
+        raise ValueError(f"{source} is local and has no configurations, found {config!r}; leave it out")
+    if (path.is_dir() and (path / "dataset_dict.json").exists()) or (path / "state.json").exists():
+        rows = _of_table(_saved(path, split, source), source, new_names)
+    elif path.exists():
+        rows = _of_files(_split_files(path, split) if path.is_dir() else [path], source, split, new_names)
+    elif not may_be_hub_id(source) or kind_of(path) is not None:
+        raise FileNotFoundError(f"expected {what} at {source}, found no such file or folder")
+    else:
+        rows = _of_table(load_from_hub(source, split, config), source, new_names)
+    return rows if limit is None else RawRows(rows.data.select(range(min(limit, len(rows)))), rows.columns)
+
+
+# Columns.
+
+
+def _new_names(renames: Sequence[str]) -> dict[str, str]:
+    """New names by old ones."""
+    found: dict[str, str] = {}
+    for rename in renames:
+        new, equals, old = (part.strip() for part in rename.partition("="))
+        if not (new and equals and old):
+            raise ValueError(f"--map: expected NEW=OLD, as chosen=preferred, found {rename!r}")
+        if old in found or new in found.values():
+            raise ValueError(f"--map: expected every column once, found {', '.join(renames)}")
+        found[old] = new
+    return found
+
+
+def _renamed(columns: Mapping[str, str | None], new_names: Mapping[str, str], source: str) -> dict[str, str | None]:
+    for old, new in new_names.items():
+        if old not in columns:
+            raise ValueError(
+                f"--map: {new}={old}: expected a column of {source}, found {', '.join(map(repr, columns))}"
+            )
+        if new in columns and new not in new_names:
+            raise ValueError(
+                f"--map: {new}={old}: {source} has a column {new!r} already; rename it too, as other={new}"
+            )
+    return {new_names.get(name, name): kind for name, kind in columns.items()}
+
+
+# Files.
+
+
+def _of_files(files: list[Path], source: str, split: str, new_names: dict[str, str]) -> RawRows:
+    kinds = {kind_of(file) for file in files}
+    if len(kinds) > 1 or None in kinds:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(
+            f"{source}: expected files of one kind among {', '.join(READERS)}, each perhaps with {row_files.GZIP}, for "
+            f"split {split!r}, found {names}"
+        )
+    columns: dict[str, str | None] = {}
+    for file in files:
+        with reading(f"{file}: not readable as rows"):
+            for name, unread in columns_of(file).items():
+                columns[name] = columns.get(name) or unread
+    columns = _renamed(columns, new_names, source)
+    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    with reading(f"{source}: not readable as rows"):
+        data = datasets.Dataset.from_generator(
+            _texts_of_files,
+            features=FEATURES,
+            gen_kwargs={"stamps": tuple(stamps), "new_names": new_names, "code": tuple(CODE)},
+        )
+    return RawRows(data, columns)
+
+
+def _texts_of_files(
+    stamps: Sequence[tuple[str, int, int]], new_names: Mapping[str, str], code: Sequence[str]
+) -> Iterator[Row]:
+    """Rows as JSON text; of what it is given, the cache of `datasets` makes the name that it keeps them under."""
+    for file, _, _ in stamps:
+        for row in read_rows(Path(file)):
+            yield {"row": _text(row, new_names)}
+
+
+def _text(row: Row, new_names: Mapping[str, str]) -> str:
+    return json.dumps({new_names.get(name, name): value for name, value in row.items()}, ensure_ascii=False)
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """The files of a split, sorted by name: of its own sub-folder, of `data/`, or of the folder itself."""
+    found = sorted(f for f in folder.rglob("*") if kind_of(f) is not None and f.is_file())
+    layouts: list[dict[str, list[Path]]] = [{}, {}, {}]
+    for file in found:
+        # Shards of one split differ in their number alone: `train_sft` and `train_prefs` are not one `train`.
+        stem = re.sub(r"[-_]?\d+(-of-\d+)?$", "", stem_of(file))
+        if file.parent == folder:
+            layouts[2].setdefault(stem, []).append(file)
+        elif file.parent == folder / "data":
+            layouts[1].setdefault(stem, []).append(file)
+        elif file.parent.parent == folder:
+            layouts[0].setdefault(file.parent.name, []).append(file)
+    for splits in layouts:
+        if split in splits:
+            return splits[split]
+        named = [name for name in splits if name.startswith(split)]
+        if splits is not layouts[0] and len(named) == 1:
+            return splits[named[0]]
+    names = sorted({name for splits in layouts for name in splits})
+    there = f"the splits {', '.join(map(repr, names))}; give one of them with --split" if names else f"no {KINDS} file"
+    raise ValueError(f"{folder}: expected files of one split {split!r}, found {there}")
+
+
+# Tables of `datasets`.
+
+
+def _saved(folder: Path, split: str, source: str) -> datasets.Dataset:
+    """What `save_to_disk` wrote."""
+    with reading(f"{source}: not readable as a data set that was saved to disk"):
+        found = datasets.load_from_disk(str(folder))
+    if isinstance(found, datasets.Dataset):
+        return found
+    if split not in found:
+        names = ", ".join(map(repr, found))
+        raise ValueError(f"{source}: expected split {split!r}, found the splits {names}; give one of them with --split")
+    return found[split]
+
+
+def _of_table(table: datasets.Dataset, source: str, new_names: dict[str, str]) -> RawRows:
+    if not len(table):
+        raise ValueError(f"{source}: expected rows, found none")
+    unread = table_columns(table.features.arrow_schema)
+    columns = _renamed(unread, new_names, source)
+    table = table.with_format(None).select_columns([name for name, kind in unread.items() if kind is None])
+    with reading(f"{source}: not readable as rows"):
+        data = datasets.Dataset.from_generator(
+            _texts_of_table,
+            features=FEATURES,
+            gen_kwargs={"table": table, "name": table._fingerprint, "new_names": new_names, "code": tuple(CODE)},
+        )
+    return RawRows(data, columns)
+
+
+def _texts_of_table(
+    table: datasets.Dataset, name: str, new_names: Mapping[str, str], code: Sequence[str]
+) -> Iterator[Row]:
+    for row in table:
+        yield {"row": _text(row, new_names)}

@@ -1,0 +1,226 @@
+"""What a policy does on held-out pairs: accuracy, sequential KL and feature MSE to the reference (method.md section 6).
+
+In: a policy, a cache of a split that it was not trained on, optionally SAEs and a live reference. Out: one value a pair
+for everything that was measured, and the means of these with confidence intervals.
+
+Shapes: R responses of a packed row (chosen and rejected in turn), N pairs.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from ...cache.reader import Cache
+from ...cache.schema import SIDES
+from ..model.models import Recipe
+from ..model.sites import SiteSAE
+from ..scoring.batches import RowBatch, RowCollator
+from ..scoring.finite import find_faults, not_finite
+from ..scoring.forward import RowScores, live_reference, row_layout, score_row
+from ..scoring.packing import PackedRow, pack
+
+# Pairs that are packed together: enough for full rows.
+PAIRS_AT_ONCE = 256
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+RESAMPLING_SEED = 0
+# Numbers that one batch of resamples draws.
+RESAMPLED_ENTRIES = 2**22
+
+Columns = dict[str, NDArray[Any]]
+
+
+class Estimate(TypedDict, total=False):
+    """A mean and its 95 % confidence interval.
+
+    Attributes:
+        mean: over all observations.
+        low: lower end of the interval; absent, as `high`, where a single unit gives none.
+        high: upper end.
+        n: units that were resampled.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def estimate(sums: ArrayLike, counts: ArrayLike | None = None) -> Estimate:
+    """A mean with its confidence interval, from resampled units (`scipy.stats.bootstrap`, percentile).
+
+    A unit is what is independent of the rest: a pair, or a prompt with everything that was sampled for it.
+
+    Args:
+        sums: [n], per unit the sum of its observations.
+        counts: [n], how many observations that is; default one.
+    """
+    from scipy.stats import bootstrap  # a second to import
+
+    totals = np.asarray(sums, dtype=np.float64)
+    sizes = np.ones_like(totals) if counts is None else np.asarray(counts, dtype=np.float64)
+
+    def mean(sums: NDArray[np.float64], counts: NDArray[np.float64], axis: int = -1) -> Any:
+        return sums.sum(axis) / counts.sum(axis)
+
+    found: Estimate = {"mean": float(mean(totals, sizes)), "n": len(totals)}
+    if len(totals) > 1:
+        interval = bootstrap(
+            (totals, sizes),
+            mean,
+            paired=True,
+            vectorized=True,
+            method="percentile",
+            n_resamples=RESAMPLES,
+            confidence_level=CONFIDENCE,
+            batch=max(1, RESAMPLED_ENTRIES // len(totals)),
+            rng=np.random.default_rng(RESAMPLING_SEED),
+        ).confidence_interval
+        # Where all units are equal, rounding would put the mean outside by its last bit: an error bar below 0.
+        found |= {"low": min(found["mean"], float(interval.low)), "high": max(found["mean"], float(interval.high))}
+    return found
+
+
+@torch.no_grad()
+def measure_policy(
+    policy: nn.Module,
+    cache: Cache,
+    saes: Sequence[SiteSAE],
+    recipe: Recipe,
+    *,
+    top_k: int,
+    token_budget: int,
+    reference: nn.Module | None = None,
+    on_pairs: Callable[[int, int], None] | None = None,
+) -> Columns:
+    """Measures a policy on every pair of a cache.
+
+    Args:
+        policy: the causal LM.
+        cache: opened with the sites of `saes`.
+        saes: SAEs of the sites at which the features are compared; none for no comparison.
+        recipe: the compute recipe.
+        top_k: k of D_F.
+        token_budget: tokens of a packed row.
+        reference: the cache's reference, for the sequential KL.
+        on_pairs: called with (pairs, tokens) after each row, for progress.
+
+    Returns:
+        Columns [N] in the cache's order: `pair_id`; per side `chosen_logp` and `chosen_ref_logp` (nats, summed over
+        tokens; float64), `chosen_tokens`; with a reference `kl_chosen`, the sequential KL(π_ref ‖ π_θ) in nats; with
+        SAEs `mse_chosen`, D_F (mean over sites), and `miss_rate_chosen`, the share of its features that the cache had
+        cut off. Likewise for `rejected`.
+
+    Raises:
+        FloatingPointError: naming pairs, if a value is not finite.
+    """
+    device = next(policy.parameters()).device
+
+    def score(row: PackedRow) -> RowScores:
+        return score_row(policy, row.to(device), saes, recipe)
+
+    layout = row_layout(policy)
+    collate = RowCollator(token_budget, layout.pad_to, tuple(sae.width for sae in saes), layout.windows)
+    names: list[str] = []
+    order: list[int] = []
+    parts: dict[str, list[NDArray[Any]]] = defaultdict(list)
+    for start in range(0, len(cache), PAIRS_AT_ONCE):
+        pairs = [cache[i] for i in range(start, min(start + PAIRS_AT_ONCE, len(cache)))]
+        names += [cached.pair.pair_id for cached in pairs]
+        for batch in collate(pairs)["rows"]:
+            row = batch.to(device)
+            order += [start + index for index in row.packed.pairs]
+            measured = _measure_row(policy, row, saes, recipe, top_k, reference)
+            if wrong := _not_finite(row, measured):
+                raise not_finite(find_faults(score, pack(row.pairs(), 1, *layout), saes) or wrong)
+            for name, column in measured.items():
+                parts[name].append(column)
+            if on_pairs:
+                on_pairs(len(row.packed.pairs), row.tokens)
+    columns: Columns = {"pair_id": np.asarray(names)}
+    back = np.argsort(order)
+    for name, values in parts.items():
+        columns[name] = np.concatenate(values)[back]
+    return columns
+
+
+def _not_finite(row: RowBatch, values: Columns) -> dict[str, str]:
+    """The columns of a row that are not finite, by the name of the pair."""
+    found: dict[str, str] = {}
+    for number, pair in enumerate(row.names):
+        bad = [f"{name} is {column[number]}" for name, column in values.items() if not np.isfinite(column[number])]
+        if bad:
+            found[pair] = ", ".join(bad)
+    return found
+
+
+def _measure_row(
+    policy: nn.Module,
+    row: RowBatch,
+    saes: Sequence[SiteSAE],
+    recipe: Recipe,
+    top_k: int,
+    reference: nn.Module | None,
+) -> Columns:
+    """Values of the row's pairs, by the name of their column."""
+    live = None if reference is None else live_reference(reference, row.packed, recipe)
+    scores = score_row(policy, row.packed, saes, recipe, cached=row.cached, top_k=top_k, reference=live)
+    values: dict[str, Tensor] = {
+        "{}_logp": scores.logps_R,
+        "{}_ref_logp": row.ref_logps_R,
+        "{}_tokens": torch.tensor(row.packed.lengths, dtype=torch.int32),
+    }
+    if live is not None:
+        values["kl_{}"] = scores.kl_R
+    if saes:
+        values["mse_{}"] = torch.stack([drift.mse_R for drift in scores.drifts]).mean(0)
+        values["miss_rate_{}"] = torch.stack([drift.miss_rate_R for drift in scores.drifts]).mean(0)
+    return {
+        name.format(side): values_R[offset::2].cpu().numpy()
+        for name, values_R in values.items()
+        for offset, side in enumerate(SIDES)
+    }
+
+
+def pair_metrics(columns: Mapping[str, NDArray[Any]], per_token: bool | None) -> dict[str, Estimate]:
+    """Means over pairs of what was measured; what was not measured is absent.
+
+    `kl/margin` and `features/mse_margin` are rejected minus chosen, with their sign and without β; the paper's Figure 3
+    plots β times the absolute value.
+
+    Args:
+        columns: of `measure_policy`.
+        per_token: whether the method's LPD is per token; None if the policy is the reference, whose implicit accuracy
+            is not defined.
+    """
+    metrics = {"accuracy/raw": estimate(_wins(_per_token(columns, "chosen") - _per_token(columns, "rejected")))}
+    if per_token is not None:
+        # LPD minus the reference's margin, over β > 0
+        gains = [columns[f"{side}_logp"] - columns[f"{side}_ref_logp"] for side in SIDES]
+        if per_token:
+            gains = [gain / columns[f"{side}_tokens"] for gain, side in zip(gains, SIDES, strict=True)]
+        metrics["accuracy/implicit"] = estimate(_wins(gains[0] - gains[1]))
+    for column, name in (("kl", "kl/"), ("mse", "features/mse_")):
+        if f"{column}_chosen" in columns:
+            chosen, rejected = (columns[f"{column}_{side}"] for side in SIDES)
+            metrics[f"{name}chosen"] = estimate(chosen)
+            metrics[f"{name}rejected"] = estimate(rejected)
+            metrics[f"{name}margin"] = estimate(rejected - chosen)
+    if "miss_rate_chosen" in columns:
+        metrics["features/miss_rate"] = estimate((columns["miss_rate_chosen"] + columns["miss_rate_rejected"]) / 2)
+    return metrics
+
+
+def _per_token(columns: Mapping[str, NDArray[Any]], side: str) -> NDArray[np.float64]:
+    return np.asarray(columns[f"{side}_logp"] / columns[f"{side}_tokens"])
+
+
+def _wins(margins: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 where the chosen response is ahead, one half at a tie."""
+    return np.heaviside(margins, 0.5)

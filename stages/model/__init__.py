@@ -1,0 +1,1 @@
+"""The language model, its tokenizer's files, and its sparse autoencoders."""

@@ -1,0 +1,289 @@
+"""Whether a model is supported: the one place that decides it, by trying the model itself.
+
+In: a causal LM as it was loaded. Out: nothing, or one line that says what would be wrong. Packed rows are held against
+plain transformers on each of their sequences alone: log-probabilities, hidden states and the activations at every site.
+
+Shapes: T response tokens, L positions of a sequence, D hidden size, V vocabulary.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...cache.schema import Pair, pair_id
+from ..scoring.forward import causal_lm, row_layout, run_body, run_head
+from ..scoring.packing import PackedRow, pack
+from .anatomy import anatomy, decoder_layers, probe_ids, quiet
+from .rotary import forget_lengths, frequencies_of, of_same_frequencies, unknown_scaling
+from .sites import Site, capture_sites
+
+# What rounding explains in fp32: nats of a token's log-probability, and the part of a position's activations (their
+# norm) that may differ. What architectures get wrong is a hundred times as much.
+LOGP_TOLERANCE = 1e-3
+ACTS_TOLERANCE = 1e-3
+# Prompt, chosen and rejected: longer than the windows are made for the purpose, and of one token.
+SHORT = ((7, 12, 6), (1, 5, 13))
+WINDOW = 4
+WINDOWS = re.compile(r"window(_size)?$")  # `sliding_window`, Doge's `keep_window_size`
+# For what acts beyond a distance that no configuration names (GPT-Neo's 256): through the first layers alone.
+LONG = (9, 300, 10)
+# A router that two roundings send to two experts differs in one draw of tokens, a fault in all.
+DRAWS = 3
+
+# Of the models that were found right, under which attention.
+_RIGHT: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def check_model(model: nn.Module) -> None:
+    """Checks that packed rows mean to this model what sequences do, and that log-probabilities and sites are its own.
+
+    Tried on the model as it is, attention and masks included; a model that was found right is not tried again.
+
+    Args:
+        model: a causal LM, or a PEFT model around one, on its device.
+
+    Raises:
+        ValueError: if the architecture is not supported, or something is trained that scoring does not read.
+    """
+    inner = causal_lm(model)
+    _check_head(inner)
+    attention = inner.config._attn_implementation
+    if _RIGHT.get(inner) == attention:
+        return
+    try:
+        fault = _fault(inner)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if isinstance(error, ValueError) and "not supported" in fault:
+            raise
+    if fault:
+        raise ValueError(
+            f"model {inner.config.model_type}: expected packed rows (attention: {attention}) to score as separate "
+            f"sequences, found {fault}; this architecture is not supported"
+        )
+    _RIGHT[inner] = attention
+
+
+def load_supported(
+    load: Callable[..., Any], attentions: Sequence[str], tell: Callable[[str], None] | None = None
+) -> PreTrainedModel:
+    """Loads a model under the first of some attention implementations that is right for it.
+
+    Args:
+        load: called with `attention`, as `load_model`.
+        attentions: from `attentions_to_try`, the fastest first.
+        tell: called with a line where the first is not the one.
+
+    Raises:
+        ValueError: as `load`; if the model is right under none.
+    """
+    model: PreTrainedModel | None = None
+    reasons = []
+    for attention in attentions:
+        try:
+            if model is None:  # a class may lack what its flags promise, and is loaded again under another
+                model = load(attention=attention)
+            else:
+                model.set_attn_implementation(attention)
+            check_model(model)
+            break
+        except ValueError as error:
+            if attention == attentions[-1]:
+                raise
+            reasons.append(f"not {attention}: {error}")
+    if reasons and tell is not None:
+        tell(f"attention: {attention}; {'; '.join(reasons)}")
+    assert model is not None, "there is an attention to try"
+    return model
+
+
+def check_length(model: Any, max_length: int) -> None:
+    """Checks that a model that learnt its positions one by one (GPT-2, OPT) has learnt as many as texts may have.
+
+    Raises:
+        ValueError: it has not.
+    """
+    config, words = model.config.get_text_config(decoder=True), model.get_input_embeddings()
+    longest = getattr(config, "max_position_embeddings", None)
+    tables = [
+        part.num_embeddings
+        for part in model.get_decoder().modules()
+        if isinstance(part, nn.Embedding) and part is not words
+    ]
+    if longest is not None and max_length > longest and any(0 <= rows - longest <= 2 for rows in tables):
+        raise ValueError(
+            f"--max-length: expected at most {longest}, the positions that the model has learnt, found {max_length}; "
+            "lower it"
+        )
+
+
+def _check_head(inner: Any) -> None:
+    """Refuses adapters on the output head: its own weight and bias are what scoring reads, and what gets gradients."""
+    head = inner.get_output_embeddings()
+    read = {id(part) for part in (getattr(head, "weight", None), getattr(head, "bias", None)) if part is not None}
+    unread = [name for name, part in head.named_parameters() if id(part) not in read]
+    if unread:
+        raise ValueError(
+            f"expected an output head of its own weight alone, found an adapter on it ({unread[0]}), which "
+            "is not supported; leave the head out of the adapter's target modules"
+        )
+
+
+@torch.no_grad()
+def _fault(inner: Any) -> str | None:
+    """What is wrong, in a few words; None for nothing."""
+    kinds = set(getattr(inner.get_decoder().config, "layer_types", None) or ())
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        return f"layers of {', '.join(sorted(unknown))}"
+    if scaling := unknown_scaling(inner):
+        return f"rotary frequencies that depend on length in a way of their own ({scaling})"
+    if any(frequencies_of(layer, 1) for layer in decoder_layers(inner)):  # checkpointing would compute them anew
+        return "rotary frequencies that depend on length inside its layers"
+    with quiet(inner):
+        found = anatomy(inner)
+        sites = [Site(layer, "resid_post") for layer, known in enumerate(found.resid_post) if known]
+        sites += [Site(layer, "mlp_out") for layer, part in enumerate(found.mlp_out) if part is not None]
+        return _fault_of(lambda seed: _try_whole(inner, sites, seed)) or _fault_of(lambda seed: _try_long(inner, seed))
+
+
+def _fault_of(attempt: Callable[[int], str | None]) -> str | None:
+    """What is wrong with all of some draws."""
+    faults = []
+    for seed in range(DRAWS):
+        if (fault := attempt(seed)) is None:
+            return None
+        faults.append(fault)
+    return faults[0]
+
+
+def _try_whole(inner: Any, sites: Sequence[Site], seed: int) -> str | None:
+    """Some short pairs in one row, through the whole model, with windows that they exceed."""
+    with _window(inner, WINDOW):
+        row, sequences = _row(inner, SHORT, seed)
+        hidden_TD, acts = run_body(inner, row, sites)
+        logps_T, _ = run_head(inner, hidden_TD, row.targets_T)
+        expected_logps, expected_acts = [], []
+        with _plain_attention(inner):
+            for ids, predicting in sequences:
+                forget_lengths(inner)
+                with capture_sites(inner, sites) as captured:
+                    logits_LV = inner(input_ids=ids[None], use_cache=False).logits[0, predicting].float()
+                expected_logps.append(logits_LV.log_softmax(-1).gather(1, ids[predicting.start + 1 :, None]).squeeze(1))
+                expected_acts.append({site: values[0, predicting] for site, values in captured.items()})
+    expected_T = torch.cat(expected_logps)
+    if not expected_T.isfinite().all():  # which is named with its pairs, when they are scored
+        return None
+    if not float((logps_T - expected_T).abs().max()) <= LOGP_TOLERANCE:
+        return f"log-probs that differ by {float((logps_T - expected_T).abs().max()):.2g} nats"
+    for site in sites:
+        if fault := _differs(acts[site], torch.cat([part[site] for part in expected_acts]), site.name):
+            return fault
+    return None
+
+
+def _try_long(inner: Any, seed: int) -> str | None:
+    """One pair of some hundred tokens, through the first layers of each kind, with windows as they are."""
+    layers, config = decoder_layers(inner), inner.get_decoder().config
+    kinds = list(getattr(config, "layer_types", None) or ())
+    depth = min(len(layers), max([2, *(kinds.index(kind) + 1 for kind in set(kinds))]))
+    longest = getattr(config, "max_position_embeddings", None) or sum(LONG)
+    prompt, *responses = LONG
+    row, sequences = _row(inner, [(prompt, *(max(1, min(size, longest - prompt)) for size in responses))], seed)
+    found, order = [], []
+    for part, targets_T in of_same_frequencies(inner.get_decoder(), row, row_layout(inner)):
+        found.append(_up_to(layers[depth - 1], partial(run_body, inner, part, []))[part.sources_T])
+        order.append(torch.arange(len(row.targets_T), device=row.targets_T.device) if targets_T is None else targets_T)
+    found_TD = torch.cat(found)[torch.cat(order).argsort()]
+    expected = []
+    with _plain_attention(inner):
+        for ids, predicting in sequences:
+            forget_lengths(inner)
+            call = partial(inner, input_ids=ids[None], use_cache=False)
+            expected.append(_up_to(layers[depth - 1], call)[predicting])
+    return _differs(found_TD, torch.cat(expected), f"activations after {depth} layers, {len(sequences[0][0])} tokens")
+
+
+class _ReachedError(Exception):
+    """A forward pass has come as far as it was wanted."""
+
+
+def _up_to(layer: nn.Module, call: Callable[[], Any]) -> Tensor:
+    """The output [L, D] of a layer; nothing after it is computed."""
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise _ReachedError(output[0] if isinstance(output, tuple) else output)
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        call()
+    except _ReachedError as reached:
+        hidden_1LD: Tensor = reached.args[0]
+        return hidden_1LD[0]
+    finally:
+        handle.remove()
+    raise ValueError("layers that are not run")
+
+
+def _differs(found: Tensor, expected: Tensor, what: str) -> str | None:
+    """What differs by more than rounding, relative to the norm of each position."""
+    if found.shape != expected.shape:
+        return f"{what} of shape {list(found.shape)}, expected {list(expected.shape)}"
+    if not expected.isfinite().all():
+        return None
+    found, expected = (values.float().flatten(1) for values in (found, expected))
+    worst = float(((found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-12)).max())
+    return None if worst <= ACTS_TOLERANCE else f"{what} that differ by {100 * worst:.2g} % of their norm"
+
+
+def _row(inner: Any, shapes: Sequence[Sequence[int]], seed: int) -> tuple[PackedRow, list[tuple[Tensor, slice]]]:
+    """Random pairs packed into one row; and each of its sequences, with the positions that predict its response."""
+    pairs, sequences = [], []
+    for number, sizes in enumerate(shapes):
+        parts = probe_ids(inner, sum(sizes), 10 * seed + number).split(list(sizes))
+        prompt, chosen, rejected = (part.cpu().numpy().astype(np.int32) for part in parts)
+        pairs.append(Pair(pair_id(prompt, chosen, rejected, number), prompt, chosen, rejected))
+        for response in parts[1:]:
+            sequences.append((torch.cat([parts[0], response]), slice(sizes[0] - 1, sizes[0] + len(response) - 1)))
+    (row,) = pack(pairs, sum(map(sum, shapes)), *row_layout(inner))
+    return row.to(next(inner.parameters()).device), sequences
+
+
+@contextmanager
+def _window(inner: Any, tokens: int) -> Iterator[None]:
+    """Makes windows this long, wherever a model looks them up: the same masks, without thousands of tokens."""
+    places: dict[int, Any] = {id(part): part for part in inner.modules()}
+    places |= {id(part.config): part.config for part in inner.modules() if hasattr(part, "config")}
+    held = [
+        (place, name, value)
+        for place in places.values()
+        for name, value in list(vars(place).items())
+        if WINDOWS.search(name) and isinstance(value, int) and value > tokens
+    ]
+    for place, name, _ in held:
+        setattr(place, name, tokens)
+    try:
+        yield
+    finally:
+        for place, name, value in held:
+            setattr(place, name, value)
+
+
+@contextmanager
+def _plain_attention(inner: Any) -> Iterator[None]:
+    """Runs what it encloses under transformers' own eager attention."""
+    attention = inner.config._attn_implementation
+    inner.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(attention)

@@ -1,0 +1,1 @@
+"""One forward pass for both stages: packing, attention, log-probs, pooled features."""

@@ -1,0 +1,123 @@
+"""Cached pairs, and conversations, to batches of packed rows.
+
+In: rows of a cache, or conversations. Out: packed rows as the Trainer's collator hands them on, those of a cache with
+what the reference said about them.
+
+Shapes: L positions of a row, R responses of a row (two a pair).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...cache.schema import CachedPair, Pair
+from .features import CachedFeatures
+from .packing import Conversation, PackedRow, pack, pack_conversations
+
+
+@dataclass(frozen=True, eq=False)
+class RowBatch:
+    """One packed row with what the cache says about its responses.
+
+    Attributes:
+        packed: the row.
+        cached: the reference's features, one entry a site.
+        ref_logps_R: float64, the reference's log-probabilities.
+    """
+
+    packed: PackedRow
+    cached: tuple[CachedFeatures, ...]
+    ref_logps_R: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the row without padding."""
+        return self.packed.tokens
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The `pair_id` of each pair."""
+        return self.packed.names
+
+    def pairs(self) -> list[Pair]:
+        """The pairs of the row."""
+        row = self.packed
+        ids_L, pair_L, part_L = (t.cpu().numpy() for t in (row.input_ids_L, row.pair_L, row.part_L))
+        sources = iter(row.sources_T.cpu().split(list(row.lengths)))
+        pairs = []
+        for number, name in enumerate(row.names):
+            prompt, *sides = (((pair_L == number) & (part_L == part)).nonzero()[0] for part in range(3))
+            learnt = [_spans(next(sources).numpy(), side, int(prompt[-1])) for side in sides]
+            pairs.append(Pair(name, *(ids_L[where].astype("int32") for where in (prompt, *sides)), *learnt))
+        return pairs
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "RowBatch":
+        """The same on `device`; accelerate's loader calls it."""
+        cached = tuple(features.to(device) for features in self.cached)
+        ref_logps_R = self.ref_logps_R.to(device, non_blocking=non_blocking)
+        return RowBatch(self.packed.to(device, non_blocking), cached, ref_logps_R)
+
+    def pin_memory(self) -> "RowBatch":
+        """The same in memory that a GPU copies from while it computes; the loader calls it where there is one."""
+        cached = tuple(features.pin_memory() for features in self.cached)
+        return RowBatch(self.packed.pin_memory(), cached, self.ref_logps_R.pin_memory())
+
+
+def _spans(sources: NDArray[np.int64], positions: NDArray[np.int64], last_prompt: int) -> NDArray[np.int32]:
+    """Which tokens of a response are learnt, as in the cache: those that are predicted from `sources`."""
+    before = np.concatenate(([last_prompt], positions[:-1]))
+    edges = np.diff(np.isin(before, sources).astype(np.int8), prepend=0, append=0)
+    return edges.nonzero()[0].astype(np.int32)
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """Packs a batch of cached pairs into rows.
+
+    Attributes:
+        token_budget: tokens of a row.
+        pad_to: row lengths are padded to a multiple of this.
+        widths: widths of the SAEs whose features are read; empty where the method reads none.
+        windows: as in `RowLayout`.
+    """
+
+    token_budget: int
+    pad_to: int
+    widths: tuple[int, ...]
+    windows: tuple[int | None, ...] = ()
+
+    def __call__(self, pairs: Sequence[CachedPair]) -> dict[str, list[RowBatch]]:
+        """Rows of the batch; together they hold every pair once."""
+        rows = []
+        for packed in pack([cached.pair for cached in pairs], self.token_budget, self.pad_to, self.windows):
+            responses = [side for index in packed.pairs for side in (pairs[index].chosen, pairs[index].rejected)]
+            cached = tuple(
+                CachedFeatures.collate([response.features[site] for response in responses], width)
+                for site, width in enumerate(self.widths)
+            )
+            ref_logps_R = torch.tensor([response.logp for response in responses], dtype=torch.float64)
+            rows.append(RowBatch(packed, cached, ref_logps_R))
+        return {"rows": rows}
+
+
+@dataclass(frozen=True)
+class ConversationCollator:
+    """Packs a batch of conversations into rows.
+
+    Attributes:
+        token_budget: tokens of a row.
+        pad_to: row lengths are padded to a multiple of this.
+        windows: as in `RowLayout`.
+    """
+
+    token_budget: int
+    pad_to: int
+    windows: tuple[int | None, ...] = ()
+
+    def __call__(self, conversations: Sequence[Conversation]) -> dict[str, list[PackedRow]]:
+        """Rows of the batch; together they hold every conversation once."""
+        return {"rows": pack_conversations(conversations, self.token_budget, self.pad_to, self.windows)}

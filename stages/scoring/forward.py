@@ -1,0 +1,348 @@
+"""The forward pass that both stages share: packed rows to log-probabilities, features and divergences.
+
+In: a causal LM, a packed row and the SAEs of some sites. Out, per response: log-probability (per token in fp32, summed
+in float64), and either its pooled features (stage one) or how far they have drifted from cached ones (stage two).
+Policy and reference are measured by this code alone.
+
+Shapes: L positions of a row, T response tokens, R responses, D hidden size, M SAE width.
+"""
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...cache.schema import CachedPair, Pair, ReferenceResponse
+from ..model.anatomy import anatomy
+from ..model.models import Recipe, autocast
+from ..model.rotary import forget_lengths, of_same_frequencies
+from ..model.sites import Site, SiteSAE, capture_sites
+from .attention import PACKED, sequences_of
+from .features import CachedFeatures, FeatureDrift, LargestFeatures, feature_drift, pooled_features, select_largest
+from .finite import all_finite, find_faults, not_finite
+from .logprobs import token_scores
+from .masks import layout_for, masks_for
+from .packing import PackedRow, RowLayout, pack, packed_rows
+from .transfer import HostCopy
+
+
+@dataclass(frozen=True, eq=False)
+class LiveReference:
+    """What the sequential KL needs of a reference that ran on the same row (methods with a KL constraint).
+
+    Attributes:
+        hidden_TD: hidden states after the final norm at the prediction positions.
+        head_VD: weight of the output head.
+        bias_V: its bias; None for none.
+    """
+
+    hidden_TD: Tensor
+    head_VD: Tensor
+    bias_V: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class RowScores:
+    """What one forward pass says about the R responses of a row.
+
+    Attributes:
+        token_logps_T: fp32, nats, in the order of the row's targets.
+        logps_R: float64, their sums.
+        kl_R: float64, sequential KL(π_ref ‖ π_θ), zeros without a live reference.
+        pooled: per site, fp32 [R, M]; empty where drifts were asked for.
+        drifts: per site, where cached features were given.
+    """
+
+    token_logps_T: Tensor
+    logps_R: Tensor
+    kl_R: Tensor
+    pooled: tuple[Tensor, ...]
+    drifts: tuple[FeatureDrift, ...]
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The causal LM inside whatever wraps it (PEFT)."""
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+def softcap(model: nn.Module) -> float | None:
+    """Final logit soft-capping of the model (Gemma-2: 30)."""
+    return anatomy(causal_lm(model)).softcap
+
+
+def logit_scale(model: nn.Module) -> float:
+    """What the head's output is multiplied with to be logits (Cohere: 0.0625)."""
+    return anatomy(causal_lm(model)).scale
+
+
+def head_weight(model: nn.Module) -> Tensor:
+    """Weight of the output head [V, D]."""
+    weight: Tensor = causal_lm(model).get_output_embeddings().weight
+    return weight
+
+
+def row_layout(model: nn.Module) -> RowLayout:
+    """What the model's attention asks of rows."""
+    return layout_for(causal_lm(model).get_decoder().config)  # of the text model, where the causal LM wraps several
+
+
+def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[Tensor, dict[Site, Tensor]]:
+    """Runs the decoder over a packed row and gathers what is at its prediction positions.
+
+    Args:
+        model: the causal LM, on the row's device.
+        row: the packed row.
+        sites: which activations to read.
+
+    Returns:
+        Hidden states after the final norm [T, D], and the activations of each site [T, D].
+    """
+    inner = causal_lm(model)
+    parts = of_same_frequencies(inner.get_decoder(), row, row_layout(model))
+    if len(parts) == 1:
+        return _run_decoder(inner, row, sites)
+    if any(hasattr(weight, "full_tensor") for weight in inner.parameters()):  # all ranks must run as many passes
+        raise ValueError(
+            f"pairs {', '.join(row.names[:3])}: expected one set of rotary frequencies for all sequences, found some "
+            "above the length from which this model scales them, which is not supported under FSDP; lower --max-length"
+        )
+    runs = [_run_decoder(inner, part, sites) for part, _ in parts]
+    order_T = torch.cat([targets_T for _, targets_T in parts if targets_T is not None]).argsort()
+    acts = {site: torch.cat([acts[site] for _, acts in runs])[order_T] for site in sites}
+    return torch.cat([hidden_TD for hidden_TD, _ in runs])[order_T], acts
+
+
+def _run_decoder(inner: Any, row: PackedRow, sites: Sequence[Site]) -> tuple[Tensor, dict[Site, Tensor]]:
+    """`run_body` of a row whose sequences have the same rotary frequencies."""
+    decoder = inner.get_decoder()
+    forget_lengths(decoder)
+    config = decoder.config  # of the text model, where the causal LM wraps several
+    implementation = config._attn_implementation
+    more: dict[str, Any] = {"sequences": sequences_of(row)} if implementation == PACKED else {}
+    with ExitStack() as stack:
+        captured = stack.enter_context(capture_sites(inner, sites)) if sites else {}
+        hidden_LD = decoder(
+            input_ids=row.input_ids_L[None],
+            position_ids=row.position_ids_L[None],
+            attention_mask=masks_for(config, row),
+            use_cache=False,
+            **more,
+        ).last_hidden_state[0]
+    return hidden_LD[row.sources_T], {site: captured[site][0][row.sources_T] for site in sites}
+
+
+def run_head(
+    model: nn.Module, hidden_TD: Tensor, targets_T: Tensor, reference: LiveReference | None = None
+) -> tuple[Tensor, Tensor]:
+    """`token_scores` of the model's head, inside the head's own forward: where weights are sharded, it is whole there.
+
+    Args:
+        model: the causal LM.
+        hidden_TD: hidden states after the final norm, at the positions that predict the targets.
+        targets_T: int64, the tokens predicted.
+        reference: a live reference's state at the same positions.
+
+    Returns:
+        `logps_T` and `kl_T`, fp32, nats.
+    """
+    scale, cap = logit_scale(model), softcap(model)
+
+    def forward(self: nn.Linear, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+        return token_scores(
+            hidden_TD,
+            self.weight,
+            targets_T,
+            bias_V=self.bias,
+            scale=scale,
+            softcap=cap,
+            reference=None if reference is None else (reference.hidden_TD, reference.head_VD),
+            reference_bias_V=None if reference is None else reference.bias_V,
+        )
+
+    head = causal_lm(model).get_output_embeddings()
+    head.forward = types.MethodType(forward, head)
+    try:
+        return head(hidden_TD)  # type: ignore[no-any-return]
+    finally:
+        del head.forward
+
+
+def score_row(
+    model: nn.Module,
+    row: PackedRow,
+    saes: Sequence[SiteSAE],
+    recipe: Recipe,
+    *,
+    cached: Sequence[CachedFeatures] | None = None,
+    top_k: int = 0,
+    reference: LiveReference | None = None,
+) -> RowScores:
+    """Scores the responses of one packed row.
+
+    Args:
+        model: the causal LM, policy or reference; gradients flow if they are enabled.
+        row: the packed row, on the model's device.
+        saes: SAEs of the sites to read.
+        recipe: the compute recipe; the SAEs run in their own dtype, outside it.
+        cached: the reference's features of this row, one entry a site; turns on `drifts` in place of `pooled`.
+        top_k: k of D_F, with `cached`.
+        reference: a live reference's state on this row; turns on `kl_R`.
+    """
+    device = row.input_ids_L.device
+    with autocast(recipe, device):
+        hidden_TD, acts = run_body(model, row, [sae.site for sae in saes])
+        token_logps_T, kl_T = run_head(model, hidden_TD, row.targets_T, reference)
+    lengths = list(row.lengths)
+    pooled: tuple[Tensor, ...] = ()
+    drifts: tuple[FeatureDrift, ...] = ()
+    with _sae_products(recipe, device):
+        if cached is None:
+            pooled = tuple(pooled_features(sae.sae, acts[sae.site], lengths) for sae in saes)
+        else:
+            drifts = tuple(
+                feature_drift(sae.sae, acts[sae.site], lengths, features, top_k)
+                for sae, features in zip(saes, cached, strict=True)
+            )
+    return RowScores(
+        token_logps_T=token_logps_T,
+        logps_R=_sum_responses(token_logps_T, lengths),
+        kl_R=_sum_responses(kl_T, lengths),
+        pooled=pooled,
+        drifts=drifts,
+    )
+
+
+@contextmanager
+def _sae_products(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Lets a GPU round the operands of the SAEs' products to TF32 where activations come out of bf16 anyway.
+
+    For these alone: models compute angles of positions in fp32 products.
+    """
+    if recipe != "bf16" or device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _sum_responses(values_T: Tensor, lengths: Sequence[int]) -> Tensor:
+    return torch.stack([part.sum() for part in values_T.double().split(list(lengths))])
+
+
+@torch.no_grad()
+def live_reference(model: nn.Module, row: PackedRow, recipe: Recipe) -> LiveReference:
+    """Runs a frozen reference over a row, for the KL of `score_row`."""
+    with autocast(recipe, row.input_ids_L.device):
+        hidden_TD, _ = run_body(model, row, [])
+    return reference_state(model, hidden_TD)
+
+
+def reference_state(model: nn.Module, hidden_TD: Tensor) -> LiveReference:
+    """What the KL needs of a reference whose hidden states at the prediction positions are these."""
+    return LiveReference(hidden_TD, head_weight(model), causal_lm(model).get_output_embeddings().bias)
+
+
+def attach_scoring(model: nn.Module) -> None:
+    """Lets `model(packed=row, …)` run `score_row` inside the model's own forward; other calls are as before.
+
+    Scoring has to run inside the forward of what DDP or FSDP wraps: outside it, DDP's gradients are silently wrong.
+    """
+
+    def forward(self: Any, *args: Any, packed: PackedRow | None = None, **kwargs: Any) -> Any:
+        if packed is None:
+            return type(self).forward(self, *args, **kwargs)
+        return score_row(self, packed, **{name: value for name, value in kwargs.items() if value is not None})
+
+    inner = causal_lm(model)
+    inner.forward = types.MethodType(forward, inner)
+
+
+@torch.no_grad()
+def measure_pairs(
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    saes: Sequence[SiteSAE],
+    recipe: Recipe,
+    *,
+    token_budget: int,
+    keep_features: int | None,
+    on_row: Callable[[PackedRow], None] | None = None,
+) -> list[CachedPair]:
+    """Measures pairs as the cache holds them.
+
+    Args:
+        model: the causal LM.
+        pairs: the pairs.
+        saes: SAEs of the sites to read.
+        recipe: the compute recipe.
+        token_budget: tokens of a packed row; 1 gives each pair a row of its own.
+        keep_features: how many features a response keeps, None for all that are not 0.
+        on_row: called after each row, for progress.
+
+    Returns:
+        One row of a cache for each pair, in their order.
+
+    Raises:
+        FloatingPointError: naming pairs and sites, if a log-probability or a feature is not finite.
+    """
+    device, layout = next(model.parameters()).device, row_layout(model)
+
+    def score(row: PackedRow) -> RowScores:
+        pinned = row.pin_memory() if device.type == "cuda" else row
+        return score_row(model, pinned.to(device), saes, recipe)
+
+    measured: dict[int, CachedPair] = {}
+
+    def take(row: PackedRow, result: "_RowResult") -> None:
+        responses = result.read([sae.width for sae in saes], row.lengths)
+        if responses is None:
+            alone = find_faults(score, pack([pairs[index] for index in row.pairs], 1, *layout), saes)
+            raise not_finite(alone or dict.fromkeys(row.names, "is finite alone, but not in a row with others"))
+        for number, index in enumerate(row.pairs):
+            measured[index] = CachedPair(pairs[index], *responses[2 * number : 2 * number + 2])
+        if on_row:
+            on_row(row)
+
+    # What a row gave is read when the next one is under way, so that the device never waits for the host.
+    before: tuple[PackedRow, _RowResult] | None = None
+    for row in packed_rows(pairs, token_budget, layout):
+        result = _RowResult(score(row), keep_features)
+        if before is not None:
+            take(*before)
+        before = row, result
+    if before is not None:
+        take(*before)
+    return [measured[index] for index in range(len(pairs))]
+
+
+class _RowResult:
+    """What the cache holds of a row's responses, on its way to the host."""
+
+    def __init__(self, scores: RowScores, keep_features: int | None) -> None:
+        self._sites = [select_largest(pooled_RM, keep_features) for pooled_RM in scores.pooled]
+        head = [scores.logps_R, all_finite(scores).to(torch.int32).reshape(1)]
+        self._copy = HostCopy([*head, *(tensor for site in self._sites for tensor in site.tensors)])
+
+    def read(self, widths: Sequence[int], lengths: Sequence[int]) -> list[ReferenceResponse] | None:
+        """One entry a response; None if a number is not finite."""
+        logps_R, finite, *rest = self._copy.read()
+        if not finite.tolist()[0]:
+            return None
+        by_site = []
+        for site, width in zip(self._sites, widths, strict=True):
+            own, rest = rest[: len(site.tensors)], rest[len(site.tensors) :]
+            ids_RK = None if site.ids_RK is None else own.pop(0)
+            by_site.append(LargestFeatures(ids_RK, *own).stored(width))
+        return [
+            ReferenceResponse(logp, lengths[number], tuple(site[number] for site in by_site))
+            for number, logp in enumerate(logps_R.tolist())
+        ]

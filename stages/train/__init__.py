@@ -1,0 +1,1 @@
+"""Stage two: objectives, the trainer, and the other trainings (SFT, SAEs)."""
