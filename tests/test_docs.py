@@ -1,0 +1,94 @@
+"""README and docs: commands and Python parse, links resolve, and tables are those that commands wrote."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from fpo.pipeline.cli import app
+
+PROJECT = Path(__file__).parents[1]
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [text for language, text in BLOCK.findall(page.read_text()) if language in languages]
+
+
+def lines() -> list[str]:
+    """Every command line of a block of commands, its comment cut off and its ellipsis left out."""
+    text = "".join(block.replace("\\\n", " ") for page in PAGES for block in blocks(page, "", "sh"))
+    return sorted({line.split("  #")[0].replace("…", "").strip() for line in text.splitlines() if line.strip()})
+
+
+def table(page: Path, first: str) -> list[list[str]]:
+    """The cells of the table whose second heading is `first`, in a page of Markdown."""
+    found = re.search(rf"^\|\s*\| {re.escape(first)} \|.*\n(?:\|.*\n)+", page.read_text(), re.MULTILINE)
+    assert found is not None, f"{page} has no table of {first}"
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in found[0].splitlines()]
+
+
+@pytest.mark.parametrize("line", [line for line in lines() if re.search(r"\bfpo(\.pipeline\.cli)? [a-z]", line)])
+def test_a_command_of_fpo_has_the_options_that_the_pages_give_it(line):
+    quoted = re.search(r'--wrap "(.*)"', line)
+    words = shlex.split(quoted[1] if quoted else line)
+    words = words[next(i for i, word in enumerate(words) if re.search(r"(^|/|\.)(fpo|cli)$", word)) + 1 :]
+    command = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    command.make_context(command.name, words)  # raises for an unknown option, a missing value or argument
+
+
+@pytest.mark.parametrize("line", [line for line in lines() if line.startswith("make ")])
+def test_a_target_of_make_exists(line):
+    name = shlex.split(line)[1]
+    assert re.search(rf"^{re.escape(name)}:", (PROJECT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_a_script_that_the_pages_name_exists():
+    text = "\n".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"python -m (benchmarks\.\w+)", text))
+    paths = {f"{name.replace('.', '/')}.py" for name in named} | set(re.findall(r"\b[\w./-]+/\w+\.py\b", text))
+    assert len(paths) > 20
+    assert [path for path in sorted(paths) if not (PROJECT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_parses_and_links_resolve(page):
+    for block in blocks(page, "python"):
+        ast.parse(block)
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        if path.startswith("http"):
+            continue
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+@pytest.mark.parametrize(
+    ("profile", "caption"),
+    [("embedded", "Methods"), ("embedded", "The paper's claims"), ("smollm2-135m-cpu", "Methods")],
+)
+def test_a_table_of_results_is_the_one_that_the_command_wrote(profile, caption):
+    written = (PROJECT / "results" / profile / "table.md").read_text()
+    found = re.search(rf"\*\*{caption}\*\*\n\n((?:\|.*\n)+)", written)
+    assert found is not None and len(found[1].splitlines()) > 5
+    assert found[1] in (PROJECT / "docs" / "results.md").read_text()
+
+
+def test_the_table_of_the_readme_is_a_part_of_that_one():
+    whole = table(PROJECT / "results" / "embedded" / "table.md", "accuracy raw, %")
+    short = table(PROJECT / "README.md", "accuracy raw, %")
+    columns = [whole[0].index(heading) for heading in short[0]]
+    assert len(columns) > 4
+    assert short[2:] == [[row[column] for column in columns] for row in whole[2:]]
+
+
+def test_the_readme_is_read_in_ten_minutes():
+    assert len((PROJECT / "README.md").read_text().splitlines()) <= 140
