@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from fpo.cache.schema import Pair
-from fpo.pipeline.report.amounts import ROWS
-from fpo.pipeline.report.shapes import configuration, shape_of_config
 from fpo.stages.model.frozen import freeze
 from fpo.stages.model.sites import SiteSAE
 from fpo.stages.scoring.flex import FLEX
@@ -24,8 +22,8 @@ from .limit import TRAINING_PASSES, pair_flops
 from .pairs import amounts, random_pairs
 from .prepare import write_cache
 from .setting import KEPT, load
+from .shapes import ULTRAFEEDBACK, configuration
 
-ULTRAFEEDBACK = ROWS["HuggingFaceH4/ultrafeedback_binarized", "train_prefs"]
 # Kernels that a profile names.
 NAMED = 24
 
@@ -40,7 +38,7 @@ def _prepared(bench: Bench) -> tuple[Any, SiteSAE]:
 
 
 def _flops(config: Any, pairs: Sequence[Pair], bench: Bench) -> dict[str, float]:
-    return pair_flops(shape_of_config(config, "large"), amounts(pairs, bench.large.batch), bench.large)
+    return pair_flops(config, amounts(pairs, bench.large.batch), bench.large)
 
 
 def stage_one(bench: Bench, count: int) -> None:

@@ -11,21 +11,18 @@ checkpointing and the head compute again is not useful work and lowers the utili
 """
 
 import dataclasses
+from typing import Any
 
 import torch
-from fpo.pipeline.report.amounts import ROWS
-from fpo.pipeline.report.rates import measured_rate
-from fpo.pipeline.report.shapes import Shape, shape_of
 
 from .contestants import CONTESTANTS
 from .measuring import Result, in_fresh_process, in_turn
 from .prepare import prepared
 from .reporting import parser_of, report, workplace
 from .setting import Setting, add_options, setting_of
+from .shapes import ULTRAFEEDBACK, body_parameters, configuration, head_flops, layer_flops, measured_rate
 from .stage_one import TITLES, score
 from .training_step import run
-
-ULTRAFEEDBACK = ROWS["HuggingFaceH4/ultrafeedback_binarized", "train_prefs"]
 
 # A training step is its forward pass and two products as large in the backward of each of its products.
 TRAINING_PASSES = 3
@@ -39,7 +36,7 @@ def main() -> None:
     ours = [name for name, contestant in CONTESTANTS.items() if not contestant.trl]
     parser.add_argument("--contestants", nargs="*", default=["fpo", "fpo-ckpt"], choices=ours)
     options = parser.parse_args()
-    setting, shape = setting_of(options), shape_of(options.model)
+    setting, config = setting_of(options), configuration(options.model)
     arguments = dataclasses.asdict(setting)
     with workplace() as folder:
         pairs = prepared(setting, folder)
@@ -52,8 +49,8 @@ def main() -> None:
         rate = in_fresh_process(rate_of, device=setting.device, recipe=setting.recipe)["rate"]
         results = in_turn([*options.contestants, "stage one"], options.repeats, measure)
     tables = {
-        "Arithmetic": arithmetic(shape, setting.width),
-        "Utilisation": utilisation(results, pair_flops(shape, pairs["measured"], setting), rate),
+        "Arithmetic": arithmetic(config, setting.width),
+        "Utilisation": utilisation(results, pair_flops(config, pairs["measured"], setting), rate),
         "The pairs": [{"": name, **row} for name, row in pairs.items()],
     }
     report(options, tables, setting={**arguments, "dataset": None}, rate=rate, runs=results)
@@ -64,24 +61,24 @@ def rate_of(device: str, recipe: str) -> Result:
     return {"rate": measured_rate(device, torch.bfloat16 if recipe == "bf16" else torch.float32)}
 
 
-def pair_flops(shape: Shape, pairs: Result, setting: Setting) -> dict[str, float]:
+def pair_flops(config: Any, pairs: Result, setting: Setting) -> dict[str, float]:
     """FLOPs of one pair: of a forward pass through the model, and of encoding its responses once."""
     answered = 2 * pairs["response"]
-    forward = shape.layer_flops(pairs["packed"], pairs["attended"]) + shape.head_flops(answered)
-    return {"model": forward, "sae": 2 * shape.hidden * setting.width * answered}
+    forward = layer_flops(config, pairs["packed"], pairs["attended"]) + head_flops(config, answered)
+    return {"model": forward, "sae": 2 * config.get_text_config().hidden_size * setting.width * answered}
 
 
-def arithmetic(shape: Shape, width: int) -> list[Result]:
+def arithmetic(config: Any, width: int) -> list[Result]:
     """What the counted FLOPs of a token are made of."""
-    context = 1024
-    body, head = shape.layer_flops(1, 0), shape.head_flops(1)
-    attention = shape.layer_flops(0, context / 2)
-    sae = 2.0 * shape.hidden * width
+    context, parameters, text = 1024, body_parameters(config), config.get_text_config()
+    body, head = layer_flops(config, 1, 0), head_flops(config, 1)
+    attention = layer_flops(config, 0, context / 2)
+    sae = 2.0 * text.hidden_size * width
     return [
-        {"of a token, forward": "body", "parameters": shape.body, "GFLOP": body / 1e9},
-        {"of a token, forward": "head", "parameters": shape.head, "GFLOP": head / 1e9},
+        {"of a token, forward": "body", "parameters": parameters, "GFLOP": body / 1e9},
+        {"of a token, forward": "head", "parameters": text.vocab_size * text.hidden_size, "GFLOP": head / 1e9},
         {"of a token, forward": f"attention, mean of {context} positions", "parameters": 0, "GFLOP": attention / 1e9},
-        {"of a token, forward": f"SAE of {width:,}", "parameters": shape.hidden * width, "GFLOP": sae / 1e9},
+        {"of a token, forward": f"SAE of {width:,}", "parameters": text.hidden_size * width, "GFLOP": sae / 1e9},
     ]
 
 

@@ -13,8 +13,7 @@ from fpo.cache.manifest import Meaning, Noise, ShardReport, SiteMeaning
 from fpo.cache.reader import open_cache
 from fpo.cache.schema import FORMAT_VERSION, CachedPair, Pair, pair_id
 from fpo.cache.writer import CacheWriter
-from fpo.pipeline.report.shapes import configuration, is_hub_id
-from fpo.stages.model.models import find_model, load_model, load_tokenizer
+from fpo.stages.model.models import find_model, is_hub_id, load_model, load_tokenizer
 from fpo.stages.model.sites import SiteSAE, load_sae
 from fpo.stages.precompute.reference import describe_numerics
 from fpo.stages.scoring.forward import measure_pairs
@@ -22,6 +21,7 @@ from fpo.stages.scoring.forward import measure_pairs
 from .measuring import Result, in_fresh_process
 from .pairs import amounts, choose, random_pairs, real_pairs, size
 from .setting import KEPT, Setting, attention_of, load, random_sae
+from .shapes import configuration
 
 
 def prepared(setting: Setting, folder: Path) -> Result:

@@ -238,7 +238,7 @@ def table(
     config: Profile = "embedded",
     ablations: Annotated[bool, typer.Option("--ablations", help="The ablations instead of the comparison.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan with estimates, and what is missing.")
+        bool, typer.Option("--dry-run", help="Print every step, what it reads, and what is missing; run nothing.")
     ] = False,
     runs: Annotated[Path | None, typer.Option("--runs", help="Folder of the runs; default runs/<profile>.")] = None,
     out: Annotated[str | None, typer.Option("--out", help="Folder of the tables; default results/<profile>.")] = None,

@@ -25,7 +25,8 @@ def lines_of_code(source: str) -> int:
     """Lines that hold code of Python source text."""
     no_code: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)  # a docstring, as nothing reads it
+        # A constant that nothing reads is a docstring.
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         if is_text or isinstance(node, ast.Import | ast.ImportFrom):
             no_code |= set(range(node.lineno, node.end_lineno + 1))
     code: set[int] = set()

@@ -1,28 +1,33 @@
-"""What would fail later in a plan, found before anything starts.
+"""A plan before it runs: every step, what it reads and writes, and what would make it fail.
 
-In: steps. Out: one line for each thing that is missing, which says what to do. Only steps that are not done count, and
-what an earlier step writes is not missing.
+In: steps. Out: a table of them, and one line for each thing that is missing, which says what to do. Only steps that are
+not done count, and what an earlier step writes is not missing. Nothing is estimated: the bytes are those of weights,
+gradients and optimiser state, which follow from the model's configuration, and those of files that are there.
 """
 
 import difflib
 import re
-import shutil
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from rich.filesize import decimal
 
+from ...cache.manifest import Manifest
 from ...stages.data.hub_data import may_be_hub_id
 from ...stages.data.row_files import kind_of
-from ...stages.model.models import find_model
+from ...stages.model.models import find_model, is_hub_id
+from ...stages.train.methods import METHODS
 from ..commands.inputs import device_of
 from ..hub import Repo, missing_repos
-from .estimates import estimate_plan, loads_saes, maker_of
+from ..progress import console
 from .jobs import Step
-from .shapes import is_hub_id
+from .results import markdown
+
+# Bytes of optimiser state a trained parameter, in fp32: Adam's two moments, RMSprop's one.
+OPTIMISER_BYTES = {"adam": 8, "rmsprop": 4}
 
 
 def missing(steps: Sequence[Step], jobs: int) -> list[str]:
@@ -41,15 +46,81 @@ def missing(steps: Sequence[Step], jobs: int) -> list[str]:
         return wrong
     lines = [*wrong_recipes(todo), *missing_files(todo, makers), *unknown_saes(todo, makers)]
     lines += missing_repos(needed_repos(todo, makers))
+    return lines or memory_too_small(todo, makers, jobs)
+
+
+def print_plan(steps: Sequence[Step]) -> None:
+    """Prints a line for each group of steps that differ in the seed (or the snapshot) alone."""
+    makers = {step.out: step for step in steps}
+    groups: dict[str, list[Step]] = {}
+    for step in steps:
+        groups.setdefault(_label(step), []).append(step)
+    body = []
+    for label, group in groups.items():
+        number = f" ×{len(group)}" if len(group) > 1 else ""
+        reads = ", ".join(dict.fromkeys(name for step in group for name in _reads(step, makers)))
+        writes = re.sub(r"(-seed-\d+.*)?-[0-9a-f]+$", "-…", group[0].out.name)
+        finished = sum(step.done for step in group)
+        state = "done" if finished == len(group) else f"{finished} done" if finished else ""
+        body.append([f"{label}{number}", reads, writes, _size(group[0], makers), state])
+    done = sum(step.done for step in steps)
+    console.print(f"{len(steps) - done} to do, {done} done, in {steps[-1].out.parent}\n")
+    console.print(markdown(["step", "reads", "writes", "bytes", "done"], body))
+    console.print("bytes: weights, gradients and optimiser state that a step holds in fp32, activations aside")
+    console.print("of a finished cache: those of its files")
+
+
+def maker_of(name: str, makers: Mapping[Path, Step]) -> Step | None:
+    """The step that writes a folder, or the one that it lies in (snapshots)."""
+    path = Path(name)
+    return next((makers[folder] for folder in (path, *path.parents) if folder in makers), None)
+
+
+def state_bytes(step: Step, makers: Mapping[Path, Step]) -> int | None:
+    """Bytes of fp32 weights, and where a step trains of gradients and optimiser state; None if the model is not here.
+
+    A live reference is counted with its weights; adapters (LoRA) and SAEs are left out, which makes it a lower bound.
+    """
+    config = step.config
+    parameters = parameter_count(_base_model(step, makers))
+    if parameters is None:
+        return None
+    trains = step.command in ("align", "sft") and config.lora_r is None
+    live = step.command in ("align", "evaluate") and config.reference not in (None, config.model)
+    return parameters * (4 + (4 + OPTIMISER_BYTES[config.optimizer] if trains else 0) + (4 if live else 0))
+
+
+@cache
+def parameter_count(name: str) -> int | None:
+    """Parameters of a model by its configuration, tied weights once; None if its files are not on this machine."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     try:
-        estimate = estimate_plan(steps, jobs)
-    except (ValueError, OSError) as error:  # nearly always what a line above says already
-        return lines or [" ".join(str(error).split())]
-    if todo:
-        device = device_of(todo[0].config)
-        lines += memory_too_small(estimate.memory, free_memory(device), device, min(jobs, len(todo)))
-        lines += disk_too_small(estimate.disk, todo[0].out.parent)
-    return lines
+        if is_hub_id(name):
+            config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        else:
+            source = find_model(name)
+            config = AutoConfig.from_pretrained(source.folder, gguf_file=source.gguf_file, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+    return int(sum(weight.numel() for weight in model.parameters()))
+
+
+def memory_too_small(steps: Sequence[Step], makers: Mapping[Path, Step], jobs: int) -> list[str]:
+    """The largest steps that would run at a time do not fit the device by their weights and states alone."""
+    if not steps:
+        return []
+    device, together = device_of(steps[0].config), min(jobs, len(steps))
+    needed = together * max(state_bytes(step, makers) or 0 for step in steps)
+    if needed <= (free := free_memory(device)):
+        return []
+    less = "lower --jobs" if together > 1 else "take a larger device, or train an adapter with --lora-r"
+    return [
+        f"memory: {needed / 1e9:.1f} GB of weights and optimiser state are needed on {device} ({together} at a time), "
+        f"{free / 1e9:.1f} GB are free; {less}"
+    ]
 
 
 def wrong_devices(steps: Sequence[Step]) -> list[str]:
@@ -143,29 +214,6 @@ def free_memory(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def memory_too_small(needed: float, free: float, device: str, jobs: int) -> list[str]:
-    """The largest steps that would run at a time do not fit the device."""
-    if needed <= free:
-        return []
-    less = "lower --jobs or --token-budget" if jobs > 1 else "lower --token-budget, or take a larger device"
-    return [
-        f"memory: about {decimal(round(needed))} are needed on {device} for {jobs} at a time, "
-        f"{decimal(round(free))} are free; {less}"
-    ]
-
-
-def disk_too_small(needed: float, runs: Path) -> list[str]:
-    """What will be written does not fit the runs folder."""
-    there = next(folder for folder in (runs.absolute(), *runs.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    if needed <= free:
-        return []
-    return [
-        f"disk: about {decimal(round(needed))} will be written in {runs}, {decimal(free)} are free; make room, or give "
-        "another folder with --runs"
-    ]
-
-
 def _reads_data(step: Step) -> bool:
     return step.command in ("precompute", "sft", "train-sae")
 
@@ -178,7 +226,7 @@ def _outer_models(step: Step, makers: Mapping[Path, Step]) -> list[str]:
 
 def _outer_saes(step: Step, makers: Mapping[Path, Step]) -> list[str]:
     """SAEs that a step loads and no step writes, without the site that may follow them."""
-    if not loads_saes(step):
+    if not _loads_saes(step):
         return []
     specs = [spec if Path(spec).exists() else spec.partition("@")[0] for spec in step.config.sae]
     return [spec for spec in specs if maker_of(spec, makers) is None]
@@ -217,3 +265,46 @@ def _no_model(name: str) -> list[str]:
 
 def _unique(lines: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(lines))
+
+
+def _loads_saes(step: Step) -> bool:
+    if step.command == "align":
+        return METHODS[step.config.method].divergence == "features"
+    return step.command in ("precompute", "evaluate")
+
+
+def _base_model(step: Step, makers: Mapping[Path, Step]) -> str:
+    """The model that a step's model was trained from: no other step writes it."""
+    assert step.config.model is not None
+    maker = maker_of(step.config.model, makers)
+    return step.config.model if maker is None else _base_model(maker, makers)
+
+
+def _reads(step: Step, makers: Mapping[Path, Step]) -> list[str]:
+    """What a step reads: labels of the steps that it stands on, hub ids, the last part of paths."""
+    config = step.config
+    names = [config.model, config.reference]
+    names.append(str(config.cache) if step.command in ("align", "evaluate") else config.dataset)
+    found = []
+    for name in names:
+        if name is not None:
+            maker = maker_of(name, makers)
+            short = name if is_hub_id(name) else Path(name).name
+            found.append(short if maker is None else _label(maker).replace("precompute", "cache"))
+    if _loads_saes(step) and config.sae:
+        found.append("1 SAE" if len(config.sae) == 1 else f"{len(config.sae)} SAEs")
+    return found
+
+
+def _size(step: Step, makers: Mapping[Path, Step]) -> str:
+    if step.command == "precompute" and (step.out / "manifest.json").exists():
+        return f"{Manifest.load(step.out).num_bytes / 1e6:.0f} MB of files"
+    held = state_bytes(step, makers)
+    return "–" if held is None else f"{held / 1e9:.2f} GB" if held >= 1e9 else f"{held / 1e6:.0f} MB"
+
+
+def _label(step: Step) -> str:
+    """A step's label without its seed and snapshot, sites in short."""
+    label = re.sub(r", (seed \d+|step-\d+)", "", step.label)
+    label = re.sub(r"blocks\.(\d+)\.hook_(\w+)", r"\1 \2", label)
+    return step.command if label == f"{step.command} {step.command}" else label

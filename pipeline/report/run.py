@@ -15,14 +15,13 @@ from ..facts import facts_of, note_of
 from ..progress import console
 from ..world.world import begin, in_the_world, is_made, provide, world_folder, world_steps
 from .claims import Claim, ablation_claims, comparison_claims
-from .estimates import estimate_plan, print_plan
 from .figure_data import rank_correlations
 from .jobs import Step, run_steps, seconds_of
 from .measured import comparison_figures, curves_of
 from .page import Page, PageFigure, PageTable, write_page
 from .paper import paper_columns, win_rates
 from .plan import OF_THE_WORLD, Plan, Run, make_plan
-from .preflight import missing
+from .preflight import missing, print_plan
 from .results import (
     ACCURACY,
     COLUMNS,
@@ -114,7 +113,7 @@ def _print_plan(name: str, config: RunConfig, ablations: bool) -> None:
         _, steps = _parts(make_plan(name, config, world), ablations)
         for line in missing([*making, *steps], config.jobs):
             console.print(f"missing: {line}")
-        print_plan(estimate_plan([*making, *steps], config.jobs))
+        print_plan([*making, *steps])
 
 
 def unique(steps: Sequence[Step]) -> list[Step]:

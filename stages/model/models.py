@@ -82,6 +82,13 @@ def find_model(name: str) -> ModelSource:
     return source
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name can only be a hub id here: `find_model` would ask the hub for it."""
+    path = Path(name).expanduser()
+    local = name.startswith((".", "~", "package:")) or path.is_absolute() or path.suffix == ".gguf" or path.is_dir()
+    return not local and name.count("/") == 1
+
+
 def find_files(name: str) -> ModelSource:
     """As `find_model`, whatever the folder holds.
 
@@ -96,7 +103,7 @@ def find_files(name: str) -> ModelSource:
         return ModelSource(name, path.resolve().parent, path.name)
     if path.is_dir():
         folder = path.resolve()
-    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    elif not is_hub_id(name):
         raise FileNotFoundError(
             f"model: expected a hub id (owner/name), a folder or a .gguf file, found no such path: {name}"
         )

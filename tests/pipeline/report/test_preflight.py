@@ -1,4 +1,3 @@
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,20 +7,17 @@ import torch
 import yaml
 from fpo.pipeline.config import RunConfig, load_config, profile_names
 from fpo.pipeline.hub import Repo
-from fpo.pipeline.report import estimates, preflight
+from fpo.pipeline.report import preflight
 from fpo.pipeline.report.jobs import DONE, Step
 from fpo.pipeline.report.plan import make_plan, make_step
 from fpo.pipeline.report.preflight import free_memory, missing, needed_repos
-from fpo.pipeline.report.rates import Rates
+from transformers import AutoModelForCausalLM
 
-CPU = Rates("a CPU", False, 1e11, 1e11, 1e10, 0.6, 0.6, 1e-3)
-GPU = Rates("a GPU", True, 1e15, 1e14, 3e12, 0.5, 0.5, 1e-4)
 REGISTRY = {"res": SimpleNamespace(repo_id="owner/saes", saes_map={"layer_1": "folder/1", "layer_2": "folder/2"})}
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(estimates, "rates_of", lambda device, jobs: CPU)
     monkeypatch.setattr(preflight, "_registry", lambda: REGISTRY)
 
 
@@ -111,7 +107,6 @@ def test_the_hub_is_asked_for_what_is_needed_of_it_once(make, monkeypatch, world
     first = make(model="google/gemma-2-2b", dataset=hub_data, sae=("res:layer_2@blocks.2.hook_resid_post",))
     second = make("align", model="google/gemma-2-2b", sae=("res:layer_2",), seed=1)
     monkeypatch.setattr(preflight, "free_memory", lambda device: 10**15)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**15))
     only(missing([first, second], jobs=1), "not given")
     wanted = [Repo("model", "google/gemma-2-2b"), Repo("dataset", hub_data), Repo("model", "owner/saes", "folder/2")]
     assert sorted(asked, key=str) == sorted(wanted, key=str)
@@ -129,45 +124,30 @@ def test_a_device_that_is_not_here_is_all_that_is_said(make):
     only(missing([make(device="cuda", model="./no/model"), make(device="cuda", seed=1)], jobs=1), "--device", "cuda")
 
 
-def test_memory_is_that_of_the_jobs_that_run_together(make, monkeypatch):
-    steps = [make(), make(limit=3)]
-    needed = estimates.estimate_plan(steps, jobs=1).memory
-    monkeypatch.setattr(preflight, "free_memory", lambda device: 1.5 * needed)
-    assert missing(steps, jobs=1) == []
-    only(missing(steps, jobs=2), "memory", "--jobs", "2 at a time")
-    assert missing(steps[:1], jobs=2) == []
-    monkeypatch.setattr(preflight, "free_memory", lambda device: 0.9 * needed)
-    only(missing(steps, jobs=1), "memory", "--token-budget", "cpu")
+def test_memory_is_that_of_the_weights_and_states_of_the_jobs_that_run_together(make, world, monkeypatch):
+    weights = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(world.gemma).parameters())
+    adam, rmsprop = make("align", method="dpo", sae=()), make("align", method="dpo", sae=(), optimizer="rmsprop")
+    live = make("align", method="tdpo2", sae=(), reference=str(world.llama))
+    assert preflight.state_bytes(make(), {}) == 4 * weights
+    assert preflight.state_bytes(adam, {}) == 16 * weights
+    assert preflight.state_bytes(rmsprop, {}) == 12 * weights
+    assert preflight.state_bytes(make("align", method="dpo", sae=(), lora_r=2), {}) == 4 * weights
+    assert preflight.state_bytes(live, {}) == 20 * weights
+    monkeypatch.setattr(preflight, "free_memory", lambda device: 20 * weights)
+    assert missing([adam, rmsprop], jobs=1) == missing([adam], jobs=2) == []
+    only(missing([adam, rmsprop], jobs=2), "memory", "--jobs", "2 at a time")
+    monkeypatch.setattr(preflight, "free_memory", lambda device: 15 * weights)
+    only(missing([adam], jobs=1), "memory", "--lora-r", "cpu")
+
+
+def test_the_bytes_of_a_model_that_is_not_here_are_not_told(make):
+    assert preflight.state_bytes(make(model="nobody/nothing"), {}) is None
 
 
 def test_free_memory_is_the_gpu_s_on_a_gpu_and_the_machine_s_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11, 80))
     assert free_memory("cuda:0") == 11
     assert 0 < free_memory("cpu") <= psutil.virtual_memory().total
-
-
-def test_a_disk_that_is_too_small_is_named_with_the_folder(make, monkeypatch, tmp_path):
-    step = make()
-    seen = []
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: seen.append(path) or usage._replace(free=10))
-    only(missing([step], jobs=1), "disk", str(tmp_path / "runs"), "10 bytes", "--runs")
-    assert seen == [tmp_path]  # the nearest folder that exists
-
-
-def test_on_a_gpu_its_own_memory_counts(make, monkeypatch):
-    for module in (estimates, preflight):
-        monkeypatch.setattr(module, "device_of", lambda config: "cuda:0")
-    monkeypatch.setattr(estimates, "rates_of", lambda device, jobs: GPU)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**6, 10**11))
-    only(missing([make(dtype="bf16")], jobs=1), "memory", "cuda:0", "1.0 MB")
-
-
-def test_a_model_that_cannot_be_read_is_one_line(make, tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "t5"}')
-    (tmp_path / "model" / "model.safetensors").touch()
-    only(missing([make(model=str(tmp_path / "model"))], jobs=1), "t5")
 
 
 def test_the_profiles_name_saes_that_saelens_has(monkeypatch):
@@ -198,6 +178,6 @@ def test_the_comparison_on_gemma_2_2b_is_the_paper_s(tmp_path):
     assert [run.row.count("+") for run in plan.sum_ablation()][:5] == [0, 1, 1, 1, 2]
     nine = make_plan("gemma-2-9b", load_config("gemma-2-9b", {"runs": tmp_path}, "table"))
     assert not nine.site_ablation() and nine.base[0].config.optimizer == "rmsprop"
-    assert yaml.safe_load((Path(preflight.__file__).parent / "profiles" / "smollm2-135m.yaml").read_text())["for"][
+    assert yaml.safe_load((Path(preflight.__file__).parents[1] / "profiles" / "smollm2-135m.yaml").read_text())["for"][
         "table"
     ]

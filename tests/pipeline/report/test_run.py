@@ -23,6 +23,7 @@ from fpo.pipeline.world import world as embedded
 from matplotlib.image import imread
 from tiny_profile import COSTS, NAMES, tiny_profile
 from tiny_world import files, fpo, metrics, ran
+from transformers import AutoModelForCausalLM
 
 FIGURES = ("figure-2-left", "figure-3", "figure-4-left", "figure-4-right", "kl-against-mse", "token-bound")
 
@@ -203,6 +204,9 @@ def test_a_dry_run_writes_nothing_and_prints_every_step(world, tmp_path):
         assert label in said
     assert "precompute train_prefs" in said and "precompute test_prefs" in said
     assert "17 to do, 0 done" in said and "missing" not in said
+    parameters = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(world.gemma).parameters())
+    (line,) = re.findall(r"align DPO \|.*?\| (\d+) MB", said)
+    assert int(line) == round(16 * parameters / 1e6)
 
 
 def test_a_dry_run_tells_what_is_done(made):

@@ -11,6 +11,7 @@ from fpo.stages.model.models import (
     autocast,
     check_vocabulary,
     find_model,
+    is_hub_id,
     load_model,
     load_tokenizer,
     remembered_sha256,
@@ -201,3 +202,9 @@ def test_a_packaged_file_is_found_without_importing_the_package(tmp_path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     source = find_model("package:wheel_with_weights/tiny.gguf")
     assert (source.folder, source.gguf_file) == (Path(package).resolve(), "tiny.gguf")
+
+
+def test_names_that_only_the_hub_can_know(tmp_path):
+    assert is_hub_id("google/gemma-2-2b")
+    local = (str(tmp_path), "./a/b", "~/a", "package:llm/file.gguf", "a/b.gguf", "/nowhere/model", "a/b/c", "model")
+    assert not any(map(is_hub_id, local))
