@@ -18,6 +18,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-results", action="store_true", help="tests/compatibility writes results/compatibility.md")
 
 
+# Folders whose tests start processes and train models by the dozen.
+SLOW_FOLDERS = {"reliability", "seams"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of these folders are slow, as those are that say so themselves."""
+    for item in items:
+        if item.path.parent.name in SLOW_FOLDERS:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def tries(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
     """How often to try something: `tries(a few, many)`, many under `--long`."""

@@ -38,6 +38,7 @@ World(Path(folder)).precompute(url)
 """
 
 
+@pytest.mark.slow
 def test_a_cache_is_computed_into_a_store_killed_and_finished_on_another_machine(world, url, machine, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     program = [sys.executable, "-c", KILLED, str(world.folder), url]

@@ -78,6 +78,7 @@ def table(world, tmp_path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_failing_step_is_named_and_the_others_results_stay(world, tmp_path):
     good, bad = training(world, tmp_path / "good"), training(world, tmp_path / "bad", lr=1e30, max_steps=4)
     steps = [good, bad, evaluation(world, tmp_path / "of_bad", bad), evaluation(world, tmp_path / "of_good", good)]
@@ -97,6 +98,7 @@ def test_a_failing_step_is_named_and_the_others_results_stay(world, tmp_path):
     run_steps([], jobs=1)
 
 
+@pytest.mark.slow
 def test_a_killed_step_goes_on_and_ends_as_one_in_one_go(world, tmp_path):
     whole, killed = (
         training(world, tmp_path / name, max_steps=24, save_steps=10, snapshot_steps=10) for name in ("whole", "killed")

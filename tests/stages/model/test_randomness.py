@@ -81,6 +81,7 @@ def test_evaluation_computes_what_it_computes_in_transformers(tmp_path, architec
         assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", RANDOM)
 def test_every_loss_is_log_2_where_nothing_is_learnt(tmp_path, architecture, checkpointing):

@@ -77,6 +77,7 @@ def test_the_compiled_forward_scores_as_eager_does(monkeypatch):
     torch.testing.assert_close(found.token_logps_T, expected.token_logps_T, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_one_graph_with_gradient_and_one_without_serve_rows_of_all_lengths():
     model = calm_gemma2(attn_implementation=FLEX).train()
     check_model(model)
@@ -92,6 +93,7 @@ def test_one_graph_with_gradient_and_one_without_serve_rows_of_all_lengths():
     assert compilations() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fpo", "tdpo2"])
 def test_a_whole_run_compiles_attention_twice(world, tmp_path, method):
     """Model check, parity, 20 rows, evaluation, a live reference."""

@@ -152,6 +152,7 @@ def test_alpha_0_is_length_normalised_dpo(world, trainer, moved):
     assert_same_gradients(found, expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_the_constraint_pulls(world, trainer):
     off, _ = one_step(trainer, policy=move(world.policy()), alpha=0.0)
     on, _ = one_step(trainer, policy=move(world.policy()), alpha=2.0)

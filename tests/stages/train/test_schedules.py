@@ -40,6 +40,7 @@ def test_every_schedule_of_transformers_is_tried_or_follows_a_metric():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_the_rate_of_every_step_is_transformers_own(world, tmp_path, name, settings):
     warmup = None if name == "constant" else 2
@@ -135,6 +136,7 @@ def test_settings_of_the_python_class_are_checked_alike(tmp_path):
         RowConfig(output_dir=str(tmp_path), use_cpu=True, lr_scheduler_type="cosine", lr_scheduler_kwargs={"cycles": 2})
 
 
+@pytest.mark.slow
 def test_only_a_schedule_that_does_not_look_at_the_length_lets_it_change(world, tmp_path):
     ran(world.align(tmp_path / "run", method="dpo", max_steps=2, lr_scheduler="inverse_sqrt"))
     ran(world.align(tmp_path / "run", "--resume", method="dpo", max_steps=3, lr_scheduler="inverse_sqrt"))

@@ -18,6 +18,7 @@ def single(world, tmp_path_factory) -> dict[str, Any]:
     return {heads: step(world, tmp_path_factory.mktemp(heads), heads, **ONE_BATCH) for heads in MODELS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_two_ranks_take_the_step_of_one(world, single, tmp_path, wrapper):
     ranks = on_ranks(steps, tmp_path, world.folder, tmp_path / "run", fsdp=WRAPPERS[wrapper])
