@@ -4,7 +4,8 @@ In: a table of rows, the identity of the cache and the shard's report. Out: byte
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,6 @@ import pyarrow.parquet as pq
 from .checks import check_schema, check_table
 from .files import canonical_json
 from .manifest import FormatError, Meaning, Numerics, ShardReport
-from .pages import check_pages, open_parquet
 from .records import decode, parse_json
 from .schema import (
     FORMAT_VERSION,
@@ -34,6 +34,20 @@ DAMAGE = (OSError, ValueError, pa.ArrowException)
 
 # Raw rows, all of which may be skipped for a reason that the footer states.
 LARGEST_SHARD = 1 << 16
+
+# What a shard may unpack to by its footer's word: so much, or so many times its bytes if that is more. Real shards take
+# 3 to 8 times their bytes. A few kB of zstd or of run lengths can hold gigabytes.
+SMALLEST_LIMIT = 1 << 28
+TIMES_BYTES = 32
+# Bytes of a decoded value: the widest number, and the levels that say where in a list it stands.
+VALUE = 8 + 4
+
+# At the end of a Parquet file: the footer's length (four bytes) and a magic number.
+TAIL = 8
+# pyarrow allocates a footer's lists on its word, and two of its bytes can stand for hundreds. Two hundred sites make a
+# list of 4,000; a hundred thousand skipped rows a footer of 3 MB.
+LARGEST_FOOTER = 1 << 22
+LARGEST_LIST = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,44 @@ def encode_shard(table: pa.Table, meaning: Meaning, numerics: Numerics, report: 
         writer.write_table(table, row_group_size=max(1, table.num_rows))
         writer.add_key_value_metadata(metadata)
     return bytes(sink.getvalue())
+
+
+@contextmanager
+def open_parquet(source: Path | pa.BufferReader) -> Iterator[pq.ParquetFile]:
+    """Opens a Parquet file whose footer is no larger than a shard's can be, in bytes and in what it claims to list.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no Parquet, or its footer is larger.
+    """
+    with pa.OSFile(str(source)) if isinstance(source, Path) else nullcontext(source) as file:
+        size = file.size()
+        file.seek(max(0, size - TAIL))
+        length = int.from_bytes(file.read(4), "little")
+        if LARGEST_FOOTER < length < size:
+            raise ValueError(f"expected a footer of at most {LARGEST_FOOTER} bytes, found one of {length}")
+        file.seek(0)
+        yield pq.ParquetFile(file, page_checksum_verification=True, thrift_container_size_limit=LARGEST_LIST)
+
+
+def check_size(size: int, metadata: pq.FileMetaData) -> None:
+    """Checks, before any page is read, that a shard unpacks to no more than is allowed.
+
+    Args:
+        size: bytes of the file.
+        metadata: its footer.
+
+    Raises:
+        ValueError: it unpacks to more, or has a dictionary, of which two bytes can stand for any value.
+    """
+    limit, total = max(SMALLEST_LIMIT, TIMES_BYTES * size), 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.has_dictionary_page or not 0 <= group.num_rows <= column.num_values:
+                raise ValueError(f"{column.path_in_schema}: expected a value a row or more and no dictionary")
+            total += column.total_uncompressed_size + column.num_values * VALUE
+    if total > limit:
+        raise ValueError(f"expected at most {limit} bytes unpacked, found {total} in a file of {size} bytes")
 
 
 def read_footer(source: Path | pa.BufferReader) -> Footer:
@@ -136,7 +188,7 @@ def read_table(source: Path | pa.BufferReader, meaning: Meaning, sites: Sequence
 
 
 def read_columns(source: Path | pa.BufferReader, meaning: Meaning, names: Sequence[str]) -> pa.Table:
-    """Reads some columns of a shard, whose rows are not checked; no page is unpacked before all are looked at.
+    """Reads some columns of a shard, whose rows are not checked.
 
     Args:
         source: the shard.
@@ -144,12 +196,12 @@ def read_columns(source: Path | pa.BufferReader, meaning: Meaning, names: Sequen
         names: of the columns.
 
     Raises:
-        One of `DAMAGE`: the file is damaged, has other columns, or unpacks to more than is allowed (`check_pages`).
+        One of `DAMAGE`: the file is damaged, has other columns, or unpacks to more than is allowed (`check_size`).
     """
     data = _bytes_of(source)
     with open_parquet(pa.BufferReader(data)) as file:
         check_schema(file.schema_arrow, meaning.widths)
-        check_pages(data, file.metadata)
+        check_size(data.size, file.metadata)
         return file.read(columns=names).select(names).replace_schema_metadata(None)
 
 

@@ -16,9 +16,8 @@ import pyarrow as pa
 
 from .files import as_place, canonical_json, sha256_text, user_folder
 from .manifest import MANIFEST_NAME, Manifest, Meaning, Numerics, ShardRecord, ShardReport
-from .pages import LARGEST_FOOTER, TAIL
 from .schema import CachedPair
-from .shard import Footer, footer_of
+from .shard import LARGEST_FOOTER, TAIL, Footer, footer_of
 from .stores import Store, load_manifest
 from .writer import CARD_NAME, OPTIONS_NAME, PROVENANCE_NAME, CacheWriter
 

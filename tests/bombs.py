@@ -15,12 +15,11 @@ import pyarrow.parquet as pq
 from cache_rows import MEANING, NUMERICS, random_rows
 from forged import Files, sign
 from fpo.cache.columns import rows_to_table
-from fpo.cache.pages import read_struct
 from fpo.cache.shard import encode_shard, read_footer
 
 NAMES = [f"data/train-0000{index}-of-00003.parquet" for index in range(3)]
 HUGE = 2**31 - 1
-MANY = 24_000_000  # values: 96 MB of tokens, which `check_pages` counts as at least 288
+MANY = 24_000_000  # values: 96 MB of tokens, which `check_size` counts as at least 288
 
 
 def with_bomb(sound: Files, make: Callable[[bytes], bytes]) -> Files:
@@ -59,10 +58,9 @@ def with_header(column: int = 1, **claims: int) -> Callable[[bytes], bytes]:
 
     def make(shard: bytes) -> bytes:
         at = pq.read_metadata(pa.BufferReader(shard)).row_group(0).column(column).data_page_offset
-        page, length = read_struct(memoryview(shard)[at:])
-        inner = {number: page[5][number] for number in (1, 2, 3, 4)} | {1: claims.get("values", page[5][1])}
-        header = _fields({1: claims.get("kind", page[1]), 2: claims.get("unpacked", page[2]), 3: page[3]})
-        header += bytes([0x2C]) + _fields(inner) + b"\0"  # field 5, a struct
+        page, length = _page_header(shard[at:])
+        header = _fields([claims.get("kind", page[0]), claims.get("unpacked", page[1]), page[2]])
+        header += bytes([0x2C]) + _fields([claims.get("values", page[4]), *page[5:8]]) + b"\0"  # field 5, a struct
         rest = length - len(header) - 3  # what is left is field 9, bytes that mean nothing
         assert 0 <= rest < 128
         return shard[:at] + header + bytes([0x48, rest]) + bytes(rest + 1) + shard[at + length :]
@@ -70,9 +68,27 @@ def with_header(column: int = 1, **claims: int) -> Callable[[bytes], bytes]:
     return make
 
 
-def _fields(values: dict[int, int]) -> bytes:
+def _page_header(data: bytes) -> tuple[list[int], int]:
+    """The numbers of a data page's header as pyarrow writes it, and its length.
+
+    They are: kind, bytes unpacked, bytes packed, checksum; in a struct: values, encoding, encodings of two levels.
+    """
+    numbers, at = [], 0
+    for number in range(8):
+        at += 1 + (number == 4)  # the byte that says which field follows; one more for the struct
+        value = shift = 0
+        while True:
+            value |= (data[at] & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if data[at - 1] < 0x80:
+                break
+        numbers.append((value >> 1) ^ -(value & 1))
+    return numbers, data.index(b"\x28\xb5\x2f\xfd")  # zstd's magic number: statistics stand before it
+
+
+def _fields(values: list[int]) -> bytes:
     """Fields of Thrift's compact protocol that follow each other, all of them 32-bit numbers."""
-    return b"".join(bytes([0x15]) + _number(2 * value) for value in values.values())
+    return b"".join(bytes([0x15]) + _number(2 * value) for value in values)
 
 
 def _number(value: int) -> bytes:

@@ -4,6 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cache_rows import MEANING, NUMERICS, WIDTHS, random_rows, with_damaged_pages, write_cache
+from fpo.cache import shard
 from fpo.cache.columns import rows_to_table
 from fpo.cache.manifest import ShardReport
 from fpo.cache.shard import DAMAGE, check_range, encode_shard, read_footer, read_table
@@ -77,3 +78,17 @@ def test_every_raw_row_is_a_row_or_skipped(skipped: tuple[int, ...], message: st
     check_range(table, ShardReport(0, 0, 4, ((3, "empty"),), {}, None))
     with pytest.raises(ValueError, match=message):
         check_range(table, ShardReport(0, 0, 4, tuple((row, "empty") for row in skipped), {}, None))
+
+
+def test_a_shard_may_unpack_to_the_limit_and_no_further(monkeypatch):
+    table = rows_to_table(random_rows(0, range(50)), WIDTHS)
+    data = pa.BufferReader(encode_shard(table, MEANING, NUMERICS, ShardReport(0, 0, 50, (), {}, None)))
+    group = pq.read_metadata(data).row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    unpacked = sum(column.total_uncompressed_size + 12 * column.num_values for column in columns)
+    monkeypatch.setattr(shard, "TIMES_BYTES", 0)
+    monkeypatch.setattr(shard, "SMALLEST_LIMIT", unpacked)
+    assert read_table(data, MEANING).num_rows == 50
+    monkeypatch.setattr(shard, "SMALLEST_LIMIT", unpacked - 1)
+    with pytest.raises(ValueError, match=rf"at most {unpacked - 1} bytes unpacked, found {unpacked}"):
+        read_table(data, MEANING)

@@ -11,7 +11,7 @@ import bombs
 import pytest
 from forged import MANIFEST_NAME, Files, sound_files, write_files
 from fpo.cache.manifest import LARGEST_TEXT
-from fpo.cache.pages import LARGEST_FOOTER, SMALLEST_LIMIT
+from fpo.cache.shard import LARGEST_FOOTER, SMALLEST_LIMIT
 from fpo.stages.data.row_files import SMALLEST_LIMIT as SMALLEST_ROWS
 
 TRIED = "decompression bombs refused within the bound of memory"
