@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from .files import canonical_json, write_atomically
+from .files import canonical_json, decode, parse_json, write_atomically
 from .identity import IdentityError, Meaning, Numerics, differences
 from .locks import Lock, locked
-from .records import decode, parse_json
 
 
 def claim(

@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 
 from .files import as_place, canonical_json, sha256_text, user_folder
-from .manifest import MANIFEST_NAME, Manifest, Meaning, Numerics, ShardRecord, ShardReport
+from .identity import Meaning, Numerics
+from .manifest import MANIFEST_NAME, Manifest, ShardRecord, ShardReport
 from .schema import CachedPair
 from .shard import LARGEST_FOOTER, TAIL, Footer, footer_of
 from .stores import Store, load_manifest

@@ -21,24 +21,12 @@ from .card import data_card
 from .checks import check_table
 from .claim import claim
 from .columns import rows_to_table
-from .damage import read_back, shard_fault
 from .files import canonical_json, remove_leftovers, sha256_file, write_atomically
+from .identity import FormatError, IdentityError, Meaning, Numerics, differences
 from .locks import locked
-from .manifest import (
-    MANIFEST_NAME,
-    REPAIR,
-    FormatError,
-    IdentityError,
-    Manifest,
-    Meaning,
-    Numerics,
-    ShardRecord,
-    ShardReport,
-    differences,
-    shard_name,
-)
+from .manifest import MANIFEST_NAME, REPAIR, Manifest, ShardRecord, ShardReport, shard_name
 from .schema import FORMAT_VERSION, CachedPair
-from .shard import DAMAGE, LARGEST_SHARD, Footer, check_range, encode_shard, footer_of
+from .shard import DAMAGE, LARGEST_SHARD, Footer, check_range, encode_shard, footer_of, read_back, shard_fault
 
 CARD_NAME = "README.md"
 OPTIONS_NAME = "run.yaml"

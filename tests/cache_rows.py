@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fpo.cache.columns import Columns, rows_to_table, table_to_batch
 from fpo.cache.files import sha256_file
-from fpo.cache.manifest import Manifest, Meaning, Noise, Numerics, ShardRecord, ShardReport, SiteMeaning
+from fpo.cache.identity import Meaning, Numerics, SiteMeaning
+from fpo.cache.manifest import Manifest, Noise, ShardRecord, ShardReport
 from fpo.cache.schema import CachedPair, Pair, ReferenceResponse, SparseFeatures, pair_id
 from fpo.cache.shard import encode_shard, read_table
 from fpo.cache.stores import Store

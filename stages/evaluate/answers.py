@@ -21,8 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedModel
 
-from ...cache.files import canonical_json, write_atomically
-from ...cache.records import decode, parse_json
+from ...cache.files import canonical_json, decode, parse_json, write_atomically
 from ..data.chat import ChatFormat, Message, Turns
 from ..model.models import check_tokens
 from .generate import Int32, Sampling, context_length, generate

@@ -17,7 +17,8 @@ from typing import Any
 
 from ...cache.manifest import Manifest, ShardReport
 from ...cache.store_writer import open_writer
-from ..data.preferences import Limits, Preferences, tokenize_pair
+from ..data.preferences import Preferences
+from ..data.tokenized import Limits, tokenize_pair
 from ..model.frozen import freeze
 from ..model.models import check_tokens
 from ..scoring.forward import measure_pairs

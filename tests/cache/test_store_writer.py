@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from cache_rows import MEANING, NUMERICS, shard, with_damaged_pages, write_cache
-from fpo.cache.manifest import IdentityError, Manifest
+from fpo.cache.identity import IdentityError
+from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache, verify
 from fpo.cache.store_writer import StoreWriter, open_writer, read_any_footer
 from fpo.cache.stores import Store

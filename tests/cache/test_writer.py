@@ -20,8 +20,9 @@ from cache_rows import (
     write_cache,
 )
 from fpo.cache.claim import claim
+from fpo.cache.identity import FormatError, IdentityError, Meaning
 from fpo.cache.locks import Lock
-from fpo.cache.manifest import FormatError, IdentityError, Manifest, Meaning
+from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache
 from fpo.cache.shard import read_table
 from fpo.cache.writer import CacheWriter

@@ -188,7 +188,7 @@ def test_an_answers_id_is_that_of_its_content(tmp_path):
         (
             "arena-hard",
             '{"question_id": "a", "turns": [{"content": ["Hi", ["a.png"]]}]}',
-            "questions, line 1, turns[0]: content: expected str, found list; ",
+            "questions, line 1, turns[0]: content: Input should be a valid string, found ['Hi', ['a.png']]; ",
         ),
         (
             "arena-hard",
@@ -205,12 +205,12 @@ def test_an_answers_id_is_that_of_its_content(tmp_path):
         (
             "mt-bench",
             '{"question_id": "81", "category": "math", "turns": ["Hi"]}',
-            "questions, line 1: question_id: expected int, found str; ",
+            "questions, line 1: question_id: Input should be a valid integer, found 81; ",
         ),
         (
             "mt-bench",
             '{"question_id": 81, "category": "math", "turns": ["Hi", 3]}',
-            "questions, line 1: turns[1]: expected str, found int; ",
+            "questions, line 1: turns.1: Input should be a valid string, found 3; ",
         ),
         (
             "mt-bench",
