@@ -17,7 +17,7 @@ from ...cache.reader import Cache
 from ...cache.schema import Int32, Pair
 from ..data.chat import ChatFormat
 from ..model.models import Recipe, autocast
-from ..scoring.forward import measure_pairs
+from ..scoring.measure import measure_pairs
 from .generate import Sampling, generate
 from .heldout import Estimate, estimate
 

@@ -22,8 +22,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ...cache.errors import UserError
 from ...cache.schema import Int32
-from ..scoring.finite import not_finite
 from ..scoring.flex import FLEX
+from ..scoring.packing import named
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def generate(
                 torch.manual_seed(int(seed))
                 found, finite_B = _generate_batch(model, [prompts[prompt] for prompt in batch], end_id)
             if bad := sorted({prompt for prompt, finite in zip(batch, finite_B, strict=True) if not finite}):
-                raise not_finite(dict.fromkeys(map(str, bad), "logits of its answer are not finite"), "prompt")
+                raise FloatingPointError(f"{named(list(map(str, bad)), 'prompt')}: not finite: logits of an answer")
             for prompt, answer in zip(batch, found, strict=True):
                 answers[prompt].append(answer)
             if on_batch:

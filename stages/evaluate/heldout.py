@@ -20,8 +20,8 @@ from ...cache.schema import SIDES
 from ..model.models import Recipe
 from ..model.sites import SiteSAE
 from ..scoring.batches import RowBatch, RowCollator
-from ..scoring.finite import not_finite
 from ..scoring.forward import live_reference, row_layout, score_row
+from ..scoring.packing import named
 
 # Pairs that are packed together: enough for full rows.
 PAIRS_AT_ONCE = 256
@@ -133,9 +133,7 @@ def measure_policy(
             order += [start + index for index in row.packed.pairs]
             measured = _measure_row(policy, row, saes, recipe, top_k, reference)
             if bad := [name for name, column in measured.items() if not np.isfinite(column).all()]:
-                raise not_finite(
-                    dict.fromkeys(row.names, f"its row has values that are not finite in {', '.join(bad)}")
-                )
+                raise FloatingPointError(f"{named(row.names, 'pair')}: not finite: {', '.join(bad)}")
             for name, column in measured.items():
                 parts[name].append(column)
             if on_pairs:
