@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo.cache.manifest import Meaning, Noise, ShardReport, SiteMeaning
+from fpo.cache.identity import Meaning, SiteMeaning
+from fpo.cache.manifest import Noise, ShardReport
 from fpo.cache.reader import open_cache
 from fpo.cache.schema import FORMAT_VERSION, CachedPair, Pair, pair_id
 from fpo.cache.writer import CacheWriter

@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 import torch
+from fpo.pipeline.report import page
+from fpo.pipeline.report.facts import processor_name
 
 from .measuring import Result
 
@@ -72,9 +74,7 @@ def report(options: argparse.Namespace, tables: Mapping[str, Sequence[Result]], 
 def markdown(rows: Sequence[Result]) -> str:
     """Rows as a Markdown table: numbers with three significant digits."""
     names = [name for name in rows[0] if not name.startswith("_")]
-    lines = [names, ["---"] * len(names)]
-    lines += [[_text(row.get(name)) for name in names] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return page.markdown(names, [[_text(row.get(name)) for name in names] for row in rows]).rstrip()
 
 
 def _text(value: Any) -> str:
@@ -89,7 +89,7 @@ def hardware() -> Result:
     """What the figures were measured on."""
     found = {
         "machine": platform.machine(),
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -99,10 +99,3 @@ def hardware() -> Result:
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return found
-
-
-def _cpu_name() -> str:
-    """The processor's name where Linux tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

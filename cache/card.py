@@ -6,7 +6,8 @@ In: the manifest. Out: the text of `README.md`, the same for the same manifest.
 from collections import Counter
 from collections.abc import Sequence
 
-from .manifest import Manifest, Meaning
+from .identity import Meaning
+from .manifest import Manifest
 
 # The hub's size categories begin at these powers of ten.
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")

@@ -13,7 +13,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+T = TypeVar("T")
+
+# How pydantic is to read a dataclass (`decode`).
+STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
 
 # A folder of this machine, or the URL of one in an object store.
 Place = Path | str
@@ -48,6 +53,43 @@ def sha256_file(path: Path) -> str:
 def sha256_text(text: str) -> str:
     """SHA-256 of a text's UTF-8 bytes, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` that refuses NaN and infinity, which JSON does not have.
+
+    Raises:
+        ValueError: the text is not JSON, or is nested too deep.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError(f"expected JSON that is not nested deep, found {error}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"expected a finite number, found {name}")
+
+
+def decode(kind: type[T], value: Any, where: str) -> T:
+    """Builds a dataclass from parsed JSON, strictly: no field is missing, unknown or converted (pydantic).
+
+    Args:
+        kind: a dataclass that has `STRICT` for its `__pydantic_config__`, as have the dataclasses in it.
+        value: the parsed JSON.
+        where: what `value` is called in errors.
+
+    Raises:
+        ValueError: a field is missing, unknown or of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join([where, *map(str, first["loc"])])
+        raise ValueError(f"{field}: {first['msg']}, found {str(first['input'])[:80]}") from error
 
 
 def canonical_json(obj: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .files import canonical_json, sha256_text
+from .files import STRICT, canonical_json, sha256_text
 from .schema import FORMAT_VERSION
 
 
@@ -37,6 +37,8 @@ class SiteMeaning:
         width: the number of the SAE's features.
         architecture: the SAE's kind, as `jumprelu`.
     """
+
+    __pydantic_config__ = STRICT
 
     site: str
     sae: str
@@ -69,6 +71,8 @@ class Meaning:
         limit: how many raw rows were taken; None for all.
         order: the order of raw rows.
     """
+
+    __pydantic_config__ = STRICT
 
     format_version: int
     model: str
@@ -119,6 +123,8 @@ class Numerics:
         threads: CPU threads.
         versions: of the libraries, by name.
     """
+
+    __pydantic_config__ = STRICT
 
     attention: str
     token_budget: int

@@ -12,25 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .files import canonical_json, sha256_text, write_atomically
-from .identity import FormatError, IdentityError, Meaning, Numerics, SiteMeaning, differences
-from .records import decode, parse_json
+from .files import STRICT, canonical_json, decode, parse_json, sha256_text, write_atomically
+from .identity import FormatError, Meaning, Numerics
 from .schema import FORMAT_VERSION
-
-__all__ = [
-    "REPAIR",
-    "FormatError",
-    "IdentityError",
-    "Manifest",
-    "Meaning",
-    "Noise",
-    "Numerics",
-    "ShardRecord",
-    "ShardReport",
-    "SiteMeaning",
-    "differences",
-    "shard_name",
-]
 
 MANIFEST_NAME = "manifest.json"
 # What to do about a damaged cache.
@@ -51,6 +35,8 @@ class Noise:
         feature_mse: the `D_F` between two packings, by site.
     """
 
+    __pydantic_config__ = STRICT
+
     logp: float
     feature_mse: tuple[float, ...]
 
@@ -67,6 +53,8 @@ class ShardReport:
         counts: what else was counted, as `ties`, `truncated_prompts`, `truncated_responses`, `scored_tokens`.
         noise: between two packings; None if this shard holds no sample.
     """
+
+    __pydantic_config__ = STRICT
 
     index: int
     start: int
@@ -87,6 +75,8 @@ class ShardRecord:
         sha256: of the file.
         report: as in its footer.
     """
+
+    __pydantic_config__ = STRICT
 
     name: str
     rows: int
@@ -111,6 +101,8 @@ def shard_name(split: str, index: int, num_shards: int) -> str:
 @dataclass(frozen=True)
 class Manifest:
     """The table of contents of a finished cache."""
+
+    __pydantic_config__ = STRICT
 
     meaning: Meaning
     numerics: Numerics

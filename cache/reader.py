@@ -13,14 +13,22 @@ from typing import Any
 import pyarrow as pa
 
 from .columns import Columns, table_to_batch
-from .damage import file_fault, shard_fault
-from .files import as_place, atomic_file, remove_leftovers, sha256_file, sha256_text, user_folder, write_atomically
+from .files import (
+    as_place,
+    atomic_file,
+    parse_json,
+    remove_leftovers,
+    sha256_file,
+    sha256_text,
+    user_folder,
+    write_atomically,
+)
 from .locks import locked
 from .manifest import MANIFEST_NAME, REPAIR, Manifest
-from .records import parse_json
+from .remote import fetch, load_manifest
 from .schema import CachedPair, arrow_schema
-from .shard import DAMAGE, check_range, read_table
-from .stores import Store, fetch, load_manifest
+from .shard import DAMAGE, check_range, file_fault, read_table, shard_fault
+from .store import Store
 from .writer import PROVENANCE_NAME
 
 

@@ -1,6 +1,7 @@
 """One shard as Parquet bytes.
 
-In: a table of rows, the identity of the cache and the shard's report. Out: bytes, and from a file the same three.
+In: a table of rows, the identity of the cache and the shard's report. Out: bytes; from a file the same three, and what
+is wrong with its bytes, with what it says about itself, or with its rows.
 """
 
 import dataclasses
@@ -15,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .checks import check_schema, check_table
-from .files import canonical_json
-from .manifest import FormatError, Meaning, Numerics, ShardReport
-from .records import decode, parse_json
+from .files import canonical_json, decode, parse_json, sha256_file
+from .identity import FormatError, Meaning, Numerics, differences
+from .manifest import Manifest, ShardRecord, ShardReport
 from .schema import (
     FORMAT_VERSION,
     LEARNT_COLUMNS,
@@ -231,3 +232,59 @@ def check_range(table: pa.Table, report: ShardReport) -> None:
         raise ValueError(
             f"expected every raw row of {report.start} to {report.stop - 1} once, as a row or as skipped; {which}"
         )
+
+
+def shard_fault(path: Path, manifest: Manifest, record: ShardRecord) -> str | None:
+    """What is wrong with a shard that a manifest vouches for, every byte and row of it read; None if nothing is."""
+    fault = file_fault(path, manifest, record, hashes=True)
+    if fault is None:  # a file with the wrong bytes is not parsed any further
+        try:
+            check_range(read_table(path, manifest.meaning), record.report)
+        except DAMAGE as error:
+            fault = str(error)
+    return fault
+
+
+def file_fault(path: Path, manifest: Manifest, record: ShardRecord, hashes: bool) -> str | None:
+    """What is wrong with a shard's size, footer and, if asked, SHA-256; None if nothing is. No row is read.
+
+    Raises:
+        PermissionError: it may not be read, which says nothing of what is in it.
+    """
+    return next(_file_faults(path, manifest, record, hashes), None)
+
+
+def _file_faults(path: Path, manifest: Manifest, record: ShardRecord, hashes: bool) -> Iterator[str]:
+    try:
+        size = path.stat().st_size
+        if size != record.bytes:
+            yield f"expected {record.bytes} bytes, found {size}"
+        if hashes and (sha256 := sha256_file(path)) != record.sha256:
+            yield f"expected SHA-256 {record.sha256}, found {sha256}"
+        footer = read_footer(path)
+    except FileNotFoundError:
+        yield "missing"
+        return
+    except PermissionError:
+        raise
+    except DAMAGE as error:
+        yield f"unreadable ({error})"
+        return
+    found = differences(manifest.meaning, footer.meaning) + differences(manifest.numerics, footer.numerics)
+    if found:
+        yield f"of another spec ({'; '.join(found)})"
+    if footer.rows != record.rows:
+        yield f"expected {record.rows} rows, found {footer.rows}"
+    if footer.report != record.report:
+        yield "its report is not the one in the manifest"
+
+
+def read_back(path: Path) -> Footer:
+    """Reads a shard whole and checks it against its own footer, as long as no manifest vouches for it.
+
+    Raises:
+        One of `DAMAGE`: the file is missing or damaged, or a row breaks a rule.
+    """
+    footer = read_footer(path)
+    check_range(read_table(path, footer.meaning), footer.report)
+    return footer

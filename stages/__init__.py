@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .model.models import find_model, load_model, load_tokenizer
     from .model.sites import load_sae
-    from .train.align import FPOConfig, FPOTrainer
+    from .train.align import FPOTrainer
+    from .train.fpo_config import FPOConfig
 
 __all__ = ["FPOConfig", "FPOTrainer", "find_model", "load_model", "load_sae", "load_tokenizer"]
 

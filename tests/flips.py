@@ -10,9 +10,8 @@ import hashlib
 import sys
 from pathlib import Path
 
-from fpo.cache.damage import shard_fault
 from fpo.cache.manifest import Manifest
-from fpo.cache.shard import read_footer, read_table
+from fpo.cache.shard import read_footer, read_table, shard_fault
 
 
 def try_flips(folder: Path, masks: list[int], step: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...cache.files import sha256_text
-from ...cache.manifest import Meaning, differences
+from ...cache.identity import Meaning, differences
 from ...cache.reader import Cache, open_cache
 from ...stages.data.chat import ChatFormat, load_template
 from ...stages.model.models import ModelSource, attentions_to_try, check_vocabulary, find_model, load_model
@@ -19,7 +19,8 @@ from ...stages.model.sites import check_fits
 from ...stages.model.supported import load_supported
 from ...stages.scoring.forward import causal_lm
 from ...stages.scoring.parity import check_cache
-from ...stages.train.align import FPOConfig, FPOTrainer
+from ...stages.train.align import FPOTrainer
+from ...stages.train.fpo_config import FPOConfig
 from ...stages.train.methods import METHODS
 from ...stages.train.reading import reading
 from ...stages.train.rehearsal import outside_decoder

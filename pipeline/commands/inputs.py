@@ -10,9 +10,12 @@ from typing import Any
 import torch
 
 from ...cache.files import Place
-from ...cache.manifest import Manifest, Meaning
-from ...cache.stores import fetch
-from ...stages.data.preferences import ChatFormat, Limits, Preferences, load_preferences, load_template
+from ...cache.identity import Meaning
+from ...cache.manifest import Manifest
+from ...cache.remote import fetch
+from ...stages.data.chat import ChatFormat, load_template
+from ...stages.data.preferences import Preferences, load_preferences
+from ...stages.data.tokenized import Limits
 from ...stages.model.adapters import AdapterSource, find_policy
 from ...stages.model.models import ModelSource, default_device, find_model, load_tokenizer, tokenizer_sha256
 from ...stages.model.sites import SiteSAE, load_sae, parse_site

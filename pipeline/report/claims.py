@@ -1,6 +1,6 @@
 """The paper's qualitative claims, asked of what was measured.
 
-In: records of a comparison or an ablation (`results.py`). Out: each claim with yes or no and the figures that say so.
+In: records of a comparison or an ablation (`records.py`). Out: each claim with yes or no and the figures that say so.
 The thresholds are ours; the paper gives none.
 """
 
@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .results import Record, by_row, mean_and_deviation
+from .records import Record, by_row, mean_and_deviation
 
 FAR_BELOW = 0.5
 NEAR = 0.05

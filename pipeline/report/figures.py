@@ -1,13 +1,14 @@
 """The figures of the reproduction table: the paper's Figures 2 (left), 3 and 4, and two more that test its claims.
 
-In: data of figure_data.py. Out: matplotlib figures, for `figure_style.save`.
+In: curves, bars and tokens. Out: matplotlib figures, for `style.save`.
 
 Every figure takes `title_note`, its small print: what was run, and on what. A method looks the same in all of them.
 Legend: R responses, K ranks, T tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,11 +16,13 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
+from numpy.typing import NDArray
 
-from .figure_data import Bars, Curve, Numbers, Tokens, finite, method_label, rank_correlations, require_distinct
+from .records import Curve, Tokens, rank_correlations
 from .style import (
     BLUE,
     GREY,
+    LABELS,
     LOOKS,
     draw_seeds,
     method_legend,
@@ -32,27 +35,48 @@ from .style import (
 )
 
 
+@dataclass(frozen=True)
+class Bars:
+    """One quantity per method and seed.
+
+    Attributes:
+        values: row of the comparison to one value a seed; drawn in this order.
+        unit: unit of the values.
+    """
+
+    values: Mapping[str, Sequence[float]]
+    unit: str
+
+    @property
+    def axis_label(self) -> str:
+        """The unit, and what bars and whiskers are."""
+        counts = {len(values) for values in self.values.values()}
+        if counts == {1}:
+            return f"{self.unit}, one seed"
+        seeds = " to ".join(f"{count}" for count in sorted({min(counts), max(counts)}))
+        return f"{self.unit}, mean ± sd over {seeds} seeds"
+
+    @property
+    def means(self) -> list[float]:
+        """Mean over seeds, per method."""
+        return [float(np.mean(values)) for values in self.values.values()]
+
+    @property
+    def deviations(self) -> list[float]:
+        """Standard deviation over seeds (n - 1), per method; 0 for one seed, which has none to draw."""
+        return [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in self.values.values()]
+
+
 @styled
-def activation_by_rank(pooled_RK: Numbers, k: int, title_note: str) -> Figure:
+def activation_by_rank(pooled_RK: NDArray[np.float64], k: int, title_note: str) -> Figure:
     """Figure 2, left: how fast pooled feature activations fall with their rank, and what the top k hold of them.
 
     Args:
         pooled_RK: pooled activations of each response, descending, from 0; 0 fills short rows.
         k: features that the constraint reads.
         title_note: small print.
-
-    Raises:
-        ValueError: if there are no values, one is negative or not finite, a row ascends, or k is out of range.
     """
-    where = "activation by rank"
-    pooled_RK = finite(where, pooled_RK)
-    if pooled_RK.ndim != 2 or pooled_RK.min() < 0 or (np.diff(pooled_RK) > 0).any():
-        raise ValueError(
-            f"{where}: expected descending rows [R, K] from 0, found {pooled_RK.shape} that are not; sort each response"
-        )
     ranks = pooled_RK.shape[1]
-    if not 1 <= k <= ranks or not pooled_RK.any():
-        raise ValueError(f"{where}: expected k in 1 to {ranks} and an active feature, found k = {k}; check the cache")
     rank, mean = np.arange(1, ranks + 1), pooled_RK.mean(0)
     low, high = np.percentile(pooled_RK, [10, 90], axis=0)
     held = pooled_RK[:, :k].sum() / pooled_RK.sum()
@@ -73,12 +97,7 @@ def activation_by_rank(pooled_RK: Numbers, k: int, title_note: str) -> Figure:
 
 @styled
 def kl_over_training(curves: Sequence[Curve], title_note: str) -> Figure:
-    """Figure 3: sequential KL on chosen and on rejected responses, and their margin, over training.
-
-    Raises:
-        ValueError: if there is no curve, or a method has two.
-    """
-    require_distinct([curve.method for curve in curves])
+    """Figure 3: sequential KL on chosen and on rejected responses, and their margin, over training."""
     figure = new_figure(11, 4.0, title_note)
     panels = figure.subplots(1, 3)
     panels[1].sharey(panels[0])
@@ -108,7 +127,7 @@ def peak_memory(memory: Bars, title_note: str) -> Figure:
         draw_seeds(axes, row, values, deviation, upright=False)
         right = max(*values, mean + deviation)
         axes.annotate(short(mean), (right, row), xytext=(6, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(memory.values)), [method_label(method) for method in memory.values])
+    axes.set_yticks(range(len(memory.values)), [LABELS[method] for method in memory.values])
     axes.set(title="Peak memory of tensors in training", xlabel=memory.axis_label)
     axes.invert_yaxis()
     axes.set_xlim(0, (max(max(v) for v in memory.values.values()) or 1.0) * 1.15)
@@ -117,15 +136,7 @@ def peak_memory(memory: Bars, title_note: str) -> Figure:
 
 @styled
 def feature_mse(chosen: Bars, rejected: Bars, title_note: str) -> Figure:
-    """Figure 4, right: feature MSE after training on chosen and rejected responses; mean over seeds and its sd.
-
-    Raises:
-        ValueError: if the two have different methods or units.
-    """
-    if list(chosen.values) != list(rejected.values) or chosen.unit != rejected.unit:
-        raise ValueError(
-            "feature MSE: expected chosen and rejected of the same methods and unit, found others; pair them"
-        )
+    """Figure 4, right: feature MSE after training on chosen and rejected responses; mean over seeds and its sd."""
     figure = new_figure(8.5, 4.2, title_note)
     axes = figure.subplots()
     for bars, offset, alpha, hatch in ((chosen, -0.2, 1.0, ""), (rejected, 0.2, 0.45, "////")):
@@ -134,7 +145,7 @@ def feature_mse(chosen: Bars, rejected: Bars, title_note: str) -> Figure:
             colour = LOOKS[method].colour
             axes.bar(place + offset, mean, 0.4, color=colour, alpha=alpha, hatch=hatch, edgecolor="white")
             draw_seeds(axes, place + offset, values, deviation, upright=True)
-    axes.set_xticks(range(len(chosen.values)), [method_label(method) for method in chosen.values])
+    axes.set_xticks(range(len(chosen.values)), [LABELS[method] for method in chosen.values])
     axes.set(title="Feature MSE to the reference after training", ylabel=chosen.axis_label)
     scale_y_from_zero(axes, [*chosen.means, *rejected.means])
     handles = [Patch(color=GREY), Patch(facecolor=f"{GREY}73", edgecolor="white", hatch="////")]
@@ -144,14 +155,8 @@ def feature_mse(chosen: Bars, rejected: Bars, title_note: str) -> Figure:
 
 @styled
 def kl_against_mse(curves: Sequence[Curve], title_note: str) -> Figure:
-    """Whether KL and feature MSE rank the methods alike: both at every step, and `rank_correlations` beside them.
-
-    Raises:
-        ValueError: as `rank_correlations`, and if no method ever left the reference.
-    """
+    """Whether KL and feature MSE rank the methods alike: both at every step, and `rank_correlations` beside them."""
     correlations = rank_correlations(curves)
-    if not correlations:
-        raise ValueError("KL against MSE: expected methods that differ, found equal ones at all steps; check the runs")
     last = max(step for curve in curves for step in curve.step)
     points = [(c, [step for step in c.step if c.kl[step] > 0 and c.mse[step] > 0]) for c in curves]
     at_zero = sum(sum(step > 0 for step in curve.step) - len(drawn) for curve, drawn in points)
@@ -189,17 +194,10 @@ def _correlation_panel(axes: Axes, correlations: dict[int, float], methods: int)
 
 @styled
 def token_bound(tokens: Sequence[Tokens], title_note: str) -> Figure:
-    """Appendix B per token: KL against its bound, a panel a method; what lies above the line breaks the bound.
-
-    Raises:
-        ValueError: if there is no method, one comes twice, or no token has both sides above 0.
-    """
-    require_distinct([each.method for each in tokens])
+    """Appendix B per token: KL against its bound, a panel a method; what lies above the line breaks the bound."""
     drawn = [(each.kl_T > 0) & (each.bound_T > 0) for each in tokens]
     points = [(each.bound_T[keep], each.kl_T[keep]) for each, keep in zip(tokens, drawn, strict=True)]
     everything = np.concatenate([part for pair in points for part in pair])
-    if not everything.size:
-        raise ValueError("token bound: expected a token with KL and ‖Δc‖² above 0, found none; check the runs")
     low, high = math.floor(np.log10(everything.min())), math.ceil(np.log10(everything.max()) + 1e-9)
 
     columns = min(4, len(tokens))
@@ -214,9 +212,7 @@ def token_bound(tokens: Sequence[Tokens], title_note: str) -> Figure:
         grid = {"xscale": "log", "yscale": "log", "gridsize": 32, "extent": (low, high, low, high), "mincnt": 1}
         hexagons.append(axes.hexbin(bound, kl, cmap="viridis_r", linewidths=0.1, **grid))
         axes.set(xlim=limits, ylim=limits, xlabel="bound (M²/2)‖Δc‖², nats")
-        axes.set_title(
-            f"{method_label(each.method)}\n{100 * each.share_violated:.1f} % of {len(each.kl_T)} tokens above"
-        )
+        axes.set_title(f"{LABELS[each.method]}\n{100 * each.share_violated:.1f} % of {len(each.kl_T)} tokens above")
         plain_log_ticks(axes, "x", "y")
     for axes in panels.flat[len(tokens) :]:
         axes.set_visible(False)

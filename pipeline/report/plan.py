@@ -16,8 +16,8 @@ from ...cache.files import canonical_json
 from ...stages.train.methods import METHODS
 from ..config import RunConfig, has_section, load_config
 from ..world.world import in_the_world, located, world_folder
-from .figure_data import LABELS
 from .jobs import Step
+from .style import LABELS
 
 # The rows of the paper's comparison, and one that it lacks: α = 0. The reference itself has no options.
 ROWS: dict[str, dict[str, Any] | None] = {

@@ -24,7 +24,7 @@ from ..commands.inputs import device_of
 from ..hub import Repo, missing_repos
 from ..progress import console
 from .jobs import Step
-from .results import markdown
+from .page import markdown
 
 # Bytes of optimiser state a trained parameter, in fp32: Adam's two moments, RMSprop's one.
 OPTIMISER_BYTES = {"adam": 8, "rmsprop": 4}

@@ -5,62 +5,46 @@ figures as PNG and SVG, and a self-contained HTML page. Runs lie in `runs/<profi
 """
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from ...cache.files import write_atomically
 from ..config import RunConfig
-from ..facts import facts_of, note_of
 from ..progress import console
 from ..world.world import begin, in_the_world, is_made, provide, world_folder, world_steps
+from . import figures
 from .claims import Claim, ablation_claims, comparison_claims
-from .figure_data import rank_correlations
+from .facts import facts_of, note_of, short_note
 from .jobs import Step, run_steps, seconds_of
-from .measured import comparison_figures, curves_of
-from .page import Page, PageFigure, PageTable, write_page
+from .page import Page, PageFigure, Table, write_page
 from .paper import paper_columns, win_rates
 from .plan import OF_THE_WORLD, Plan, Run, make_plan
 from .preflight import missing, print_plan
-from .results import (
+from .records import (
     ACCURACY,
     COLUMNS,
     ENTROPY,
     Column,
+    Curve,
     Record,
+    bound_tokens,
     by_row,
     cells,
-    markdown,
+    curves_of,
+    rank_correlations,
+    ranked_activations,
     read_record,
     training_cost,
     write_records,
 )
+from .style import save
+
+# Whose tokens are compared with Appendix B's bound.
+BOUND_ROWS = ("dpo", "tdpo2", "simpo", "fpo")
 
 ABLATION_KEYS = ("length/finished", "kl/chosen", "kl/rejected", "features/mse_chosen", "features/mse_rejected")
-
-
-@dataclass(frozen=True)
-class Table:
-    """A finished table.
-
-    Attributes:
-        name: of its files.
-        caption: its title.
-        header: its columns.
-        body: its rows.
-        prose: whether its cells are sentences.
-    """
-
-    name: str
-    caption: str
-    header: list[str]
-    body: list[list[str]]
-    prose: bool = False
-
-    @property
-    def markdown(self) -> str:
-        """With its caption above."""
-        return f"**{self.caption}**\n\n{markdown(self.header, self.body)}\n"
 
 
 def run_table(name: str, config: RunConfig, *, ablations: bool, dry_run: bool) -> None:
@@ -143,12 +127,74 @@ def _report_comparison(plan: Plan, runs: Sequence[Run], facts: dict[str, str]) -
     curves = curves_of({run: _snapshots(plan, run) for run in first_seed(plan, runs)})
     tables = [_table(plan, "comparison", "Methods", records, COLUMNS)]
     if rates := win_rates(plan.base_model):
-        tables.append(Table("win-rates", "The paper's Table 2, left; not measured here", *rates))
+        tables.append(Table("The paper's Table 2, left; not measured here", *rates))
     claims = comparison_claims(records, rank_correlations(curves))
     out = plan.config.out
     assert isinstance(out, Path)
-    figures = comparison_figures(plan, runs, records, curves, out / "figures")
-    _write(plan, "table", tables, claims, figures, facts)
+    drawn = comparison_figures(plan, runs, records, curves, out / "figures")
+    _write(plan, "table", tables, claims, drawn, facts)
+
+
+def comparison_figures(
+    plan: Plan, runs: Sequence[Run], records: Sequence[Record], curves: Sequence[Curve], folder: Path
+) -> list[PageFigure]:
+    """Draws and saves every figure.
+
+    Args:
+        plan: what was run.
+        runs: every row under every seed.
+        records: theirs.
+        curves: of the first seed's runs.
+        folder: where PNG and SVG go.
+    """
+    note, seed = short_note(plan), f"seed {plan.config.seeds[0]}"
+    note_of_seed = f"{note}; {seed} alone" if len(plan.config.seeds) > 1 else note
+    trained = {row: found for row, found in by_row(records).items() if row != "sft"}
+    memory = {row: [record["train/peak_memory_bytes"] / 1e6 for record in found] for row, found in trained.items()}
+    chosen, rejected = (
+        figures.Bars(
+            {row: [run[f"features/mse_{side}"] for run in found] for row, found in trained.items()}, "activation²"
+        )
+        for side in ("chosen", "rejected")
+    )
+    top_k = plan.evaluation(runs[0]).config.top_k
+    drawn: list[tuple[str, str, Callable[[], Figure]]] = [
+        (
+            "figure-2-left",
+            "Figure 2, left: how fast pooled feature activations fall with their rank in a response.",
+            lambda: figures.activation_by_rank(ranked_activations(plan), top_k, note),
+        ),
+        (
+            "figure-3",
+            f"Figure 3: sequential KL to the reference on held-out pairs over training, {seed}.",
+            lambda: figures.kl_over_training(curves, note_of_seed),
+        ),
+        (
+            "figure-4-left",
+            "Figure 4, left: peak memory of tensors in training.",
+            lambda: figures.peak_memory(figures.Bars(memory, "MB"), note),
+        ),
+        (
+            "figure-4-right",
+            "Figure 4, right: feature MSE to the reference after training.",
+            lambda: figures.feature_mse(chosen, rejected, note),
+        ),
+        (
+            "kl-against-mse",
+            f"Not in the paper: KL against feature MSE across methods at equal steps, {seed}.",
+            lambda: figures.kl_against_mse(curves, note_of_seed),
+        ),
+        (
+            "token-bound",
+            f"Not in the paper: per token, the KL against the bound of its Appendix B, {seed}.",
+            lambda: figures.token_bound(bound_tokens(plan, runs, records, BOUND_ROWS), note_of_seed),
+        ),
+    ]
+    made = []
+    for name, caption, draw in drawn:
+        svg = save(draw(), folder, name)
+        made.append(PageFigure(caption, svg.read_text(), caption))
+    return made
 
 
 def _report_ablations(plan: Plan, parts: dict[str, list[Run]], facts: dict[str, str]) -> None:
@@ -170,7 +216,7 @@ def _table(plan: Plan, name: str, caption: str, records: Sequence[Record], colum
     write_records(records, columns, plan.config.out, name)
     header, more = paper_columns(plan.base_model, name, list(by_row(records)))
     body = [[*left, *right] for left, right in zip(cells(records, columns), more, strict=True)]
-    return Table(name, caption, ["", *(column.title for column in columns), *header], body)
+    return Table(caption, ["", *(column.title for column in columns), *header], body)
 
 
 def _write(
@@ -186,7 +232,7 @@ def _write(
     assert isinstance(out, Path)
     note = note_of(plan)
     answers = [[claim.text, claim.answer, claim.figures] for claim in claims]
-    judged = Table("claims", "The paper's claims", ["claim", "here", "figures"], answers, prose=True)
+    judged = Table("The paper's claims", ["claim", "here", "figures"], answers, prose=True)
     tables = [*tables, judged]
     listed = "".join(f"- {key}: {value}\n" for key, value in facts.items())
     text = f"{note}\n\n" + "".join(table.markdown for table in tables) + listed
@@ -194,7 +240,7 @@ def _write(
     page = Page(
         title=f"FPO: {name}, profile {plan.name}",
         note=note,
-        tables=[PageTable(table.caption, table.header, table.body, table.prose) for table in tables],
+        tables=tables,
         figures=list(figures),
         facts=facts,
     )

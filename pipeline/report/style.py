@@ -18,7 +18,18 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ...cache.files import write_atomically
-from .figure_data import method_label
+
+# Rows of the comparison as they are called in tables and figures.
+LABELS = {
+    "sft": "SFT",
+    "dpo": "DPO",
+    "tdpo1": "TDPO-1",
+    "tdpo2": "TDPO-2",
+    "simpo": "SimPO",
+    "simpo-kl": "SimPO+KL",
+    "fpo": "FPO",
+    "fpo-alpha0": "FPO α=0",
+}
 
 
 class Look(NamedTuple):
@@ -81,7 +92,7 @@ def method_legend(figure: Figure, methods: Sequence[str], *, lines: bool) -> Non
         Line2D([], [], color=look.colour, marker=look.marker, linestyle=look.line if lines else "none", markersize=6)
         for look in looks
     ]
-    labels = [method_label(method) for method in methods]
+    labels = [LABELS[method] for method in methods]
     figure.legend(handles, labels, loc="outside upper left", ncols=8, handlelength=3 if lines else 1, columnspacing=1.4)
 
 

@@ -15,7 +15,7 @@ from ..progress import console
 from ..world.world import provide
 from .jobs import run_steps
 from .plan import OF_THE_WORLD, Plan, Run, make_plan
-from .results import Record, read_record
+from .records import Record, read_record
 
 # Factors of the profile's learning rate, and of the method's own β (method.md section 4).
 RATES = (0.3, 1.0, 3.0, 10.0)

@@ -12,24 +12,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from .chat import GEMMA_TURNS, ChatFormat, Example, Message, Text, load_template
+from .chat import Example, Text
 from .raw_rows import RawRows, load_rows
 from .shapes import Read, Row, check_readable, read_pair, shape_of
-from .tokenized import SKIP_REASONS, Limits, Tokenized, tokenize_pair
-
-__all__ = [
-    "GEMMA_TURNS",
-    "SKIP_REASONS",
-    "ChatFormat",
-    "Example",
-    "Limits",
-    "Message",
-    "Preferences",
-    "Tokenized",
-    "load_preferences",
-    "load_template",
-    "tokenize_pair",
-]
 
 
 class Preferences:

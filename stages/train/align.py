@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ...cache.manifest import Meaning
+from ...cache.identity import Meaning
 from ...cache.reader import Cache
 from ..model.anatomy import decoder_layers
 from ..model.frozen import freeze
@@ -31,8 +31,6 @@ from .fpo_config import FPOConfig
 from .metrics import ParityLog
 from .objectives import PairLosses, PairScores, pair_losses
 from .trainer import RowTrainer
-
-__all__ = ["FPOConfig", "FPOTrainer"]
 
 
 class FPOTrainer(RowTrainer):

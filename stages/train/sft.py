@@ -18,8 +18,6 @@ from ..scoring.packing import Conversation, PackedRow
 from .row_config import RowConfig
 from .trainer import RowTrainer
 
-__all__ = ["RowConfig", "SFTTrainer"]
-
 
 class SFTTrainer(RowTrainer):
     """Fine-tunes a model on conversations; the loss is a mean over the learnt tokens of a step, nats.

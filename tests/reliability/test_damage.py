@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from cache_rows import MEANING, NUMERICS, SITES, assert_same, random_rows, write_cache
 from fpo.cache.columns import rows_to_table
-from fpo.cache.damage import shard_fault
 from fpo.cache.manifest import Manifest, ShardRecord
 from fpo.cache.reader import open_cache, verify
-from fpo.cache.shard import encode_shard, read_footer
+from fpo.cache.shard import encode_shard, read_footer, shard_fault
 
 TESTS = Path(__file__).parents[1]
 ONE_BIT = tuple(1 << bit for bit in range(8))

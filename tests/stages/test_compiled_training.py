@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from fpo.stages.train import memory
-from fpo.stages.train.align import FPOConfig, FPOTrainer
+from fpo.stages.train.align import FPOTrainer
+from fpo.stages.train.fpo_config import FPOConfig
 from fpo.stages.train.methods import METHODS
 from tiny_world import SITES
 from transformers import AttentionInterface

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 from fpo.pipeline.report.claims import Claim, ablation_claims, comparison_claims
-from fpo.pipeline.report.figure_data import LABELS
+from fpo.pipeline.report.style import LABELS
 
 SEEDS = (0, 1, 2)
 # What makes every claim true; each row's values by seed.

@@ -1,12 +1,11 @@
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fpo.pipeline.report.figure_data import LABELS, Bars, Curve, Tokens, rank_correlations
 from fpo.pipeline.report.figures import (
+    Bars,
     activation_by_rank,
     feature_mse,
     kl_against_mse,
@@ -14,7 +13,8 @@ from fpo.pipeline.report.figures import (
     peak_memory,
     token_bound,
 )
-from fpo.pipeline.report.style import LOOKS, save
+from fpo.pipeline.report.records import Curve, Tokens, rank_correlations
+from fpo.pipeline.report.style import LABELS, LOOKS, save
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -233,35 +233,3 @@ def test_rank_correlation_is_pearsons_of_mean_ranks(pairs):
 def test_rank_correlation_reads_shared_steps_alone():
     found = rank_correlations([curve("dpo", 3), curve("fpo", 1), curve("simpo", 2, (0, 40, 70, 100))])
     assert list(found) == [40, 100]
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: kl_over_training([], NOTE), "one entry a method, found none"),
-        (lambda: kl_over_training([curve("fpo", 1), curve("fpo", 2)], NOTE), "found fpo, fpo"),
-        (lambda: curve("ppo", 1), "found ppo"),
-        (lambda: Curve("fpo", [], [], [], [], [], []), "found none"),
-        (lambda: curve("fpo", float("nan")), "expected finite values, found nan"),
-        (lambda: curve("fpo", 1, (0, 50, 50, 100)), "expected ascending steps"),
-        (lambda: replace(curve("fpo", 1), margin=[1.0]), "expected 6 values, found 1"),
-        (lambda: rank_correlations(curves()[:2]), "expected three methods or more, found 2"),
-        (lambda: rank_correlations([*curves()[:2], curve("fpo", 1, (1, 2))]), "a step that all methods share"),
-        (lambda: kl_against_mse([curve(method, 1) for method in FEW], NOTE), "expected methods that differ"),
-        (lambda: Bars({}, "MB"), "found none"),
-        (lambda: Bars({"fpo": []}, "MB"), "found none"),
-        (lambda: Bars({"fpo": [-1.0]}, "MB"), "found -1.0"),
-        (lambda: feature_mse(MSE[0], MEMORY, NOTE), "same methods and unit"),
-        (lambda: activation_by_rank(np.zeros((0, 5)), 2, NOTE), "found none"),
-        (lambda: activation_by_rank(np.zeros((3, 5)), 2, NOTE), "an active feature"),
-        (lambda: activation_by_rank(descending()[:, ::-1], 2, NOTE), "descend"),
-        (lambda: activation_by_rank(descending(), 65, NOTE), "found k = 65"),
-        (lambda: Tokens("fpo", np.ones(3), np.ones(2), 1.0), "two equal lengths"),
-        (lambda: Tokens("fpo", np.ones(3), -np.ones(3), 1.0), "from 0, found -1.0"),
-        (lambda: token_bound([Tokens("fpo", np.ones(3), np.zeros(3), 1.0)], NOTE), "above 0, found none"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused_in_one_line(build, message):
-    with pytest.raises(ValueError, match=message) as refusal:
-        build()
-    assert "\n" not in str(refusal.value) and "; " in str(refusal.value)

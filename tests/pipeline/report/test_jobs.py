@@ -136,7 +136,7 @@ def test_ctrl_c_stops_all_and_says_how_to_go_on(table, tmp_path):
     os.killpg(table.pid, signal.SIGINT)
     assert table.wait(PATIENCE) == 130
     said = (tmp_path / "said").read_text()
-    assert said.endswith("\nfpo: stopped; finished steps are kept: run the same command again to go on\n")
+    assert said.endswith("fpo: stopped; finished steps are kept: run the same command again to go on\n")
     assert "Traceback" not in said
     when(lambda: not processes_of(table.pid), "the children's end")
 

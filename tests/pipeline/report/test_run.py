@@ -15,10 +15,9 @@ import yaml
 from click.testing import Result
 from fpo.pipeline.config import load_config
 from fpo.pipeline.plain_yaml import write_yaml
-from fpo.pipeline.report import measured
-from fpo.pipeline.report.figure_data import Curve, Tokens
+from fpo.pipeline.report import run as report
 from fpo.pipeline.report.plan import ROWS, Plan, Run, make_plan
-from fpo.pipeline.report.results import COLUMNS, read_record
+from fpo.pipeline.report.records import COLUMNS, Curve, Tokens, read_record
 from fpo.pipeline.world import world as embedded
 from matplotlib.image import imread
 from tiny_profile import COSTS, NAMES, tiny_profile
@@ -244,9 +243,9 @@ def test_figures_of_one_seed_say_which(made, tmp_path):
         if run.train
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measured, "ranked_activations", lambda plan: np.ones((2, 60)))
-        patch.setattr(measured, "bound_tokens", lambda *_: [Tokens("fpo", np.ones(3), np.ones(3), 1.0)])
-        drawn = measured.comparison_figures(three, [replace(run, seed=4) for run in runs], records, curves, tmp_path)
+        patch.setattr(report, "ranked_activations", lambda plan: np.ones((2, 60)))
+        patch.setattr(report, "bound_tokens", lambda *_: [Tokens("fpo", np.ones(3), np.ones(3), 1.0)])
+        drawn = report.comparison_figures(three, [replace(run, seed=4) for run in runs], records, curves, tmp_path)
     of_one = [figure for figure in drawn if "seed 4" in figure.caption]
     assert {figure.caption.split(":")[0] for figure in of_one} == {"Figure 3", "Not in the paper"} and len(of_one) == 3
     for figure in of_one:

@@ -7,8 +7,9 @@ import datasets
 import huggingface_hub
 import pytest
 from fake_hub import serve
+from fpo.stages.data.chat import Example
 from fpo.stages.data.hub_data import PROBE_SECONDS, may_be_hub_id
-from fpo.stages.data.preferences import Example, load_preferences
+from fpo.stages.data.preferences import load_preferences
 from huggingface_hub import constants
 
 SOON = PROBE_SECONDS + 1  # seconds

@@ -8,7 +8,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fpo.stages.data.preferences import Example, Message, Preferences, load_preferences
+from fpo.stages.data.chat import Example, Message
+from fpo.stages.data.preferences import Preferences, load_preferences
 from hypothesis import given
 from hypothesis import strategies as st
 from trl.data_utils import extract_prompt

@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fpo.cache.manifest import IdentityError, Manifest
+from fpo.cache.identity import IdentityError
+from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache, verify
 from fpo.cache.writer import CacheWriter
-from fpo.stages.data.preferences import Limits
+from fpo.stages.data.tokenized import Limits
 from fpo.stages.model.sites import Site
 from fpo.stages.precompute.reference import Reference
 from fpo.stages.precompute.shards import precompute

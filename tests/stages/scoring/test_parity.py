@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from cache_rows import MEANING, NUMERICS
-from fpo.cache.manifest import Noise, ShardReport, SiteMeaning
+from fpo.cache.identity import SiteMeaning
+from fpo.cache.manifest import Noise, ShardReport
 from fpo.cache.reader import Cache, open_cache
 from fpo.cache.schema import CachedPair
 from fpo.cache.writer import CacheWriter

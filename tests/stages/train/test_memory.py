@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fpo.stages.train.align import FPOConfig, FPOTrainer
+from fpo.stages.train.align import FPOTrainer
+from fpo.stages.train.fpo_config import FPOConfig
 from fpo.stages.train.memory import COUNTED_STEPS, PeakMemory, TensorBytes, resident_bytes
 from hypothesis import given
 from hypothesis import strategies as st

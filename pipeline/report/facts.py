@@ -9,8 +9,8 @@ import os
 import platform
 from pathlib import Path
 
-from .report.plan import Plan
-from .world.world import world_folder
+from ..world.world import world_folder
+from .plan import Plan
 
 TOY = (
     "A toy: a made-up language and a Gemma-2 of under a million parameters, trained in minutes. It shows what the "
@@ -26,7 +26,7 @@ def note_of(plan: Plan) -> str:
 
 
 def short_note(plan: Plan) -> str:
-    """Likewise, in a few words, for figures."""
+    """The small print of a figure, in a few words."""
     return "embedded toy world, under 1 M parameters" if is_toy(plan) else f"profile {Path(plan.name).stem}"
 
 
@@ -46,7 +46,7 @@ def facts_of(plan: Plan, command: str) -> dict[str, str]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     facts = {
         "Command": command,
-        "Hardware": f"{_processor()}, {os.cpu_count()} cores, {gpu}; {plan.config.jobs} runs at a time",
+        "Hardware": f"{processor_name()}, {os.cpu_count()} cores, {gpu}; {plan.config.jobs} runs at a time",
         "Versions": f"Python {platform.python_version()}, {versions}",
         "Settings": f"profile {Path(plan.name).name}; seeds {', '.join(map(str, plan.config.seeds))}",
     }
@@ -63,8 +63,8 @@ def facts_of(plan: Plan, command: str) -> dict[str, str]:
     return facts
 
 
-def _processor() -> str:
-    """The processor's name as the system gives it."""
+def processor_name() -> str:
+    """The processor's name as Linux gives it, else as Python does."""
     path = Path("/proc/cpuinfo")
     if path.exists():
         names = [

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from fpo.pipeline.config import RunConfig
 from fpo.pipeline.report.jobs import Step
+from fpo.pipeline.report.page import markdown
 from fpo.pipeline.report.plan import Run
-from fpo.pipeline.report.results import (
+from fpo.pipeline.report.records import (
     COLUMNS,
     Column,
     cells,
-    markdown,
     mean_and_deviation,
     read_record,
     training_cost,

@@ -1,0 +1,257 @@
+"""What finished runs say: records, means over seeds, curves over training, and the files that they are written to.
+
+In: runs of a plan (`plan.py`) and the folders of their steps. Out: one flat record a run, as JSON lines and CSV; cells
+of a table; curves and arrays that the figures are drawn from.
+
+Legend: R responses, K ranks, T tokens.
+"""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ...cache.files import write_atomically
+from ...cache.reader import open_cache
+from ...stages.train.methods import METHODS
+from .jobs import Step
+from .plan import Plan, Run
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        key: of the record.
+        title: its header, with the unit.
+        scale: what the record's value is multiplied by.
+        digits: after the decimal point.
+    """
+
+    key: str
+    title: str
+    scale: float = 1.0
+    digits: int = 3
+
+
+ACCURACY, ENTROPY = Column("accuracy/raw", "accuracy raw, %", 100, 1), Column("diversity/entropy", "H, nats/token")
+COLUMNS = (
+    ACCURACY,
+    Column("accuracy/implicit", "accuracy implicit, %", 100, 1),
+    ENTROPY,
+    Column("length/finished", "answers that end, %", 100, 0),
+    Column("kl/chosen", "KL chosen, nats"),
+    Column("kl/rejected", "KL rejected, nats"),
+    Column("kl/margin", "KL margin, nats"),
+    Column("features/mse_chosen", "feature MSE chosen"),
+    Column("features/mse_rejected", "feature MSE rejected"),
+    Column("features/mse_margin", "feature MSE margin"),
+    Column("train/peak_memory_bytes", "peak memory of tensors, MB", 1e-6, 1),
+    Column("train/tokens_per_second", "tokens/s", 1, 0),
+    Column("train/seconds", "training, s", 1, 1),
+)
+COSTS = tuple(column for column in COLUMNS if column.key.startswith("train/"))
+
+
+def read_record(run: Run, evaluation: Step) -> Record:
+    """One run's settings, metrics and cost.
+
+    Returns:
+        `row`, `label`, `seed`, `method` and settings; each metric's mean under its name, and `… low`, `… high`;
+        `train/…` of the training run. The reference has no training.
+    """
+    record: Record = {"row": run.row, "label": run.label, "seed": run.seed, "method": run.method}
+    if run.train is not None:
+        settings = ("lr", "beta", "alpha", "gamma", "kl_beta", "stop_gradient")
+        config = run.train.config
+        record |= METHODS[config.method].defaults
+        record |= {name: value for name in settings if (value := getattr(config, name)) is not None}
+        record |= training_cost(run.train.out)
+    for name, value in json.loads((evaluation.out / "metrics.json").read_text())["metrics"].items():
+        record[name] = value["mean"]
+        record |= {f"{name} {end}": value[end] for end in ("low", "high") if end in value}
+    return record
+
+
+def training_cost(run: Path) -> Record:
+    """Peak memory, tokens per second and time, as the run itself logged them."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if "train_runtime" in line)
+    return {
+        "train/steps": last["step"],
+        "train/seconds": last["train_runtime"],
+        "train/tokens_per_second": last["train_tokens_per_second"],
+        "train/peak_memory_bytes": last["train_peak_memory_bytes"],
+    }
+
+
+def by_row(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records of each row, in the order of their first appearance."""
+    rows: dict[str, list[Record]] = {}
+    for record in records:
+        rows.setdefault(record["row"], []).append(record)
+    return rows
+
+
+def mean_and_deviation(records: Sequence[Record], key: str) -> tuple[float, float] | None:
+    """Mean and sample standard deviation over seeds (0 for one seed); None where the row does not have it."""
+    values = [record[key] for record in records if record.get(key) is not None]
+    if not values:
+        return None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def cells(records: Sequence[Record], columns: Sequence[Column]) -> list[list[str]]:
+    """The table's body: a label, then `mean ± deviation` a column, or an en dash."""
+    body = []
+    for row in by_row(records).values():
+        line = [row[0]["label"]]
+        for column in columns:
+            found = mean_and_deviation(row, column.key)
+            if found is None:
+                line.append("–")
+                continue
+            mean, deviation = (f"{column.scale * value:z.{column.digits}f}" for value in found)
+            line.append(f"{mean} ± {deviation}" if len(row) > 1 else mean)
+        body.append(line)
+    return body
+
+
+def write_records(records: Sequence[Record], columns: Sequence[Column], folder: Path, name: str) -> None:
+    """Writes `name.jsonl`, a line a run, and `name.csv`, mean and deviation a row."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_atomically(folder / f"{name}.jsonl", lines.encode())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["row", "label", "seeds", *(f"{c.key} {what}" for c in columns for what in ("mean", "sd"))])
+    for row, runs in by_row(records).items():
+        values = [mean_and_deviation(runs, column.key) or ("", "") for column in columns]
+        writer.writerow([row, runs[0]["label"], len(runs), *(number for pair in values for number in pair)])
+    write_atomically(folder / f"{name}.csv", text.getvalue().encode())
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method's distance to the reference on held-out pairs over training; all lists are equally long.
+
+    Attributes:
+        method: the row of the comparison.
+        step: optimiser steps, ascending; step 0 is the reference, where all else is 0.
+        chosen: sequential KL on chosen responses, nats a response.
+        rejected: sequential KL on rejected responses.
+        margin: |rejected - chosen|, nats.
+        mse_chosen: feature MSE D_F on chosen responses, squared activation.
+        mse_rejected: feature MSE on rejected responses.
+    """
+
+    method: str
+    step: list[int]
+    chosen: list[float]
+    rejected: list[float]
+    margin: list[float]
+    mse_chosen: list[float]
+    mse_rejected: list[float]
+
+    @property
+    def kl(self) -> dict[int, float]:
+        """Step to the mean KL of chosen and rejected."""
+        return {step: (a + b) / 2 for step, a, b in zip(self.step, self.chosen, self.rejected, strict=True)}
+
+    @property
+    def mse(self) -> dict[int, float]:
+        """Step to the mean feature MSE of chosen and rejected."""
+        return {step: (a + b) / 2 for step, a, b in zip(self.step, self.mse_chosen, self.mse_rejected, strict=True)}
+
+
+def curves_of(snapshots: Mapping[Run, Mapping[int, Step]]) -> list[Curve]:
+    """KL and feature MSE over training, from the evaluation of each snapshot by step."""
+    curves = []
+    for run, evaluations in snapshots.items():
+        points = {0: {"kl/chosen": 0.0, "kl/rejected": 0.0, "features/mse_chosen": 0.0, "features/mse_rejected": 0.0}}
+        points |= {step: read_record(run, evaluation) for step, evaluation in sorted(evaluations.items())}
+        at = {key: [float(point[key]) for point in points.values()] for key in points[0]}
+        margin = [abs(a - b) for a, b in zip(at["kl/rejected"], at["kl/chosen"], strict=True)]
+        kl = (at["kl/chosen"], at["kl/rejected"], margin)
+        curves.append(Curve(run.row, list(points), *kl, at["features/mse_chosen"], at["features/mse_rejected"]))
+    return curves
+
+
+def rank_correlations(curves: Sequence[Curve]) -> dict[int, float]:
+    """Spearman's rank correlation of KL and feature MSE across methods, at each step that all of them share.
+
+    Across methods at equal step: pooled over time both grow, and correlate whatever the method. SFT is left out: as the
+    reference it is last in both, which is agreement by construction.
+
+    Returns:
+        Step to correlation (scipy.stats.spearmanr; ties take their mean rank). A step at which all methods have the
+        same KL or the same MSE has no ranks, so no entry: step 0 always.
+    """
+    from scipy.stats import spearmanr
+
+    found = {}
+    for step in sorted(set.intersection(*(set(curve.step) for curve in curves))):
+        kl, mse = [curve.kl[step] for curve in curves], [curve.mse[step] for curve in curves]
+        if len(set(kl)) > 1 and len(set(mse)) > 1:
+            found[step] = float(spearmanr(kl, mse).statistic)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """One method's KL and feature change per token, for Appendix B's bound `KL <= (M²/2) ‖Δc‖²`.
+
+    Attributes:
+        method: the row of the comparison.
+        kl_T: float, forward KL to the reference, nats; rounding may leave it a little below 0.
+        feature_sq_T: float, ‖Δc‖² over all features of the last layer, squared activation.
+        spectral_norm: M = ‖W_out^T W_dec^T‖₂, logits per activation.
+    """
+
+    method: str
+    kl_T: NDArray[np.float64]
+    feature_sq_T: NDArray[np.float64]
+    spectral_norm: float
+
+    @property
+    def bound_T(self) -> NDArray[np.float64]:
+        """(M²/2) ‖Δc‖², float64, nats."""
+        return 0.5 * self.spectral_norm**2 * np.asarray(self.feature_sq_T, np.float64)
+
+    @property
+    def share_violated(self) -> float:
+        """Share of tokens whose KL is above the bound."""
+        return float(np.mean(np.asarray(self.kl_T, np.float64) > self.bound_T))
+
+
+def bound_tokens(plan: Plan, runs: Sequence[Run], records: Sequence[Record], rows: Sequence[str]) -> list[Tokens]:
+    """KL and feature change of held-out tokens after training, of these rows under the first seed."""
+    found = []
+    for run, record in zip(runs, records, strict=True):
+        if run.row in rows and run.seed == plan.config.seeds[0]:
+            table = pq.read_table(plan.evaluation(run).out / "tokens.parquet")
+            squares = table["feature_sq"].to_numpy()
+            found.append(Tokens(run.row, table["kl"].to_numpy(), squares, record["bound/spectral_norm"]))
+    return found
+
+
+def ranked_activations(plan: Plan) -> NDArray[np.float64]:
+    """Pooled activations of held-out responses at the constraint's site, [R, K] descending, 0 where there is none."""
+    (site, *_) = plan.evaluation(Run("sft", "SFT", plan.config.seeds[0], None)).config.site
+    cache = open_cache(plan.heldout_cache.out, sites=[site], trust_hashes=True)
+    responses = [side for i in range(len(cache)) for side in (cache[i].chosen, cache[i].rejected)]
+    rows = [np.sort(side.features[0].values)[::-1] for side in responses]
+    ranked_RK = np.zeros((len(rows), max(len(row) for row in rows)))
+    for target, row in zip(ranked_RK, rows, strict=True):
+        target[: len(row)] = row
+    return ranked_RK
