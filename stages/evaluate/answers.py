@@ -176,10 +176,8 @@ def answer_questions(
 ) -> list[list[str]]:
     """Answers every turn of every question; the conversation of a later turn holds the answers to the earlier ones.
 
-    Args:
-        questions: the questions.
-        respond: answers conversations, each of which ends with the user, at a temperature for each.
-        temperature: of every answer; None takes each question's own.
+    `respond` answers conversations, each of which ends with the user, at a temperature for each. `temperature` is that
+    of every answer; without it, each question has its own.
 
     Returns:
         The answers to each question, one a turn.
@@ -222,12 +220,12 @@ def write_benchmark_answers(
 
     Args:
         model: the causal LM.
-        chat: its tokenizer and chat template.
-        questions: of one benchmark.
+        chat: the model's tokenizer and chat template.
+        questions: all of one benchmark.
         out_file: where the answers go, in a folder that exists.
         model_name: what the judge calls the model.
         sampling: how tokens are drawn; its temperature is not read.
-        temperature: of every answer; None takes each question's own.
+        temperature: of every answer; None is each question's own.
         on_batch: as in `generate`.
 
     Raises:
@@ -269,7 +267,7 @@ def _check_question(question: Question, model: PreTrainedModel, chat: ChatFormat
 
 
 def _text(ids: Int32, chat: ChatFormat) -> str:
-    """The answer as text, up to its closing token; a model may also end by EOS where its template has another one."""
+    """The answer as text, up to its closing token or EOS, with which a model may end whatever its template has."""
     closing = (chat.end_id, chat.tokenizer.eos_token_id)
     kept = list(itertools.takewhile(lambda token: token not in closing, ids.tolist()))
     text = chat.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)

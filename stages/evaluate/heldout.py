@@ -132,10 +132,10 @@ def measure_policy(
             row = batch.to(device)
             order += [start + index for index in row.packed.pairs]
             measured = _measure_row(policy, row, saes, recipe, top_k, reference)
-            if bad := [name for name, column in measured.items() if not np.isfinite(column).all()]:
-                raise not_finite(
-                    dict.fromkeys(row.names, f"its row has values that are not finite in {', '.join(bad)}")
-                )
+            bad = [name for name, column in measured.items() if not np.isfinite(column).all()]
+            if bad:
+                what = f"its row has values that are not finite in {', '.join(bad)}"
+                raise not_finite(dict.fromkeys(row.names, what))
             for name, column in measured.items():
                 parts[name].append(column)
             if on_pairs:
