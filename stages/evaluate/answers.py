@@ -12,7 +12,6 @@ the answers, so a second run differs from the first in its time stamps alone.
 
 import itertools
 import json
-import reprlib
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -21,12 +20,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, Field
 from pydantic_core import PydanticCustomError
 from transformers import PreTrainedModel
 
 from ...cache.errors import UserError
-from ...cache.files import canonical_json, write_atomically
+from ...cache.files import canonical_json, decode, parse_json, write_atomically
 from ...cache.schema import Int32
 from ..data.chat import ChatFormat, Message, Turns
 from ..model.models import check_tokens
@@ -143,49 +142,33 @@ def read_questions(path: Path, benchmark: Benchmark) -> list[Question]:
     if not path.is_file():
         raise UserError(f"questions: expected a file, found none at {path}")
     hint = f"give the questions of {benchmark} as they are published"
-    content = path.read_bytes()
-    if benchmark == "alpaca-eval":
-        questions = [row.question() for row in _parse(list[_AlpacaEval], content, str(path), hint)]
-    else:
-        lines = [(f"{path}, line {i}", line) for i, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
-        kind: Any = _MTBench
-        if benchmark == "arena-hard" and lines:
-            first = _parse(dict[str, Any], lines[0][1], lines[0][0], hint)
-            kind = _ArenaHardV2 if "uid" in first else _ArenaHardV01
-        questions, ids = [], set()
-        for where, line in lines:
-            question = _parse(kind, line, where, hint).question()
-            if question.id in ids:
-                raise UserError(f"{where}: expected an id of its own, found {question.id!r} again; {hint}")
-            ids.add(question.id)
-            questions.append(question)
-    if not questions:
-        raise UserError(f"{path}: expected at least one question, found none; {hint}")
-    return questions
-
-
-def _parse(kind: Any, text: bytes, where: str, hint: str) -> Any:
-    """`kind` from JSON.
-
-    Raises:
-        UserError: the text is not JSON, or a field is missing or of another type; names the first fault.
-    """
+    where, rows = str(path), []
     try:
-        return TypeAdapter(kind).validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place, expected, found = list(first["loc"]), first["msg"], reprlib.repr(first["input"])
-        if place and isinstance(place[0], int):
-            where += f", entry {int(place.pop(0)) + 1}"
-        field = ".".join(map(str, place))
-        if first["type"] == "json_invalid":
-            expected, found = "expected JSON", f"none ({first['ctx']['error']})"
-        elif first["type"] == "missing":
-            field, expected, found = "", f"expected the field {field}", "none"
-        elif first["type"] in ("model_type", "dict_type"):
-            expected = "expected an object"
-        expected = expected.replace("Input should be", "expected")
-        raise UserError(f"{where}: {f'{field}: ' if field else ''}{expected}, found {found}; {hint}") from error
+        if benchmark == "alpaca-eval":
+            entries = enumerate(decode(list[Any], parse_json(path.read_bytes()), "its JSON"), start=1)
+            rows = [(f"{path}, entry {number}", entry) for number, entry in entries]
+        else:
+            for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+                where = f"{path}, line {number}"
+                if line.strip():
+                    rows.append((where, parse_json(line)))
+    except ValueError as error:
+        raise UserError(f"{where}: expected JSON of questions, found none ({error}); {hint}") from error
+    if not rows:
+        raise UserError(f"{path}: expected at least one question, found none; {hint}")
+    kind: Any = {"alpaca-eval": _AlpacaEval, "arena-hard": _ArenaHardV01, "mt-bench": _MTBench}[benchmark]
+    if benchmark == "arena-hard" and isinstance(rows[0][1], dict) and "uid" in rows[0][1]:
+        kind = _ArenaHardV2
+    questions: list[Question] = []
+    for where, row in rows:
+        try:
+            question = decode(kind, row, where).question()
+        except ValueError as error:
+            raise UserError(f"{error}; {hint}") from error
+        if question.id is not None and question.id in [known.id for known in questions]:
+            raise UserError(f"{where}: expected an id of its own, found {question.id!r} again; {hint}")
+        questions.append(question)
+    return questions
 
 
 def answer_questions(
@@ -193,10 +176,8 @@ def answer_questions(
 ) -> list[list[str]]:
     """Answers every turn of every question; the conversation of a later turn holds the answers to the earlier ones.
 
-    Args:
-        questions: the questions.
-        respond: answers conversations, each of which ends with the user, at a temperature for each.
-        temperature: of every answer; None takes each question's own.
+    `respond` answers conversations, each of which ends with the user, at a temperature for each. `temperature` is that
+    of every answer; without it, each question has its own.
 
     Returns:
         The answers to each question, one a turn.
@@ -239,12 +220,12 @@ def write_benchmark_answers(
 
     Args:
         model: the causal LM.
-        chat: its tokenizer and chat template.
-        questions: of one benchmark.
+        chat: the model's tokenizer and chat template.
+        questions: all of one benchmark.
         out_file: where the answers go, in a folder that exists.
         model_name: what the judge calls the model.
         sampling: how tokens are drawn; its temperature is not read.
-        temperature: of every answer; None takes each question's own.
+        temperature: of every answer; None is each question's own.
         on_batch: as in `generate`.
 
     Raises:
@@ -286,7 +267,7 @@ def _check_question(question: Question, model: PreTrainedModel, chat: ChatFormat
 
 
 def _text(ids: Int32, chat: ChatFormat) -> str:
-    """The answer as text, up to its closing token; a model may also end by EOS where its template has another one."""
+    """The answer as text, up to its closing token or EOS, with which a model may end whatever its template has."""
     closing = (chat.end_id, chat.tokenizer.eos_token_id)
     kept = list(itertools.takewhile(lambda token: token not in closing, ids.tolist()))
     text = chat.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)

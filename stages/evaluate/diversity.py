@@ -77,7 +77,7 @@ def sample_answers(
 
     Args:
         policy: the causal LM.
-        prompts: token ids, each ending with what opens the answer.
+        prompts: int32, token ids, each ending with what opens the answer.
         samples: answers a prompt.
         sampling: how tokens are drawn.
         end_id: the token that closes an answer.

@@ -88,15 +88,10 @@ def token_bound(
     *,
     token_budget: int,
 ) -> TokenBound:
-    """Measures both sides of the bound on pairs.
+    """Measures both sides of the bound at every response token of the pairs.
 
-    Args:
-        policy: the causal LM.
-        reference: the reference; its head is W_U, so that M is the same for all policies.
-        pairs: the pairs.
-        sae: its features c are compared, all of them, in its own dtype.
-        recipe: the compute recipe of both models.
-        token_budget: tokens of a packed row.
+    All features of the SAE are compared, in its own dtype. W_U is the reference's head, so M is the same for all
+    policies. `token_budget` is in tokens of a packed row.
     """
     device = next(policy.parameters()).device
     found: dict[int, tuple[Tensor, Tensor]] = {}
