@@ -15,7 +15,7 @@ from fpo.cache.reader import Cache, open_cache
 from fpo.pipeline.cli import app
 from fpo.stages.data.chat import ChatFormat
 from fpo.stages.data.preferences import Preferences, load_preferences
-from fpo.stages.data.tokenized import Limits
+from fpo.stages.data.tokenize import Limits
 from fpo.stages.model.models import find_model, load_model, load_tokenizer
 from fpo.stages.model.sites import Site, SiteSAE, load_sae
 from fpo.stages.precompute.reference import Reference

@@ -15,7 +15,7 @@ from ...cache.manifest import Manifest
 from ...cache.remote import fetch
 from ...stages.data.chat import ChatFormat, load_template
 from ...stages.data.preferences import Preferences, load_preferences
-from ...stages.data.tokenized import Limits
+from ...stages.data.tokenize import Limits
 from ...stages.model.adapters import AdapterSource, find_policy
 from ...stages.model.models import ModelSource, default_device, find_model, load_tokenizer, tokenizer_sha256
 from ...stages.model.sites import SiteSAE, load_sae, parse_site

@@ -12,7 +12,7 @@ from typing import Any
 from ...cache.files import Place
 from ...cache.manifest import Manifest
 from ...stages.data.preferences import Preferences
-from ...stages.data.tokenized import Limits
+from ...stages.data.tokenize import Limits
 from ...stages.model.models import attentions_to_try, check_vocabulary, load_model
 from ...stages.model.sae_quality import check_fit, first_pairs, fit_on_pairs
 from ...stages.model.sites import check_fits

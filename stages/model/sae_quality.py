@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...cache.schema import Pair
 from ..data.chat import ChatFormat
 from ..data.preferences import Preferences
-from ..data.tokenized import Limits, tokenize_pair
+from ..data.tokenize import Limits, tokenize_pair
 from ..scoring.features import CHUNK_ENTRIES
 from ..scoring.forward import causal_lm, row_layout, run_body
 from ..scoring.packing import pack

@@ -18,7 +18,7 @@ from typing import Any
 from ...cache.manifest import Manifest, ShardReport
 from ...cache.remote import open_writer
 from ..data.preferences import Preferences
-from ..data.tokenized import Limits, tokenize_pair
+from ..data.tokenize import Limits, tokenize_pair
 from ..model.frozen import freeze
 from ..model.models import check_tokens
 from ..scoring.measure import measure_pairs
