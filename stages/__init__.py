@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .model.models import find_model, load_model, load_tokenizer
-    from .model.sites import load_sae
+    from .model.sae import load_sae
     from .train.align import FPOTrainer
     from .train.fpo_config import FPOConfig
 
@@ -20,7 +20,7 @@ _HOMES = {
     "FPOTrainer": ".train.align",
     "find_model": ".model.models",
     "load_model": ".model.models",
-    "load_sae": ".model.sites",
+    "load_sae": ".model.sae",
     "load_tokenizer": ".model.models",
 }
 

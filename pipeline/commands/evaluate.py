@@ -37,7 +37,7 @@ from ...stages.model.models import (
     load_model,
     load_tokenizer,
 )
-from ...stages.model.sites import SiteSAE, check_fits
+from ...stages.model.sae import SiteSAE, check_fits
 from ...stages.model.supported import load_supported
 from ...stages.scoring.parity import check_cache
 from ...stages.train.methods import METHODS

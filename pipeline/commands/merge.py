@@ -7,8 +7,8 @@ tokenizer, chat template and model card.
 from pathlib import Path
 
 from ...stages.model.adapters import AdapterSource, load_adapter, merged
-from ...stages.model.model_card import card_of_merged
 from ...stages.model.models import load_tokenizer
+from ...stages.train.model_card import card_of_merged
 from ...stages.train.saving import copy_processor, move_model, saving
 from ..progress import console
 from .inputs import check_new, policy_of

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..scoring.forward import causal_lm
 from .anatomy import decoder_layers
-from .body import are_cast, are_compiled, cast_weights, compile_layers
+from .compile import are_cast, are_compiled, cast_weights, compile_layers
 from .models import Recipe
-from .sites import Site
+from .sae import Site
 from .supported import check_model
 
 

@@ -23,7 +23,7 @@ from ...cache.locks import locked
 from ..scoring.attention import PACKED
 from ..scoring.flex import FLEX
 from ..train.reading import reading
-from .gguf_metadata import check_tensors, settle_config
+from .gguf import check_tensors, settle_config
 from .model_folder import check_model_folder
 from .randomness import silence_config, silence_modules
 

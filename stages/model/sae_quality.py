@@ -22,7 +22,7 @@ from ..scoring.features import CHUNK_ENTRIES
 from ..scoring.forward import causal_lm, row_layout, run_body
 from ..scoring.packing import pack
 from .models import Recipe, autocast
-from .sites import SiteSAE
+from .sae import SiteSAE
 
 # Stage one looks at so many prediction positions before it starts: enough to tell a dead SAE from a sparse one.
 POSITIONS = 1024

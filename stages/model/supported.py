@@ -23,7 +23,7 @@ from ..scoring.forward import causal_lm, row_layout, run_body, run_head
 from ..scoring.packing import PackedRow, pack
 from .anatomy import anatomy, decoder_layers, probe_ids, quiet
 from .rotary import forget_lengths, frequencies_of, of_same_frequencies, unknown_scaling
-from .sites import Site, capture_sites
+from .sae import Site, capture_sites
 
 # What rounding explains in fp32: nats of a token's log-probability, and the part of a position's activations (their
 # norm) that may differ. What architectures get wrong is a hundred times as much.

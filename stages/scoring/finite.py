@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...cache.schema import SIDES
-from ..model.sites import SiteSAE
+from ..model.sae import SiteSAE
 from .packing import PackedRow
 
 if TYPE_CHECKING:

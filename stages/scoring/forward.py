@@ -20,7 +20,7 @@ from ...cache.schema import CachedPair, Pair, ReferenceResponse
 from ..model.anatomy import anatomy
 from ..model.models import Recipe, autocast
 from ..model.rotary import forget_lengths, of_same_frequencies
-from ..model.sites import Site, SiteSAE, capture_sites
+from ..model.sae import Site, SiteSAE, capture_sites
 from .attention import PACKED, sequences_of
 from .features import CachedFeatures, FeatureDrift, LargestFeatures, feature_drift, pooled_features, select_largest
 from .finite import all_finite, find_faults, not_finite

@@ -20,7 +20,7 @@ from ...cache.reader import Cache
 from ..model.anatomy import decoder_layers
 from ..model.frozen import freeze
 from ..model.models import attentions_to_try, check_tokens, find_model, load_model, load_tokenizer, tokenizer_sha256
-from ..model.sites import SiteSAE
+from ..model.sae import SiteSAE
 from ..model.supported import load_supported
 from ..scoring.batches import RowBatch, RowCollator
 from ..scoring.finite import find_faults

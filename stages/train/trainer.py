@@ -21,16 +21,16 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback
 
 from ..model.anatomy import decoder_layers
-from ..model.body import CheckpointEvery, compile_layers
-from ..model.model_card import is_adapter, model_card, training_facts
+from ..model.compile import CheckpointEvery, compile_layers
 from ..model.randomness import check_repeats, policy_mode
-from ..model.sites import Site
+from ..model.sae import Site
 from ..model.supported import check_model
 from ..precompute.shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
 from ..scoring.finite import check_weights, not_finite
 from ..scoring.forward import RowScores, attach_scoring, causal_lm
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
+from .model_card import is_adapter, model_card, training_facts
 from .reading import reading
 from .rehearsal import rehearse
 from .resuming import ResumingTrainer

@@ -11,7 +11,7 @@ from fpo.pipeline.commands import precompute as run_precompute
 from fpo.pipeline.commands import train_sae as run_train_sae
 from fpo.pipeline.config import load_config
 from fpo.pipeline.errors import user_errors
-from fpo.stages.model.sites import load_sae
+from fpo.stages.model.sae import load_sae
 from tiny_world import SITES, files, fpo, ran, rows, to_arguments, write_rows
 from typer.testing import CliRunner
 

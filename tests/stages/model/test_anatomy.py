@@ -6,7 +6,7 @@ import pytest
 import torch
 from fpo.stages.evaluate.token_bound import token_bound
 from fpo.stages.model.anatomy import anatomy, decoder_layers
-from fpo.stages.model.sites import Site, capture_sites
+from fpo.stages.model.sae import Site, capture_sites
 from fpo.stages.model.supported import check_model
 from fpo.stages.scoring.forward import live_reference, measure_pairs, score_row
 from fpo.stages.scoring.packing import pack

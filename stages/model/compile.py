@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from ..scoring import flex
 from .models import Recipe
-from .sites import Site
+from .sae import Site
 
 
 def compile_layers(layers: Iterable[nn.Module], sites: Sequence[Site] = ()) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fpo.stages.model.sites import Site, capture_sites, check_fits, load_sae, parse_site
+from fpo.stages.model.sae import Site, capture_sites, check_fits, load_sae, parse_site
 from safetensors.torch import load_file, save_file
 from tiny import randomize, save_tiny_sae, tiny_gemma2, tiny_llama, tiny_sae
 from torch import Tensor
