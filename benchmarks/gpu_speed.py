@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from fpo.cache.schema import Pair
-from fpo.stages.model.frozen import freeze
+from fpo.stages.model.compile import freeze
 from fpo.stages.model.sae import SiteSAE
 from fpo.stages.scoring.flex import FLEX
 from fpo.stages.scoring.forward import measure_pairs

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ...cache.files import canonical_json, sha256_file, sha256_text
-from ..model.models import tokenizer_sha256
+from ..model.tokenizer import tokenizer_sha256
 from ..scoring.packing import Conversation
 from . import boundary, cutting, rendering, shapes
 from . import chat as chat_file

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ...cache.files import canonical_json, decode, parse_json, write_atomically
 from ..data.chat import ChatFormat, Message, Turns
-from ..model.models import check_tokens
+from ..model.tokenizer import check_tokens
 from .generate import Int32, Sampling, context_length, generate
 
 Benchmark = Literal["alpaca-eval", "arena-hard", "mt-bench"]

@@ -1,9 +1,11 @@
-"""What a GGUF file says of its model, carried over to the configuration that transformers makes of it.
+"""What a GGUF file says about its model, carried over to transformers' configuration.
 
-In: a GGUF file and that configuration. Out: the configuration with every number that the file states or implies, or one
-line that says which part of the file is not known here. transformers reads some keys of an architecture and takes its
-own defaults for the rest, in silence; here every key under the architecture's name is carried over, is known to change
-nothing, or is refused. What a key means, and what its absence means, is llama.cpp's rule (src/llama-model.cpp).
+In: a GGUF file and the configuration that transformers makes of it. Out: the configuration with every number that the
+file states or implies. transformers reads some keys of an architecture and silently takes defaults for the rest; here
+every key under the architecture's name is carried over, is known to change nothing, or is refused by name. What a key
+means, and what its absence means, follows llama.cpp (src/llama-model.cpp).
+
+Shapes: F rotary frequencies of a head, half of its rotated size.
 """
 
 import functools
@@ -15,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from ...cache.errors import UserError
 from ..train.reading import reading
-from .gguf_rope import FACTOR_TENSORS, ROPE_KEYS, rope_parameters
 
-# By GGUF key, the attribute of the configuration that is the same number.
+# By GGUF key, the configuration's attribute that holds the same number.
 SHAPE = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
@@ -35,7 +37,7 @@ EXPERTS = {
     "expert_feed_forward_length": "moe_intermediate_size",
 }
 WINDOW = {"attention.sliding_window": "sliding_window"}
-CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+CAPS = {name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")}
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,13 @@ class Architecture:
 
     Attributes:
         names: by GGUF key, the attribute of the configuration.
-        rotary: positions are rotations.
-        partial: the rotation may leave out a part of a head.
-        biases: by tensor, the attribute that says that layers have it.
-        period: every so manieth layer attends to all tokens, the others within the window; 0 if all are alike.
-        deepest: number of layers of the one model whose queries are scaled by hidden size over heads; 0 if the
-            configuration has no scale of queries.
-        absent: attributes that are so where the file does not say otherwise.
+        rotary: whether positions are rotations.
+        partial: whether the rotation may cover only a part of a head.
+        biases: by tensor, the attribute that says whether layers have it.
+        period: one layer in `period` attends to all tokens, the others to the window; 0 if all layers are alike.
+        deepest: layers of the one model that scales queries by hidden size over heads; 0 if the configuration has no
+            scale of queries.
+        absent: attributes that hold where the file does not say otherwise.
     """
 
     names: Mapping[str, str]
@@ -62,9 +64,12 @@ class Architecture:
     absent: tuple[tuple[str, Any], ...] = ()
 
 
-LLAMA_BIASES = (("blk.0.attn_q.bias", "attention_bias"), ("blk.0.ffn_up.bias", "mlp_bias"))
 ARCHITECTURES = {
-    "llama": Architecture(SHAPE | RMS_NORM, biases=LLAMA_BIASES, absent=(("sliding_window", None),)),
+    "llama": Architecture(
+        SHAPE | RMS_NORM,
+        biases=(("blk.0.attn_q.bias", "attention_bias"), ("blk.0.ffn_up.bias", "mlp_bias")),
+        absent=(("sliding_window", None),),
+    ),
     "qwen2": Architecture(SHAPE | RMS_NORM),
     "qwen2moe": Architecture(
         SHAPE | RMS_NORM | EXPERTS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
@@ -83,36 +88,37 @@ ARCHITECTURES = {
         rotary=False,
     ),
 }
-# Carried over below, each in a way of its own.
+# Carried over by rules of their own, below.
 DERIVED = {"attention.key_length", "attention.value_length", "attention.scale", "attention.sliding_window_pattern"}
-# Says nothing of what is computed: of StableLM's layers it is the tensors that say whether they run side by side.
+ROPE = {
+    *("rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scale_linear", "rope.scaling.type"),
+    *("rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor"),
+    *("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_log_multiplier"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+}
+# Changes nothing that is computed: whether StableLM's layers run side by side is read from its tensors.
 IRRELEVANT = {"tensor_data_layout", "rope.scaling.finetuned", "use_parallel_residual"}
 # Changes nothing where it has this value.
 NEUTRAL: dict[str, Any] = {
-    "expert_count": 0,
-    "expert_used_count": 0,
-    "expert_weights_scale": 1.0,
-    "logit_scale": 1.0,
-    "residual_scale": 1.0,
-    "embedding_scale": 1.0,
+    **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale", "expert_weights_scale"), 1.0),
+    **dict.fromkeys(("expert_count", "expert_used_count", "attention.max_alibi_bias", "attention.clamp_kqv"), 0),
+    **dict.fromkeys(CAPS, 0.0),
     "attention.causal": True,
-    "attention.max_alibi_bias": 0.0,
-    "attention.clamp_kqv": 0.0,
-    "attn_logit_softcapping": 0.0,
-    "final_logit_softcapping": 0.0,
 }
 REQUIRED = {"context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count"}
+# Tensors of frequency factors.
+LLAMA3, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """The part of a GGUF file that is no weight.
+    """A GGUF file without its weights.
 
     Attributes:
         architecture: llama.cpp's name.
-        metadata: what stands under it, without the name and its dot.
+        metadata: the keys under that name, without it.
         tensors: names of all tensors.
-        factors: by name, the tensors that are factors of rotary frequencies, float64.
+        factors: by name, the tensors [F] of rotary frequency factors, float64.
     """
 
     architecture: str
@@ -125,14 +131,13 @@ def read_header(path: Path) -> GGUFHeader:
     """Reads the header of a GGUF file.
 
     Raises:
-        ValueError: it cannot be read.
+        UserError: it cannot be read.
     """
-    stat = path.stat()
-    return _read_header(path, stat.st_size, stat.st_mtime_ns)
+    return _read_header(path, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)
-def _read_header(path: Path, size: int, mtime: int) -> GGUFHeader:
+def _read_header(path: Path, mtime: int) -> GGUFHeader:
     from gguf import GGUFReader, dequantize
 
     with reading(f"model {path}: gguf cannot read it"):
@@ -143,15 +148,15 @@ def _read_header(path: Path, size: int, mtime: int) -> GGUFHeader:
             key.removeprefix(prefix): field.contents() for key, field in reader.fields.items() if key.startswith(prefix)
         }
         factors = {
-            tensor.name: dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+            tensor.name: dequantize(tensor.data, tensor.tensor_type).astype(np.float64).ravel()
             for tensor in reader.tensors
-            if tensor.name in FACTOR_TENSORS
+            if tensor.name in (LLAMA3, LONG, SHORT)
         }
         return GGUFHeader(architecture, metadata, frozenset(tensor.name for tensor in reader.tensors), factors)
 
 
 def settle_config(config: Any, path: Path, name: str) -> None:
-    """Gives a configuration every number that its file states or implies.
+    """Sets every attribute of a configuration that its file states or implies.
 
     Args:
         config: what transformers made of the file; changed in place.
@@ -159,130 +164,175 @@ def settle_config(config: Any, path: Path, name: str) -> None:
         name: what the user calls the model.
 
     Raises:
-        ValueError: the architecture, or a key that may change what is computed, is not known here; names it.
+        UserError: the architecture, or a key that may change what is computed, is not known here; names it.
     """
     header = read_header(path)
-    rule = ARCHITECTURES.get(header.architecture)
-    if rule is None:
-        raise ValueError(
-            f"model {name}: expected a GGUF file of {', '.join(sorted(ARCHITECTURES))}, found {header.architecture!r}, "
-            "whose metadata is not known here; give the model as safetensors"
-        )
-    _check_keys(header, rule, name)
     try:
-        wanted = _wanted(header, rule)
+        if (rule := ARCHITECTURES.get(header.architecture)) is None:
+            known = ", ".join(sorted(ARCHITECTURES))
+            raise UserError(f"expected a GGUF file of {known}, found {header.architecture!r}, which is not known here")
+        _check_keys(header, rule)
+        wanted = _attributes(header, rule)
         if rule.rotary:
-            main = rope_parameters(header.metadata, header.factors, wanted["head_dim"], partial=rule.partial)
-            wanted |= _rope_by_layer(config, header.metadata, main)
-    except ValueError as error:
-        raise ValueError(f"model {name}: {error}; give the model as safetensors") from error
+            wanted |= _rope_attributes(config, header.metadata, _rope(header, wanted["head_dim"], rule.partial))
+    except UserError as error:
+        raise UserError(f"model {name}: {error}; give the model as safetensors") from error
+    implied = {"head_dim": config.hidden_size // config.num_attention_heads, "n_inner": 4 * config.hidden_size}
     for attribute, value in wanted.items():
-        if not _same(_current(config, attribute), value):
+        stated = getattr(config, attribute, None)
+        if not _same(implied.get(attribute) if stated is None else stated, value):
             setattr(config, attribute, value)
 
 
-def _check_keys(header: GGUFHeader, rule: Architecture, name: str) -> None:
-    metadata = header.metadata
-    known = set(rule.names) | DERIVED | IRRELEVANT | (ROPE_KEYS if rule.rotary else set())
+def _check_keys(header: GGUFHeader, rule: Architecture) -> None:
+    metadata, architecture = header.metadata, header.architecture
+    known = set(rule.names) | DERIVED | IRRELEVANT | (ROPE if rule.rotary else set())
     unknown = sorted(key for key, value in metadata.items() if key not in known and not _same(NEUTRAL.get(key), value))
     if unknown:
-        found = ", ".join(f"{header.architecture}.{key} = {metadata[key]!r:.40}" for key in unknown)
-        raise ValueError(
-            f"model {name}: expected metadata whose meaning is known for {header.architecture}, found {found}; "
-            "give the model as safetensors"
-        )
+        found = ", ".join(f"{architecture}.{key} = {metadata[key]!r:.40}" for key in unknown)
+        raise UserError(f"expected metadata whose meaning is known for {architecture}, found {found}")
     epsilon = {key for key in rule.names if key.endswith("epsilon")}
     if missing := sorted((REQUIRED | epsilon) - set(metadata)):
-        raise ValueError(
-            f"model {name}: expected {', '.join(f'{header.architecture}.{key}' for key in missing)} in the file's "
-            "metadata, found none; give another copy"
-        )
+        raise UserError(f"expected {', '.join(f'{architecture}.{key}' for key in missing)} in the metadata, found none")
 
 
-def _wanted(header: GGUFHeader, rule: Architecture) -> dict[str, Any]:
-    """By attribute of the configuration, what the file says of it.
-
-    Raises:
-        ValueError: no configuration can say that.
-    """
+def _attributes(header: GGUFHeader, rule: Architecture) -> dict[str, Any]:
+    """What the file says of each attribute of the configuration, rotary parameters apart."""
     metadata = header.metadata
-    wanted = dict(rule.absent)
-    wanted |= {name: metadata[key] for key, name in rule.names.items() if key in metadata}
-    wanted |= {name: wanted[name] or None for name in CAPS if name in wanted}  # 0 is none
-    heads = metadata["attention.head_count"]
+    wanted = dict(rule.absent) | {name: metadata[key] for key, name in rule.names.items() if key in metadata}
+    wanted |= {name: wanted[name] or None for name in CAPS if name in wanted}  # 0 means none
+    wanted |= {name: tensor in header.tensors for tensor, name in rule.biases}
+    heads, layers = metadata["attention.head_count"], metadata["block_count"]
     if "attention.head_count_kv" in rule.names:
         wanted.setdefault("num_key_value_heads", heads)
-    head_dim = metadata.get("attention.key_length", metadata["embedding_length"] // heads)
+    wanted["head_dim"] = head_dim = metadata.get("attention.key_length", metadata["embedding_length"] // heads)
     if (values := metadata.get("attention.value_length", head_dim)) != head_dim:
-        raise ValueError(f"expected keys and values of one length, found {head_dim} and {values}")
-    wanted["head_dim"] = head_dim
-    wanted |= {name: tensor in header.tensors for tensor, name in rule.biases}
-    layers = metadata["block_count"]
+        raise UserError(f"expected keys and values of one length, found {head_dim} and {values}")
+    scale = metadata.get("attention.scale")
     if rule.deepest:
-        default = metadata["embedding_length"] // heads if layers == rule.deepest else head_dim
-        scale = metadata.get("attention.scale")
-        wanted["query_pre_attn_scalar"] = default if not scale else _whole(1 / scale**2)
-    elif not _same(metadata.get("attention.scale", head_dim**-0.5), head_dim**-0.5):
-        raise ValueError(f"expected {header.architecture}.attention.scale of 1/√{head_dim}, found another")
+        scalar = metadata["embedding_length"] // heads if layers == rule.deepest else head_dim
+        if scale and not _same(scalar := round(1 / scale**2), 1 / scale**2):
+            scalar = 1 / scale**2
+        wanted["query_pre_attn_scalar"] = scalar
+    elif scale is not None and not _same(scale, head_dim**-0.5):
+        raise UserError(f"expected {header.architecture}.attention.scale of 1/√{head_dim}, found {scale:g}")
     pattern = metadata.get("attention.sliding_window_pattern", rule.period)
     if rule.period:
-        period = pattern or layers + 1  # none attends to all
+        period = pattern or layers + 1  # 0: no layer attends to all tokens
         sliding = pattern if isinstance(pattern, list) else [i % period != period - 1 for i in range(layers)]
         if len(sliding) != layers:
-            raise ValueError(f"expected attention.sliding_window_pattern of {layers} layers, found {len(sliding)}")
+            raise UserError(f"expected attention.sliding_window_pattern of {layers} layers, found {len(sliding)}")
         wanted["layer_types"] = ["sliding_attention" if within else "full_attention" for within in sliding]
     elif pattern:
-        raise ValueError(f"expected no {header.architecture}.attention.sliding_window_pattern, found {pattern}")
+        raise UserError(f"expected no {header.architecture}.attention.sliding_window_pattern, found {pattern}")
     return wanted
 
 
-def _rope_by_layer(config: Any, metadata: Mapping[str, Any], main: dict[str, Any]) -> dict[str, Any]:
+def _rope_attributes(config: Any, metadata: Mapping[str, Any], main: dict[str, Any]) -> dict[str, Any]:
     """The rotary parameters as this configuration holds them: once, or for each type of layer (Gemma-3)."""
     local = metadata.get("rope.freq_base_swa", 10_000.0)
     if "full_attention" in config.rope_parameters:
         within = {"rope_type": "default", "rope_theta": local}
         return {"rope_parameters": {"full_attention": main, "sliding_attention": within}}
     if "rope.freq_base_swa" in metadata and local != main["rope_theta"]:
-        raise ValueError(f"expected one base of the rotary frequencies, found {main['rope_theta']:g} and {local:g}")
-    outside = getattr(config, "original_max_position_embeddings", None)  # goes before the one among the parameters
-    inside = main.get("original_max_position_embeddings")
-    return {"rope_parameters": main} | (
-        {"original_max_position_embeddings": inside} if outside is not None and inside is not None else {}
-    )
+        raise UserError(f"expected one base of the rotary frequencies, found {main['rope_theta']:g} and {local:g}")
+    wanted: dict[str, Any] = {"rope_parameters": main}
+    length = "original_max_position_embeddings"  # where the configuration has one of its own, that one counts
+    if getattr(config, length, None) is not None and length in main:
+        wanted[length] = main[length]
+    return wanted
 
 
-def _current(config: Any, attribute: str) -> Any:
-    """What a configuration says, or implies where it may leave it open."""
-    value = getattr(config, attribute, None)
-    if value is None and attribute == "head_dim":
-        return config.hidden_size // config.num_attention_heads
-    if value is None and attribute == "n_inner":
-        return 4 * config.hidden_size
-    return value
+def _rope(header: GGUFHeader, head_dim: int, partial: bool) -> dict[str, Any]:
+    """The `rope_parameters` of transformers for the file's frequencies; `partial` as in `Architecture`."""
+    metadata, factors = header.metadata, header.factors
+    rotated = metadata.get("rope.dimension_count", head_dim)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(metadata.get("rope.freq_base", 10_000.0))}
+    if partial:
+        rope["partial_rotary_factor"] = rotated / head_dim
+    elif rotated != head_dim:
+        raise UserError(f"expected rope.dimension_count {head_dim}, the size of a head, found {rotated}")
+    length = int(metadata.get("rope.scaling.original_context_length", metadata["context_length"]))
+    scaling = _scaling(metadata, length)
+    if factors and scaling["rope_type"] not in ("default", "longrope"):
+        raise UserError(f"expected {', '.join(factors)} without rope.scaling, found {scaling['rope_type']} as well")
+    if set(factors) == {LLAMA3}:
+        if (known := _llama3(factors[LLAMA3], rope["rope_theta"], rotated, metadata)) is not None:
+            return rope | known
+        factors = dict.fromkeys((LONG, SHORT), factors[LLAMA3])  # longrope that makes no difference of lengths
+    if factors or scaling["rope_type"] == "longrope":
+        if missing := [name for name in (LONG, SHORT) if name not in factors]:
+            raise UserError(f"expected the tensors {LONG} and {SHORT}, found no {' and no '.join(missing)}")
+        scaling = {
+            "rope_type": "longrope",
+            "long_factor": factors[LONG].tolist(),
+            "short_factor": factors[SHORT].tolist(),
+            "original_max_position_embeddings": length,
+            "attention_factor": float(metadata.get("rope.scaling.attn_factor", 1.0)),
+        }
+    return rope | scaling
 
 
-def _whole(value: float) -> float | int:
-    """A number as an integer where it is one but for the rounding of the file's float32."""
-    nearest = round(value)
-    return nearest if math.isclose(value, nearest, rel_tol=1e-6) else value
+def _scaling(metadata: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """The scaling that the metadata states; without a type it is linear, by default with factor 1."""
+    kind = metadata.get("rope.scaling.type", "linear")
+    factor = float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 0.0)) or 1.0)
+    for key in ("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"):
+        if metadata.get(key, 1.0) != 1.0 and kind != "longrope":
+            raise UserError(f"expected {key} 1, found {metadata[key]:g}")
+    if multiplier := metadata.get("rope.scaling.yarn_log_multiplier", 0.0):
+        raise UserError(f"expected no rope.scaling.yarn_log_multiplier, found {multiplier:g}")
+    if kind == "longrope":
+        return {"rope_type": "longrope"}
+    if kind == "none" or (kind in ("linear", "yarn") and factor == 1.0):
+        return {"rope_type": "default"}
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": length,
+            "attention_factor": float(metadata.get("rope.scaling.attn_factor", 1.0)) * (1 + 0.1 * math.log(factor)),
+            "beta_fast": float(metadata.get("rope.scaling.yarn_beta_fast", 32.0)),
+            "beta_slow": float(metadata.get("rope.scaling.yarn_beta_slow", 1.0)),
+        }
+    raise UserError(f"expected rope.scaling.type none, linear, yarn or longrope, found {kind!r}")
+
+
+def _llama3(factors_F: np.ndarray, theta: float, rotated: int, metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Llama 3.1's scaling, whose settings are recovered from its factors; None for factors of another making."""
+    if np.allclose(factors_F, 1.0, rtol=1e-6):
+        return {"rope_type": "default"}
+    low, high, factor = 1.0, 4.0, float(factors_F.max())  # Llama 3.1 to 3.3; the lowest frequency has the whole factor
+    stated = metadata.get("rope.scaling.original_context_length")
+    waves_F = 2 * math.pi * theta ** (np.arange(0, rotated, 2) / rotated)
+    for length in (*([stated] if stated else []), *(2**power for power in range(3, 21))):
+        smooth_F = (length / waves_F - low) / (high - low)
+        made_F = 1 / ((1 - smooth_F) / factor + smooth_F)
+        made_F = np.where(waves_F < length / high, 1.0, np.where(waves_F > length / low, factor, made_F))
+        if made_F.shape == factors_F.shape and np.allclose(made_F, factors_F, rtol=1e-5):
+            settings = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+            return {"rope_type": "llama3", **settings, "original_max_position_embeddings": int(length)}
+    return None
 
 
 def _same(found: Any, wanted: Any) -> bool:
-    """Whether two values are equal, numbers but for the rounding of the file's float32."""
+    """Whether two values are equal, numbers up to the rounding of the file's float32."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         return found.keys() == wanted.keys() and all(_same(found[key], wanted[key]) for key in found)
     if found is None:
-        return wanted is None or wanted is False  # an attribute that a configuration does not have
+        return wanted is None or wanted is False  # the configuration has no such attribute
     if isinstance(found, int | float) and isinstance(wanted, int | float):
         return math.isclose(found, wanted, rel_tol=1e-6)
     return bool(found == wanted)
 
 
 def check_tensors(model: Any, path: Path, name: str) -> None:
-    """Checks that every tensor of the file is a weight of the model, or is in its configuration by now.
+    """Checks that every tensor of the file is a weight of the model or was carried into its configuration.
 
     Raises:
-        ValueError: there are others, which transformers leaves out.
+        UserError: there are others, which transformers leaves out.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -291,16 +341,14 @@ def check_tensors(model: Any, path: Path, name: str) -> None:
     names = get_tensor_name_map(number, model.config.num_hidden_layers)
     known = {*header.factors, "output.weight"}
     for weight in model.state_dict():
-        known.add(names.get_name(weight, try_suffixes=(".weight", ".bias")))
-        if weight.endswith("experts.gate_up_proj"):  # two tensors there
-            for part in ("gate_proj.weight", "up_proj.weight"):
-                known.add(names.get_name(weight.replace("gate_up_proj", part), try_suffixes=(".weight",)))
-        elif weight.endswith("experts.down_proj"):
-            known.add(names.get_name(f"{weight}.weight", try_suffixes=(".weight",)))
-    left_out = sorted(header.tensors - known)
-    if left_out:
-        raise ValueError(
-            f"model {name}: expected tensors that {type(model).__name__} has, found {len(left_out)} others "
-            f"({', '.join(left_out[:3])}{' …' if len(left_out) > 3 else ''}), which transformers leaves out; give the "
-            "model as safetensors"
+        stem = weight.rpartition(".")[0]
+        parts = (
+            [f"{stem}.{part}_proj.weight" for part in ("gate", "up", "down")] if stem.endswith("experts") else [weight]
+        )
+        known |= {names.get_name(part, try_suffixes=(".weight", ".bias")) for part in parts}
+    if left_out := sorted(header.tensors - known):
+        some = ", ".join(left_out[:3]) + (" …" if len(left_out) > 3 else "")
+        raise UserError(
+            f"model {name}: expected tensors that {type(model).__name__} has, found {len(left_out)} others ({some}), "
+            "which transformers leaves out; give the model as safetensors"
         )

@@ -19,8 +19,8 @@ from ...cache.manifest import Manifest, ShardReport
 from ...cache.store_writer import open_writer
 from ..data.preferences import Preferences
 from ..data.tokenized import Limits, tokenize_pair
-from ..model.frozen import freeze
-from ..model.models import check_tokens
+from ..model.compile import freeze
+from ..model.tokenizer import check_tokens
 from ..scoring.forward import measure_pairs
 from ..scoring.packing import PackedRow
 from ..scoring.parity import check_packings, difference

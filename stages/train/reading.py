@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ...cache.errors import UserError
+
 LIBRARIES = ("datasets", "transformers")
 LONGEST = 600  # characters of a library's message
 
@@ -34,7 +36,7 @@ def reading(what: str) -> Iterator[None]:
 
     Raises:
         OSError: a disk has no space for what a library keeps; names the folder.
-        ValueError: whatever else was raised inside, in one line.
+        UserError: whatever else was raised inside, in one line.
     """
     loggers = [logging.getLogger(name) for name in LIBRARIES]
     before = [(logger.handlers, logger.propagate) for logger in loggers]
@@ -55,7 +57,7 @@ def reading(what: str) -> Iterator[None]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where) from error
         # A mistake that the library stumbled over has no sentence: a missing key is the key alone.
         kind = "" if isinstance(cause, ValueError | OSError | RuntimeError) else f"{type(cause).__name__}: "
-        raise ValueError(f"{what}: {kind}{' '.join(str(cause).split())[:LONGEST]}") from error
+        raise UserError(f"{what}: {kind}{' '.join(str(cause).split())[:LONGEST]}") from error
     finally:
         for logger, (handlers, propagate) in zip(loggers, before, strict=True):
             logger.handlers, logger.propagate = handlers, propagate

@@ -22,9 +22,8 @@ from transformers import TrainerCallback
 
 from ..model.anatomy import decoder_layers
 from ..model.compile import CheckpointEvery, compile_layers
-from ..model.randomness import check_repeats, policy_mode
 from ..model.sae import Site
-from ..model.supported import check_model
+from ..model.supported import check_model, check_repeats, policy_mode
 from ..precompute.shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
 from ..scoring.finite import check_weights, not_finite
 from ..scoring.forward import RowScores, attach_scoring, causal_lm

@@ -110,7 +110,7 @@ def test_an_sae_is_trained_that_a_cache_can_be_made_with(world, tmp_path):
     result = ran(fpo("train-sae", *to_arguments(options), "--out", tmp_path / "sae"))
     assert "explained variance" in result.stdout
     sae = load_sae(str(tmp_path / "sae"))
-    assert (sae.site, sae.width, sae.d_in) == (SITES[0], 96, 32)
+    assert (sae.site, sae.width, sae.sae.cfg.d_in) == (SITES[0], 96, 32)
     assert yaml.safe_load((tmp_path / "sae" / "run.yaml").read_text())["tokens"] == 600
     ran(world.precompute(tmp_path / "cache", sae=tmp_path / "sae"))
     before = files(tmp_path / "sae")

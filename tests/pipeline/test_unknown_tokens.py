@@ -8,7 +8,8 @@ from cache_rows import forge
 from fpo.cache.schema import CachedPair
 from fpo.stages.data.chat import GEMMA_TURNS, ChatFormat
 from fpo.stages.data.conversations import load_conversations
-from fpo.stages.model.models import find_model, load_tokenizer
+from fpo.stages.model.models import find_model
+from fpo.stages.model.tokenizer import load_tokenizer
 from tiny_world import SITES, World, files, fpo, rows, write_rows
 from wrong_starts import named
 

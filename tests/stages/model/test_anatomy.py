@@ -111,7 +111,8 @@ def test_the_kl_knows_bias_and_scale_of_both_models():
 def test_a_head_that_changes_what_it_takes_in_is_refused():
     model = made(BertConfig(**SIZES, is_decoder=True))
     with pytest.raises(
-        ValueError, match=r"\Amodel bert: expected logits that are its head's output[^\n]*not supported\Z"
+        ValueError,
+        match=r"\Amodel bert: expected logits that are its head's output[^\n]*not supported: give a model of another\Z",
     ):
         check_model(model)
 
