@@ -75,7 +75,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     if len(lists) != 1:
         where = type(decoder).__name__
         raise not_supported(model, f"one list of {number} layers in {where}", f"{len(lists)} such lists")
-    return lists[0]  # type: ignore[return-value]
+    return lists[0]
 
 
 def not_supported(model: Any, expected: str, found: str) -> UserError:

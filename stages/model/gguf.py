@@ -342,9 +342,8 @@ def check_tensors(model: Any, path: Path, name: str) -> None:
     known = {*header.factors, "output.weight"}
     for weight in model.state_dict():
         stem = weight.rpartition(".")[0]
-        parts = (
-            [f"{stem}.{part}_proj.weight" for part in ("gate", "up", "down")] if stem.endswith("experts") else [weight]
-        )
+        packed = [f"{stem}.{part}_proj.weight" for part in ("gate", "up", "down")]  # three tensors in the file
+        parts = packed if stem.endswith("experts") else [weight]
         known |= {names.get_name(part, try_suffixes=(".weight", ".bias")) for part in parts}
     if left_out := sorted(header.tensors - known):
         some = ", ".join(left_out[:3]) + (" …" if len(left_out) > 3 else "")

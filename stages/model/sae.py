@@ -152,9 +152,11 @@ def _read_gemma_scope(path: Path) -> Any:
     shapes = {"W_enc": (d, m), "b_enc": (m,), "threshold": (m,), "W_dec": (m, d), "b_dec": (d,)}
     expected = {key: f"float32 {list(shape)}" for key, shape in shapes.items()}
     found = {key: f"{array.dtype} {list(array.shape)}" for key, array in arrays.items()}
-    odd = {key: found.get(key) for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)}
-    if odd:
-        raise UserError(f"expected the arrays {expected} (sizes from W_enc) in {path}, found {odd}; give another copy")
+    if found != expected:
+        raise UserError(
+            f"expected float32 arrays W_enc [d, m], b_enc [m], threshold [m], W_dec [m, d] and b_dec [d] in {path}, "
+            f"found {found}; give a file of Gemma Scope"
+        )
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d, d_sae=m, dtype="float32", apply_b_dec_to_input=False))
     sae.load_state_dict({key: torch.from_numpy(array) for key, array in arrays.items()})
     return sae
@@ -202,9 +204,10 @@ def _fetch(release: str, sae_id: str) -> Any:
         with _no_advice():
             return SAE.from_pretrained(release, sae_id, device="cpu")
     except (OSError, ValueError) as error:  # a ValueError: SAELens lists no such release or SAE
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(
-            f"cannot fetch SAE {sae_id!r} of release {release!r}: {' '.join(str(error).split())[:300]}; check the name "
-            "and the network, or give a folder that SAELens saved or params.npz@site"
+            f"cannot fetch SAE {sae_id!r} of release {release!r}: {reason}; check the name and the network, or give a "
+            "folder that SAELens saved or params.npz@site"
         ) from error
 
 
