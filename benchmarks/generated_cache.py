@@ -57,13 +57,13 @@ def write(folder: str, pairs: int, tokens: int, features: int) -> Result:
     rng = np.random.default_rng(0)
     template = rows_to_table([random_row(rng, tokens, features) for _ in range(min(SHARD, pairs))], [WIDTH])
     hashes = [name.split("-")[0] for name in template.column("pair_id").to_pylist()]
-    for index in range(writer.num_shards):
-        rows = writer.shard_range(index)
+    for index in range(writer.spec.num_shards):
+        rows = writer.spec.shard_range(index)
         names = pa.array([f"{name}-{row}" for name, row in zip(hashes, rows, strict=False)], pa.string())
         table = template.slice(0, len(rows)).set_column(0, template.schema.field(0), names)
         report = ShardReport(index, rows.start, rows.stop, (), {}, Noise(0.0, (0.0,)))
         write_atomically(
-            writer.shard_path(index), encode_shard(table.combine_chunks(), meaning, writer.numerics, report)
+            writer.shard_path(index), encode_shard(table.combine_chunks(), meaning, writer.spec.numerics, report)
         )
     manifest = writer.finish()
     assert manifest is not None, "all shards were written"

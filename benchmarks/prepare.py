@@ -18,7 +18,7 @@ from fpo.stages.model.models import find_model, is_hub_id, load_model
 from fpo.stages.model.sae import SiteSAE, load_sae
 from fpo.stages.model.tokenizer import load_tokenizer
 from fpo.stages.precompute.reference import describe_numerics
-from fpo.stages.scoring.forward import measure_pairs
+from fpo.stages.scoring.measure import measure_pairs
 
 from .measuring import Result, in_fresh_process
 from .pairs import amounts, choose, random_pairs, real_pairs, size

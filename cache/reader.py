@@ -25,9 +25,10 @@ from .files import (
 )
 from .locks import locked
 from .manifest import MANIFEST_NAME, REPAIR, Manifest
+from .remote import fetch, load_manifest
 from .schema import CachedPair, arrow_schema
 from .shard import DAMAGE, check_range, file_fault, read_table, shard_fault
-from .stores import Store, fetch, load_manifest
+from .store import Store
 from .writer import PROVENANCE_NAME
 
 

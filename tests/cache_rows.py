@@ -15,7 +15,7 @@ from fpo.cache.identity import Meaning, Numerics, SiteMeaning
 from fpo.cache.manifest import Manifest, Noise, ShardRecord, ShardReport
 from fpo.cache.schema import CachedPair, Pair, ReferenceResponse, SparseFeatures, pair_id
 from fpo.cache.shard import encode_shard, read_table
-from fpo.cache.stores import Store
+from fpo.cache.store import Store
 from fpo.cache.writer import CacheWriter
 
 SITES = (
@@ -88,10 +88,10 @@ def random_rows(seed: int, raw_rows: Sequence[int], widths: Sequence[int] = WIDT
 
 def shard(writer: CacheWriter, index: int, seed: int = 0) -> tuple[list[CachedPair], ShardReport]:
     """What stage one would make of a shard; every raw row whose number ends in 3 is skipped."""
-    raw_rows = writer.shard_range(index)
+    raw_rows = writer.spec.shard_range(index)
     skipped = tuple((row, "empty") for row in raw_rows if row % 10 == 3)
-    rows = random_rows(seed, [row for row in raw_rows if row % 10 != 3], writer.meaning.widths)
-    noise = Noise(0.25 + index, tuple(1e-6 * (site + 1) for site in range(len(writer.meaning.sites))))
+    rows = random_rows(seed, [row for row in raw_rows if row % 10 != 3], writer.spec.meaning.widths)
+    noise = Noise(0.25 + index, tuple(1e-6 * (site + 1) for site in range(len(writer.spec.meaning.sites))))
     counts = {"tokens": sum(row.chosen.num_tokens + row.rejected.num_tokens for row in rows), "ties": 1}
     return rows, ShardReport(index, raw_rows.start, raw_rows.stop, skipped, counts, noise)
 

@@ -12,7 +12,7 @@ import torch
 from ...cache.files import Place
 from ...cache.identity import Meaning
 from ...cache.manifest import Manifest
-from ...cache.stores import fetch
+from ...cache.remote import fetch
 from ...stages.data.chat import ChatFormat, load_template
 from ...stages.data.preferences import Preferences, load_preferences
 from ...stages.data.tokenized import Limits

@@ -16,7 +16,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from ...cache.files import Place
 from ...cache.manifest import Manifest
-from ...cache.store_writer import open_writer, read_any_footer
+from ...cache.remote import open_writer, read_any_footer
 from ...stages.precompute.shards import ShardWorker
 from ..config import RunConfig
 from ..progress import PairProgress

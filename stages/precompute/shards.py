@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ...cache.manifest import Manifest, ShardReport
-from ...cache.store_writer import open_writer
+from ...cache.remote import open_writer
 from ..data.preferences import Preferences
 from ..data.tokenized import Limits, tokenize_pair
 from ..model.compile import freeze
 from ..model.tokenizer import check_tokens
-from ..scoring.forward import measure_pairs
+from ..scoring.measure import measure_pairs
 from ..scoring.packing import PackedRow
 from ..scoring.parity import check_packings, difference
 from .reference import Reference, describe_meaning, describe_numerics, provenance
@@ -80,7 +80,7 @@ class ShardWorker:
         meaning = describe_meaning(reference, preferences, limits, keep_features=keep_features, limit=limit)
         numerics = describe_numerics(reference.model, token_budget, shard_size)
         self.writer = open_writer(out, meaning, numerics, len(preferences), repair=repair, keep_date=keep_date)
-        if (begun := self.writer.meaning.date) != meaning.date:
+        if (begun := self.writer.spec.meaning.date) != meaning.date:
             assert begun is not None, "whether the template reads the clock is the template's"
             reference = dataclasses.replace(reference, chat=reference.chat.on(datetime.date.fromisoformat(begun)))
         if options is not None:
@@ -100,7 +100,7 @@ class ShardWorker:
             ValueError: if two packings differ by more than rounding explains (`check_packings`).
         """
         if self.writer.is_done(index):
-            self._advance(len(self.writer.shard_range(index)), 0)
+            self._advance(len(self.writer.spec.shard_range(index)), 0)
             return True
         with self.writer.lock(index) as mine:
             if mine:
@@ -117,7 +117,7 @@ class ShardWorker:
         self._started, self._tokens, self._written = time.monotonic(), 0, 0
 
     def _write_shard(self, index: int) -> ShardReport:
-        rows = self.writer.shard_range(index)
+        rows = self.writer.spec.shard_range(index)
         pairs, skipped, tokens = [], [], []
         counts: Counter[str] = Counter(ties=0, truncated_prompts=0, truncated_responses=0, scored_tokens=0)
         for raw_row in rows:
@@ -150,9 +150,9 @@ class ShardWorker:
             self._reference.model,
             saes=self._reference.saes,
             recipe=self._reference.recipe,
-            keep_features=self.writer.meaning.keep_features,
+            keep_features=self.writer.spec.meaning.keep_features,
         )
-        measured = measure(pairs, token_budget=self.writer.numerics.token_budget, on_row=on_row)
+        measured = measure(pairs, token_budget=self.writer.spec.numerics.token_budget, on_row=on_row)
         # The sample is the shard's first pairs, so that the noise does not depend on where an earlier run was stopped.
         sample = min(len(pairs), max(2, math.ceil(len(pairs) / PAIRS_PER_SAMPLE)))
         another_packing = TOGETHER if rows_of_one.issuperset(range(sample)) else ALONE
@@ -204,7 +204,7 @@ def precompute(
         FloatingPointError: if a log-probability or a feature is not finite; names the pair and the site.
     """
     worker = ShardWorker(reference, preferences, limits, out, **settings)
-    indices = sorted(range(worker.writer.num_shards), key=lambda index: index % world_size != rank)
+    indices = sorted(range(worker.writer.spec.num_shards), key=lambda index: index % world_size != rank)
     return _write_missing(worker, indices)
 
 
@@ -240,7 +240,7 @@ def repair(
     on_damage(damages)
     if not damages:
         return before, []
-    manifest = _write_missing(worker, range(worker.writer.num_shards))
+    manifest = _write_missing(worker, range(worker.writer.spec.num_shards))
     records = zip(before.shards, manifest.shards, strict=True) if before and manifest else ()
     return manifest, [new.name for old, new in records if new != old]
 

@@ -11,7 +11,7 @@ from cache_rows import upload
 from fpo.cache.manifest import Manifest, Noise
 from fpo.cache.reader import verify
 from fpo.cache.shard import encode_shard, read_footer, read_table
-from fpo.cache.stores import Store
+from fpo.cache.store import Store
 from fpo.cache.writer import CacheWriter
 from tiny_world import World, files, ran
 
@@ -196,14 +196,18 @@ REFUSED: dict[str, tuple[Callable[[Path, World], object], dict[str, Any], list[s
     "a stranger and no manifest": (
         both(DAMAGES["of another cache"][0], DAMAGES["no manifest"][0]),
         {},
-        [NAMES[2], "of another spec", "move"],
+        [NAMES[2], "belongs to another cache", "move"],
     ),
     "the manifest of another cache": (
         lambda c, w: shutil.copy(w.eval_cache / MANIFEST, c / MANIFEST),
         {},
-        [MANIFEST, "of another spec", "move"],
+        [MANIFEST, "belongs to another cache", "move"],
     ),
-    "other options": (lambda c, w: None, {"keep_features": 8}, ["keep_features: expected 8", "same spec"]),
+    "other options": (
+        lambda c, w: None,
+        {"keep_features": 8},
+        ["keep_features: expected 8", "the options that this one"],
+    ),
     "several workers": (lambda c, w: None, {"rank": 0, "world_size": 2}, ["--repair", "found 2 workers"]),
     "Ray": (lambda c, w: None, {"engine": "ray"}, ["--repair", "--engine ray"]),
 }

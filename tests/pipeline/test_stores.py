@@ -16,7 +16,7 @@ import pytest
 import yaml
 from cache_rows import upload
 from fake_hub import serve
-from fpo.cache.stores import Store
+from fpo.cache.store import Store
 from tiny_world import SITES, files, fpo, losses, ran, to_arguments
 
 pytestmark = pytest.mark.usefixtures("machine")
@@ -26,7 +26,7 @@ TESTS = Path(__file__).parents[1]
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fpo.cache.stores import Store
+from fpo.cache.store import Store
 from tiny_world import World
 real, folder, url = Store.put, sys.argv[1], sys.argv[2]
 def put(self, name, path):

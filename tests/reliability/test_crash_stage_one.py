@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fpo.cache.reader import open_cache, verify
-from fpo.cache.stores import Store
+from fpo.cache.store import Store
 from killing import KILLED, Command, spread
 from tiny_world import files
 

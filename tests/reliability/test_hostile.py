@@ -12,7 +12,7 @@ from click.testing import Result
 from forged import Files, read_files, sign, sound_files, write_files
 from fpo.cache.files import user_folder
 from fpo.cache.manifest import MANIFEST_NAME
-from fpo.cache.stores import Store
+from fpo.cache.store import Store
 from refusals import said
 from tiny_world import files, fpo, ran
 

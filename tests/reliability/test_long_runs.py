@@ -85,7 +85,7 @@ def stage_one(folder: Path, pairs: int, leak: int) -> dict[str, Any]:
 
     def write_shard(worker: ShardWorker, index: int) -> Any:
         report = real(worker, index)
-        growth.add(len(worker.writer.shard_range(index)))
+        growth.add(len(worker.writer.spec.shard_range(index)))
         return report
 
     ShardWorker._write_shard = write_shard  # type: ignore[method-assign]

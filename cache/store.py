@@ -1,7 +1,6 @@
-"""A cache in an object store, at any URL that fsspec has a driver for: `s3://`, `gs://`, `hf://datasets/…`.
+"""Files in an object store, at any URL that fsspec has a driver for: `s3://`, `gs://`, `hf://datasets/…`.
 
-In: the URL of a cache. Out: its files by name, and a verified copy of it on this machine. What stands in a store may be
-a stranger's: names are those of a checked manifest, and no file is fetched before its size is known.
+In: a URL. Out: its files by name, to read, fetch, write and remove; errors name the address and say what to do.
 """
 
 import re
@@ -13,10 +12,8 @@ from typing import Any
 
 import fsspec
 
-from .files import as_place, atomic_file, remove_leftovers, sha256_file, user_folder, write_atomically
-from .locks import locked
-from .manifest import LARGEST_TEXT, MANIFEST_NAME, REPAIR, Manifest, ShardRecord
-from .writer import BESIDE
+from .files import atomic_file, sha256_file
+from .manifest import LARGEST_TEXT, ShardRecord
 
 BLOCK = 1 << 24
 MAKE_IT = "make the bucket or the repository first, or correct the address"
@@ -145,46 +142,3 @@ class Store:
                 f"{self.address(name)}: expected the store to answer, found {said}; look at the address, the network "
                 "and your credentials, and run the same command again"
             ) from error
-
-
-def load_manifest(store: Store) -> Manifest:
-    """The manifest of a cache in a store; raises as `Manifest.load`."""
-    try:
-        data = store.read(MANIFEST_NAME)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}, or finish `fpo precompute`, which writes the manifest last") from error
-    return Manifest.parse(data, store.address(MANIFEST_NAME))
-
-
-def fetch(place: Path | str) -> Path:
-    """The folder of a cache, for one in a store a copy in the user's folder, made once for each content.
-
-    Raises:
-        FileNotFoundError: the store has no manifest, or lacks a shard.
-        ValueError: a file in the store is damaged, or there is no driver for it.
-    """
-    place = as_place(place)
-    if isinstance(place, Path):
-        return place
-    store = Store(place)
-    manifest = load_manifest(store)
-    folder = user_folder() / "fetched" / manifest.sha256
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_suffix(".lock")):
-        if not (folder / MANIFEST_NAME).exists():
-            remove_leftovers(folder / "data")
-            for record in manifest.shards:
-                if not (folder / record.name).exists():  # else it is of a command that was stopped
-                    _fetch_shard(store, record, folder / record.name)
-            for name in BESIDE:
-                if (data := store.read_if_there(name)) is not None:
-                    write_atomically(folder / name, data)
-            manifest.save(folder)
-    return folder
-
-
-def _fetch_shard(store: Store, record: ShardRecord, path: Path) -> None:
-    try:
-        store.fetch(record.name, path, record)
-    except ValueError as error:
-        raise ValueError(f"{store.address(record.name)}: {error}; {REPAIR}") from error

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 from cache_rows import assert_same, upload, write_cache
-from fpo.cache import stores
+from fpo.cache import store as store_module
 from fpo.cache.files import as_place, canonical_json
 from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache, verify
-from fpo.cache.stores import Store, fetch
+from fpo.cache.remote import fetch
+from fpo.cache.store import Store
 
 SECOND = "data/train-00001-of-00003.parquet"
 
@@ -129,10 +130,10 @@ def test_nothing_of_a_file_is_fetched_that_is_larger_than_it_should_be(
 ):
     store = upload(local, url)
     store.write(SECOND, bytes(1 << 20))
-    monkeypatch.setattr(stores, "atomic_file", lambda _: pytest.fail("fetched"))
+    monkeypatch.setattr(store_module, "atomic_file", lambda _: pytest.fail("fetched"))
     with pytest.raises(ValueError, match="found 1048576"):
         store.fetch(SECOND, local / "copy", Manifest.load(local).shards[1])
-    monkeypatch.setattr(stores, "LARGEST_TEXT", 100)
+    monkeypatch.setattr(store_module, "LARGEST_TEXT", 100)
     with pytest.raises(ValueError, match=r"manifest\.json: expected at most 100 bytes"):
         fetch(url)
 
@@ -176,7 +177,7 @@ def test_a_driver_that_is_not_installed_is_named_with_what_installs_it(monkeypat
     def missing(url: str) -> None:
         raise ImportError("Install gcsfs to access Google Storage")
 
-    monkeypatch.setattr(stores.fsspec, "url_to_fs", missing)
+    monkeypatch.setattr(store_module.fsspec, "url_to_fs", missing)
     with pytest.raises(ValueError, match=r"^gs://bucket/uf: expected a driver for gs://.*pip install 'fpo\[gcs\]'$"):
         Store("gs://bucket/uf")
 

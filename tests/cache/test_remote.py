@@ -14,8 +14,8 @@ from cache_rows import MEANING, NUMERICS, shard, with_damaged_pages, write_cache
 from fpo.cache.identity import IdentityError
 from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache, verify
-from fpo.cache.store_writer import StoreWriter, open_writer, read_any_footer
-from fpo.cache.stores import Store
+from fpo.cache.remote import StoreWriter, open_writer, read_any_footer
+from fpo.cache.store import Store
 from fpo.cache.writer import CacheWriter
 
 pytestmark = pytest.mark.usefixtures("machine")
@@ -94,8 +94,8 @@ def test_a_run_killed_at_an_upload_goes_on(url: str, machine, tmp_path: Path, pl
     program = f"""
 import os, signal
 from cache_rows import *
-from fpo.cache.store_writer import open_writer
-from fpo.cache.stores import Store
+from fpo.cache.remote import open_writer
+from fpo.cache.store import Store
 real = Store.put
 def put(self, name, path):
     if name == {NAMES[1]!r} and {place == "before"}: os.kill(os.getpid(), signal.SIGKILL)
@@ -122,16 +122,16 @@ def test_a_store_keeps_the_date_of_what_was_begun(url: str, machine):
     monday, tuesday = (dataclasses.replace(MEANING, date=f"2026-11-{day}") for day in (23, 24))
     first = open_writer(url, monday, NUMERICS, 10, keep_date=True)
     # Another worker of this machine, before anything is in the store.
-    assert open_writer(url, tuesday, NUMERICS, 10, keep_date=True).meaning == monday
+    assert open_writer(url, tuesday, NUMERICS, 10, keep_date=True).spec.meaning == monday
     first.write_shard(*shard(first, 0))
     machine("second")
     second = open_writer(url, tuesday, NUMERICS, 10, keep_date=True)
-    assert second.meaning == monday
+    assert second.spec.meaning == monday
     for index in second.missing():
         second.write_shard(*shard(second, index))
     assert second.finish().meaning == monday
     machine("third")
-    assert open_writer(url, tuesday, NUMERICS, 10, keep_date=True).meaning == monday
+    assert open_writer(url, tuesday, NUMERICS, 10, keep_date=True).spec.meaning == monday
     with pytest.raises(IdentityError, match="date: expected '2026-11-24', found '2026-11-23'"):
         open_writer(url, tuesday, NUMERICS, 10)
 
@@ -221,4 +221,4 @@ def test_any_shard_says_what_an_unfinished_cache_is(url: str):
         read_any_footer(url)
     writer = writer_of(url)
     finish(url)
-    assert (read_any_footer(url).meaning, read_any_footer(url).numerics) == (writer.meaning, writer.numerics)
+    assert (read_any_footer(url).meaning, read_any_footer(url).numerics) == (writer.spec.meaning, writer.spec.numerics)
