@@ -182,8 +182,8 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
 
     Raises:
         UserError: the files are not a whole causal language model, or it has no such attention implementation.
-        FloatingPointError: a weight is infinite, which soft-capped logits would hide. (NaN reaches the results, and
-            scoring names it with its pair.)
+        FloatingPointError: a weight is infinite, which soft-capped logits would hide; NaN is left to scoring, which
+            names the pairs.
     """
     from transformers import AutoModelForCausalLM
 
