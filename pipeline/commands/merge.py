@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ...stages.model.adapters import AdapterSource, load_adapter
 from ...stages.model.tokenizer import load_tokenizer
+from ...stages.train.checkpoints import copy_processor, move_model, saving
 from ...stages.train.model_card import card_of_merged
-from ...stages.train.saving import copy_processor, move_model, saving
 from ..progress import console
 from .inputs import check_new, policy_of
 from .run_record import sole_writer

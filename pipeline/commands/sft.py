@@ -17,7 +17,7 @@ from ...stages.data.conversations import load_conversations
 from ...stages.model.models import attentions_to_try, find_model, load_model
 from ...stages.model.supported import check_length, load_supported
 from ...stages.model.tokenizer import check_vocabulary, load_tokenizer
-from ...stages.train.row_config import RowConfig
+from ...stages.train.config import RowConfig
 from ...stages.train.sft import SFTTrainer
 from ..config import RunConfig
 from ..plain_yaml import read_yaml

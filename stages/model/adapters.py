@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from ...cache.errors import UserError
+from ...cache.errors import UserError, reading
 from ...cache.files import canonical_json
-from ..train.reading import reading
 from .models import (
     ADAPTER_CONFIG,
     ModelSource,

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ...cache.errors import UserError
-from ..train.reading import reading
+from ...cache.errors import UserError, reading
 
 # By GGUF key, the configuration's attribute that holds the same number.
 SHAPE = {

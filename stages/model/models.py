@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from ...cache.errors import UserError
+from ...cache.errors import UserError, reading
 from ...cache.files import canonical_json, sha256_file, user_folder, write_atomically
 from ...cache.locks import locked
 from ..scoring.attention import PACKED
 from ..scoring.flex import FLEX
-from ..train.reading import reading
 from .gguf import check_tensors, settle_config
 
 if TYPE_CHECKING:

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...cache.errors import UserError
-from ..train.reading import reading
+from ...cache.errors import UserError, reading
 from .anatomy import anatomy, decoder_layers, first_tensor
 
 SiteKind = Literal["resid_post", "mlp_out"]

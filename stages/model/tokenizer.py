@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...cache.errors import UserError
+from ...cache.errors import UserError, reading
 from ...cache.files import canonical_json
-from ..train.reading import reading
 from .models import ModelSource
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..model.adapters import AdapterSource
-from .row_config import RowConfig
+from .config import RowConfig
 
 VERSIONS = ("fpo", "torch", "transformers", "peft")
 
