@@ -17,8 +17,9 @@ from ...stages.data.chat import ChatFormat, load_template
 from ...stages.data.preferences import Preferences, load_preferences
 from ...stages.data.tokenize import Limits
 from ...stages.model.adapters import AdapterSource, find_policy
-from ...stages.model.models import ModelSource, default_device, find_model, load_tokenizer, tokenizer_sha256
-from ...stages.model.sites import SiteSAE, load_sae, parse_site
+from ...stages.model.models import ModelSource, default_device, find_model
+from ...stages.model.sae import SiteSAE, load_sae, parse_site
+from ...stages.model.tokenizer import load_tokenizer, tokenizer_sha256
 from ..config import RunConfig
 from .run_record import RECORD, START_SHA256, read_record
 

@@ -6,10 +6,10 @@ tokenizer, chat template and model card.
 
 from pathlib import Path
 
-from ...stages.model.adapters import AdapterSource, load_adapter, merged
-from ...stages.model.model_card import card_of_merged
-from ...stages.model.models import load_tokenizer
+from ...stages.model.adapters import AdapterSource, load_adapter
+from ...stages.model.tokenizer import load_tokenizer
 from ...stages.train.checkpoints import copy_processor, move_model, saving
+from ...stages.train.model_card import card_of_merged
 from ..progress import console
 from .inputs import check_new, policy_of
 from .run_record import sole_writer
@@ -22,7 +22,7 @@ def run_merge(run: str, out: Path, base: str | None) -> None:
     if not isinstance(source, AdapterSource):
         raise ValueError(f"expected an adapter to merge in {source.folder}, found a model; it can be used as it is")
     tokenizer = load_tokenizer(source.tokenizer)
-    model = merged(load_adapter(source, attention="eager", device="cpu"))
+    model = load_adapter(source, attention="eager", device="cpu").merge_and_unload()
     with sole_writer(out):
         check_new(out)
         new = out / ".new"

@@ -13,10 +13,11 @@ from ...cache.files import Place
 from ...cache.manifest import Manifest
 from ...stages.data.preferences import Preferences
 from ...stages.data.tokenize import Limits
-from ...stages.model.models import attentions_to_try, check_vocabulary, load_model
+from ...stages.model.models import attentions_to_try, load_model
+from ...stages.model.sae import check_fits
 from ...stages.model.sae_quality import check_fit, first_pairs, fit_on_pairs
-from ...stages.model.sites import check_fits
 from ...stages.model.supported import check_length, load_supported
+from ...stages.model.tokenizer import check_vocabulary
 from ...stages.precompute.reference import Reference
 from ...stages.precompute.shards import precompute, repair
 from ..config import RunConfig, to_yaml

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from ...cache.errors import UserError
 from ...cache.files import canonical_json, sha256_file, sha256_text
-from ..model.models import tokenizer_sha256
+from ..model.tokenizer import tokenizer_sha256
 from ..scoring.packing import Conversation
 from . import chat as chat_file
 from . import cutting, rendering, shapes

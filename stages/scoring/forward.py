@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..model.anatomy import anatomy
 from ..model.models import Recipe, autocast
 from ..model.rotary import forget_lengths, of_same_frequencies
-from ..model.sites import Site, SiteSAE, capture_sites
+from ..model.sae import Site, SiteSAE, capture_sites
 from .attention import PACKED, sequences_of
 from .features import CachedFeatures, FeatureDrift, feature_drift, pooled_features
 from .logprobs import token_scores

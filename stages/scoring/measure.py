@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...cache.schema import CachedPair, Pair, ReferenceResponse
 from ..model.models import Recipe
-from ..model.sites import SiteSAE
+from ..model.sae import SiteSAE
 from .features import LargestFeatures, select_largest
 from .forward import RowScores, row_layout, score_row
 from .packing import PackedRow, named, packed_rows

@@ -40,7 +40,7 @@ from ...cache.manifest import Noise
 from ...cache.reader import Cache
 from ...cache.schema import CachedPair, ReferenceResponse, SparseFeatures
 from ..model.models import Recipe
-from ..model.sites import SiteSAE
+from ..model.sae import SiteSAE
 from .measure import measure_pairs
 
 # k of the D_F in which feature differences are stated; a run's own --top-k may be another.

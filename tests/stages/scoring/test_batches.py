@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fpo.stages.model.sites import Site
+from fpo.stages.model.sae import Site
 from fpo.stages.scoring.batches import RowBatch, RowCollator
 from fpo.stages.scoring.measure import measure_pairs
 from hypothesis import given
