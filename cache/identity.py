@@ -8,15 +8,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import UserError
 from .files import STRICT, canonical_json, sha256_text
 from .schema import FORMAT_VERSION
 
 
-class IdentityError(ValueError):
+class IdentityError(UserError):
     """Two caches, or a cache and a run, were made from different specs."""
 
 
-class FormatError(ValueError):
+class FormatError(UserError):
     """A cache is of another version of the layout on disk."""
 
     def __init__(self, where: str, found: int) -> None:

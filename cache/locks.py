@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import UserError
+
 
 class Lock:
     """An open file or folder that can be locked; of two of them at most one is, unless both share it.
@@ -22,11 +24,12 @@ class Lock:
         """Opens `path`, which is made as an empty file where there is nothing.
 
         Raises:
-            OSError: it cannot be opened for writing, or is a link to a file, which may be a stranger's.
+            UserError: it is a link to a file, which may be a stranger's.
+            OSError: it cannot be opened for writing.
         """
         self._path = path
         if path.is_symlink() and not path.is_dir():
-            raise OSError(f"{path}: expected a file of its own for a lock, found a link; remove it")
+            raise UserError(f"{path}: expected a file of its own for a lock, found a link; remove it")
         flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         self._file = os.open(path, flags, 0o666)
         self.close = weakref.finalize(self, os.close, self._file)
@@ -35,14 +38,14 @@ class Lock:
         """Takes the lock, alone or shared; False if others hold it and this one is not to wait.
 
         Raises:
-            OSError: the file system has no such locks; says what to do.
+            UserError: the file system has no such locks.
         """
         try:
             fcntl.flock(self._file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return False
         except OSError as error:
-            raise OSError(
+            raise UserError(
                 f"{self._path}: expected a file system with locks (flock), found {error.strerror}; write to another, "
                 "as a disk of this machine, and copy what is finished, or mount this one with locks"
             ) from error

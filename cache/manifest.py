@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .errors import DamageError, MissingError, UserError
 from .files import STRICT, canonical_json, decode, parse_json, sha256_text, write_atomically
 from .identity import FormatError, Meaning, Numerics
 from .schema import FORMAT_VERSION
@@ -89,12 +90,12 @@ def shard_name(split: str, index: int, num_shards: int) -> str:
     """The path of a shard relative to the cache's folder.
 
     Raises:
-        ValueError: the split's name cannot be part of a file name, or there are too many shards.
+        UserError: the split's name cannot be part of a file name, or there are too many shards.
     """
     if _SPLIT.fullmatch(split) is None:
-        raise ValueError(f"split: expected letters, digits, '_' and inner '.', found {split!r}; rename it")
+        raise UserError(f"split: expected letters, digits, '_' and inner '.', found {split!r}; rename it")
     if num_shards > MAX_SHARDS:
-        raise ValueError(f"expected at most {MAX_SHARDS} shards, found {num_shards}; raise --shard-size")
+        raise UserError(f"expected at most {MAX_SHARDS} shards, found {num_shards}; raise --shard-size")
     return f"data/{split}-{index:05d}-of-{num_shards:05d}.parquet"
 
 
@@ -166,19 +167,18 @@ class Manifest:
         """Reads and checks `manifest.json`.
 
         Raises:
-            FileNotFoundError: there is none, so stage one has not finished.
-            ValueError: it was altered, is of another format version, or contradicts itself.
+            MissingError: there is none, so stage one has not finished.
+            FormatError: it has another format version.
+            DamageError: it was altered or contradicts itself.
         """
         path = folder / MANIFEST_NAME
         try:
             size = path.stat().st_size
             data = path.read_bytes() if size <= LARGEST_TEXT else b""
         except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(
-                f"{path}: no manifest, so the cache is not complete; finish `fpo precompute`"
-            ) from None
+            raise MissingError(f"{path}: no manifest, so the cache is not complete; finish `fpo precompute`") from None
         if size > LARGEST_TEXT:
-            raise ValueError(
+            raise DamageError(
                 f"{path}: expected at most {LARGEST_TEXT} bytes, found {size}; download it again, or {REPAIR}"
             )
         return cls.parse(data, str(path))
@@ -192,14 +192,15 @@ class Manifest:
             where: its path or address, for errors.
 
         Raises:
-            ValueError: it was altered, is of another format version, or contradicts itself.
+            FormatError: it has another format version.
+            DamageError: it was altered or contradicts itself.
         """
         try:
             return cls._parse(data, where)
         except FormatError:
             raise
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: {error}; download it again, or {REPAIR}") from error
+            raise DamageError(f"{where}: {error}; download it again, or {REPAIR}") from error
 
     @classmethod
     def _parse(cls, data: bytes, where: str) -> "Manifest":

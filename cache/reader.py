@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from .columns import Columns, table_to_batch
+from .errors import DamageError, MissingError, UserError
 from .files import (
     as_place,
     atomic_file,
@@ -23,6 +24,7 @@ from .files import (
     user_folder,
     write_atomically,
 )
+from .identity import FormatError
 from .locks import locked
 from .manifest import MANIFEST_NAME, REPAIR, Manifest
 from .remote import fetch, load_manifest
@@ -82,7 +84,7 @@ class Cache:
         """The records of `provenance.jsonl`, oldest first; none if there is no such file.
 
         Raises:
-            ValueError: a line is no JSON.
+            UserError: a line is not JSON.
         """
         path = self.folder / PROVENANCE_NAME
         if not path.exists():
@@ -92,7 +94,7 @@ class Cache:
             try:
                 records.append(parse_json(line))
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}; remove the line") from error
+                raise UserError(f"{path}, line {number}: {error}; remove the line") from error
         return records
 
 
@@ -105,9 +107,9 @@ def open_cache(place: Path | str, *, sites: Sequence[str] | None = None, trust_h
         trust_hashes: whether to skip the SHA-256 of shards that were decoded before, and of what was decoded.
 
     Raises:
-        FileNotFoundError: there is no manifest.
-        OSError: the store does not answer.
-        ValueError: the cache is damaged or has no such site.
+        MissingError: there is no manifest.
+        DamageError: a file of the cache is damaged.
+        UserError: the cache has no such site, or the store does not answer.
     """
     folder = fetch(place)
     manifest = Manifest.load(folder)
@@ -115,8 +117,8 @@ def open_cache(place: Path | str, *, sites: Sequence[str] | None = None, trust_h
     numbers = _site_numbers(manifest, names)
     for fault in _folder_faults(folder, manifest, hashes=not trust_hashes):
         if isinstance(as_place(place), Path):
-            raise ValueError(f"{folder}: {fault}; download it again, or {REPAIR}")
-        raise ValueError(f"{folder}: {fault}; it is this machine's copy of {place}: remove it")
+            raise DamageError(f"{folder}: {fault}; download it again, or {REPAIR}")
+        raise DamageError(f"{folder}: {fault}; it is this machine's copy of {place}: remove it")
     key = sha256_text("\n".join([manifest.sha256, *names]))
     decoded = user_folder() / "decoded" / f"{key}.arrow"
     decoded.parent.mkdir(parents=True, exist_ok=True)
@@ -132,9 +134,9 @@ def _site_numbers(manifest: Manifest, names: Sequence[str]) -> list[int]:
     known = [site.site for site in manifest.meaning.sites]
     for name in names:
         if name not in known:
-            raise ValueError(f"site {name}: the cache has {', '.join(known) or 'none'}; name one of these")
+            raise UserError(f"site {name}: the cache has {', '.join(known) or 'none'}; name one of these")
     if len(set(names)) < len(names):
-        raise ValueError(f"sites: expected each once, found {', '.join(names)}")
+        raise UserError(f"sites: expected each once, found {', '.join(names)}")
     return [known.index(name) for name in names]
 
 
@@ -159,12 +161,12 @@ def _decode(folder: Path, manifest: Manifest, sites: Sequence[int], decoded: Pat
                 path = folder / record.name
                 # Hashed even if hashes are trusted: what is decoded once is read by every later run.
                 if sha256_file(path) != record.sha256:
-                    raise ValueError(f"{path}: its SHA-256 is not the manifest's; download it again, or {REPAIR}")
+                    raise DamageError(f"{path}: its SHA-256 is not the manifest's; download it again, or {REPAIR}")
                 try:
                     table = read_table(path, meaning, sites)
                     check_range(table, record.report)
                 except DAMAGE as error:
-                    raise ValueError(f"{path}: {error}; download it again, or {REPAIR}") from error
+                    raise DamageError(f"{path}: {error}; download it again, or {REPAIR}") from error
                 writer.write_batch(table_to_batch(table))
         file.flush()
         written = Path(file.name)
@@ -178,8 +180,7 @@ def verify(place: Path | str) -> list[str]:
     Of a cache in a store it is the store's files that are checked, not this machine's copy of them.
 
     Raises:
-        OSError: the store does not answer.
-        ValueError: there is no driver for it.
+        UserError: the store does not answer, or there is no driver for it.
     """
     place = as_place(place)
     return list(_damages(place) if isinstance(place, Path) else _stored_damages(Store(place)))
@@ -188,7 +189,7 @@ def verify(place: Path | str) -> list[str]:
 def _damages(folder: Path) -> Iterator[str]:
     try:
         manifest = Manifest.load(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         yield f"{MANIFEST_NAME}: {error}"
         return
     yield from _foreign(manifest, _shards_in(folder))
@@ -201,7 +202,7 @@ def _stored_damages(store: Store) -> Iterator[str]:
     """As `_damages`, with a shard at a time on this machine."""
     try:
         manifest = load_manifest(store)
-    except (FileNotFoundError, ValueError) as error:
+    except (MissingError, DamageError, FormatError) as error:
         yield f"{MANIFEST_NAME}: {error}"
         return
     yield from _foreign(manifest, store.shards())
@@ -210,9 +211,9 @@ def _stored_damages(store: Store) -> Iterator[str]:
         for record in manifest.shards:
             try:
                 store.fetch(record.name, path, record)
-            except FileNotFoundError:
+            except MissingError:
                 yield f"{record.name}: missing"
-            except ValueError as error:
+            except DamageError as error:
                 yield f"{record.name}: {error}"
             else:
                 if fault := shard_fault(path, manifest, record):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from .errors import UserError
+from .errors import DamageError, MissingError, UserError
 from .files import as_place, canonical_json, remove_leftovers, sha256_text, user_folder, write_atomically
 from .identity import Meaning, Numerics
 from .locks import locked
@@ -31,8 +31,8 @@ def load_manifest(store: Store) -> Manifest:
     """The manifest of a cache in a store; raises as `Manifest.load`."""
     try:
         data = store.read(MANIFEST_NAME)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}, or finish `fpo precompute`, which writes the manifest last") from error
+    except MissingError as error:
+        raise MissingError(f"{error}, or finish `fpo precompute`, which writes the manifest last") from error
     return Manifest.parse(data, store.address(MANIFEST_NAME))
 
 
@@ -40,8 +40,9 @@ def fetch(place: Path | str) -> Path:
     """The folder of a cache, for one in a store a copy in the user's folder, made once for each content.
 
     Raises:
-        FileNotFoundError: the store has no manifest, or lacks a shard.
-        ValueError: a file in the store is damaged, or there is no driver for it.
+        MissingError: the store has no manifest, or lacks a shard.
+        DamageError: a file in the store is damaged.
+        UserError: the store does not answer, or there is no driver for it.
     """
     place = as_place(place)
     if isinstance(place, Path):
@@ -66,8 +67,8 @@ def fetch(place: Path | str) -> Path:
 def _fetch_shard(store: Store, record: ShardRecord, path: Path) -> None:
     try:
         store.fetch(record.name, path, record)
-    except ValueError as error:
-        raise ValueError(f"{store.address(record.name)}: {error}; {REPAIR}") from error
+    except DamageError as error:
+        raise DamageError(f"{store.address(record.name)}: {error}; {REPAIR}") from error
 
 
 def open_writer(
@@ -90,7 +91,7 @@ def read_any_footer(place: Path | str) -> Footer:
     """The footer of a shard of a cache that is not finished yet: every shard says what the cache is.
 
     Raises:
-        FileNotFoundError: there is no shard that is sound.
+        MissingError: there is no sound shard.
     """
     place = as_place(place)
     if isinstance(place, Path):
@@ -100,7 +101,7 @@ def read_any_footer(place: Path | str) -> Footer:
         footers = (_stored_footer(store, name) for name in store.shards())
     found = next((footer for footer in footers if footer is not None), None)
     if found is None:
-        raise FileNotFoundError(f"{place}: expected a shard, found none; run `fpo precompute`")
+        raise MissingError(f"{place}: expected a shard, found none; run `fpo precompute`")
     return found
 
 
@@ -115,7 +116,7 @@ def _stored_footer(store: Store, name: str) -> Footer | None:
             length = min(file.size, TAIL + LARGEST_FOOTER, TAIL + int.from_bytes(file.read(4), "little"))
             file.seek(-length, 2)
             data = file.read(length)
-    except FileNotFoundError:
+    except MissingError:
         return None
     return footer_of(pa.BufferReader(data))
 
@@ -146,9 +147,8 @@ class StoreWriter:
 
         Raises:
             IdentityError: the store holds a cache of another spec.
-            OSError: the store does not answer.
-            UserError: the spec cannot be written, the store holds shards that do not belong, or has no driver; the
-                manifest is damaged, or there is nothing to repair.
+            UserError: the store does not answer, has no driver or holds shards that do not belong; the spec cannot be
+                written; the manifest is damaged, or there is nothing to repair.
         """
         self._store = Store(url)
         footers = {name: _stored_footer(self._store, name) for name in self._store.shards()}
@@ -192,7 +192,7 @@ class StoreWriter:
             yield mine and not self.is_done(index)
 
     def write_shard(self, rows: Sequence[CachedPair], report: ShardReport) -> None:
-        """Checks a shard, commits it here and uploads it; raises as `CacheWriter.write_shard`, and `OSError`."""
+        """Checks a shard, commits it here and uploads it; raises as `CacheWriter.write_shard`, and `UserError`."""
         self._local.write_shard(rows, report)
         self._store.put(self.spec.names[report.index], self._local.shard_path(report.index))
 
@@ -203,8 +203,7 @@ class StoreWriter:
             The manifest, or None if shards are missing.
 
         Raises:
-            OSError: the store does not answer.
-            UserError: a shard does not read back, or there is no pair in any.
+            UserError: the store does not answer, a shard does not read back, or no shard has a pair.
         """
         sizes = self._store.sizes()
         for index, name in enumerate(self.spec.names):
@@ -240,7 +239,7 @@ class StoreWriter:
         damages |= {name: fault for index, name in enumerate(self.spec.names) if (fault := self._fault(index))}
         for name in damages:
             (self._local.folder / name).unlink(missing_ok=True)  # it may be what was uploaded damaged
-            with suppress(FileNotFoundError):
+            with suppress(MissingError):
                 self._store.remove(name)
         self._stored = {index for index in self._stored if self.spec.names[index] not in damages}
         return [f"{name}: {fault}" for name, fault in damages.items()]
@@ -250,9 +249,9 @@ class StoreWriter:
             path = Path(scratch) / "shard.parquet"
             try:
                 self._store.fetch(self.spec.names[index], path, self._found.vouched(index))
-            except FileNotFoundError:
+            except MissingError:
                 return "missing"
-            except ValueError as error:
+            except DamageError as error:
                 return str(error)
             return self.spec.fault_of(index, path, self.published)
 

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .errors import UserError
+from .errors import DamageError, UserError
 from .files import canonical_json, decode, parse_json, sha256_file, write_atomically
-from .identity import FormatError, IdentityError, Meaning, Numerics, differences
+from .identity import IdentityError, Meaning, Numerics, differences
 from .locks import Lock, locked
 from .manifest import MANIFEST_NAME, REPAIR, Manifest, ShardRecord, shard_name
 from .schema import FORMAT_VERSION
@@ -158,9 +158,7 @@ class Found:
             return cls(load())
         except FileNotFoundError:
             return cls(None, "missing")
-        except FormatError:
-            raise
-        except ValueError as error:
+        except DamageError as error:
             if not repair:
                 raise
             return cls(None, str(error.__cause__ or error))  # without its advice, which is being followed

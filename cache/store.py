@@ -12,6 +12,7 @@ from typing import Any
 
 import fsspec
 
+from .errors import DamageError, MissingError, UserError
 from .files import atomic_file, sha256_file
 from .manifest import LARGEST_TEXT, ShardRecord
 
@@ -25,7 +26,8 @@ _SHARD = re.compile(r"data/[^/]+\.parquet")
 class Store:
     """The files below a URL, by their names relative to it.
 
-    What is not there is a `FileNotFoundError`, what the store does not answer an `OSError`; both name the address.
+    Every method raises `MissingError` for a file that is not there and `UserError` when the store does not answer; both
+    name the address.
 
     Attributes:
         url: the address, without a slash at its end.
@@ -35,22 +37,25 @@ class Store:
         """Finds the driver; nothing is asked of the store yet.
 
         Raises:
-            ValueError: there is no driver for such a URL, or it is not installed.
+            UserError: there is no driver for such a URL, or it is not installed.
         """
         self.url = url if url.endswith("://") else url.rstrip("/")
         protocol = url.partition("://")[0]
-        try:
-            with self._asking():
+        with self._asking():
+            try:
                 self._files, self._root = fsspec.url_to_fs(self.url)
-        except ImportError as error:
-            install = f"pip install '{EXTRAS[protocol]}'" if protocol in EXTRAS else "install what it names"
-            raise ValueError(f"{url}: expected a driver for {protocol}://, found none ({error}); {install}") from error
-        except ValueError as error:
-            raise ValueError(
-                f"{url}: expected a folder, or a URL as s3://…, gs://… or hf://datasets/…, found: {error}; correct it"
-            ) from error
+            except ImportError as error:
+                install = f"pip install '{EXTRAS[protocol]}'" if protocol in EXTRAS else "install what it names"
+                raise UserError(
+                    f"{url}: expected a driver for {protocol}://, found none ({error}); {install}"
+                ) from error
+            except ValueError as error:
+                raise UserError(
+                    f"{url}: expected a folder or a URL such as s3://…, gs://… or hf://datasets/…, found: {error}; "
+                    "correct it"
+                ) from error
         if not self._root.strip("/"):
-            raise ValueError(f"{url}: expected a bucket or a repository after '://', found nothing; add its name")
+            raise UserError(f"{url}: expected a bucket or a repository after '://', found nothing; add its name")
 
     def address(self, name: str = "") -> str:
         """The URL of a file, or of the folder."""
@@ -81,36 +86,36 @@ class Store:
         """A file of text whole, as it is now.
 
         Raises:
-            ValueError: it is too large to be one.
+            DamageError: it is too large to be one.
         """
         self.refresh()
         with self.open(name) as file:
             if file.size > LARGEST_TEXT:
                 found = f"expected at most {LARGEST_TEXT} bytes, found {file.size}"
-                raise ValueError(f"{self.address(name)}: {found}; look at what was put there")
+                raise DamageError(f"{self.address(name)}: {found}; look at what was put there")
             return bytes(file.read(file.size))
 
     def read_if_there(self, name: str) -> bytes | None:
         """As `read`; None if there is no such file."""
         try:
             return self.read(name)
-        except FileNotFoundError:
+        except MissingError:
             return None
 
     def fetch(self, name: str, path: Path, expected: ShardRecord | None = None) -> None:
         """Copies a file to `path`, whole or not at all.
 
         Raises:
-            ValueError: it is not the expected one; if its size tells, nothing of it was fetched.
+            DamageError: it is not the expected one; if its size differs, none of it is fetched.
         """
         with self.open(name) as source:
             if expected is not None and source.size != expected.bytes:
-                raise ValueError(f"expected {expected.bytes} bytes, found {source.size}")
+                raise DamageError(f"expected {expected.bytes} bytes, found {source.size}")
             with atomic_file(path) as file:
                 shutil.copyfileobj(source, file, BLOCK)
                 file.flush()
                 if expected is not None and (sha256 := sha256_file(Path(file.name))) != expected.sha256:
-                    raise ValueError(f"expected SHA-256 {expected.sha256}, found {sha256}")
+                    raise DamageError(f"expected SHA-256 {expected.sha256}, found {sha256}")
 
     def put(self, name: str, path: Path) -> None:
         """Uploads a file."""
@@ -132,13 +137,13 @@ class Store:
         """Names the address in what a driver raises: each has kinds of its own, and few say where it was."""
         try:
             yield
-        except (ValueError, ImportError):
+        except UserError:
             raise
         except Exception as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             if isinstance(error, FileNotFoundError):
-                raise FileNotFoundError(f"{self.address(name)}: not found ({said}); {advice}") from error
-            raise OSError(
+                raise MissingError(f"{self.address(name)}: not found ({said}); {advice}") from error
+            raise UserError(
                 f"{self.address(name)}: expected the store to answer, found {said}; look at the address, the network "
                 "and your credentials, and run the same command again"
             ) from error
