@@ -1,4 +1,4 @@
-"""Files in an object store, at any URL that fsspec has a driver for: `s3://`, `gs://`, `hf://datasets/…`.
+"""Files in an object store, at any URL for which fsspec has a driver: `s3://`, `gs://`, `hf://datasets/…`.
 
 In: a URL. Out: its files by name, to read, fetch, write and remove; errors name the address and say what to do.
 """
@@ -34,7 +34,7 @@ class Store:
     """
 
     def __init__(self, url: str):
-        """Finds the driver; nothing is asked of the store yet.
+        """Finds the driver; sends nothing to the store yet.
 
         Raises:
             UserError: there is no driver for such a URL, or it is not installed.
@@ -62,31 +62,31 @@ class Store:
         return f"{self.url}/{name}" if name else self.url
 
     def refresh(self) -> None:
-        """Forgets what the store was seen to hold: others write there too."""
+        """Clears the driver's cached listings, because others write to the store too."""
         self._files.invalidate_cache()
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file of the folder and of the folders in it."""
+        """Size in bytes of every file in the folder and its direct subfolders, by name."""
         with self._asking():
             self.refresh()
             found = self._files.find(self._root, maxdepth=2, detail=True)
         return {path[len(self._root) :].lstrip("/"): int(info["size"]) for path, info in found.items()}
 
     def shards(self) -> list[str]:
-        """The names of the Parquet files that lie where shards do."""
+        """The names of the Parquet files in `data/`."""
         return sorted(name for name in self.sizes() if _SHARD.fullmatch(name))
 
     @contextmanager
     def open(self, name: str) -> Iterator[Any]:
-        """A file to read from; it knows its `size`."""
+        """Opens a file for reading; its `size` attribute is in bytes."""
         with self._asking(name), self._files.open(f"{self._root}/{name}", "rb") as file:
             yield file
 
     def read(self, name: str) -> bytes:
-        """A file of text whole, as it is now.
+        """Reads a whole text file, bypassing cached listings.
 
         Raises:
-            DamageError: it is too large to be one.
+            DamageError: it is larger than any text file of a cache.
         """
         self.refresh()
         with self.open(name) as file:
@@ -96,14 +96,14 @@ class Store:
             return bytes(file.read(file.size))
 
     def read_if_there(self, name: str) -> bytes | None:
-        """As `read`; None if there is no such file."""
+        """As `read`, but None for a file that does not exist."""
         try:
             return self.read(name)
         except MissingError:
             return None
 
     def fetch(self, name: str, path: Path, expected: ShardRecord | None = None) -> None:
-        """Copies a file to `path`, whole or not at all.
+        """Copies a file to `path` atomically.
 
         Raises:
             DamageError: it is not the expected one; if its size differs, none of it is fetched.
@@ -123,7 +123,7 @@ class Store:
             self._files.put_file(str(path), f"{self._root}/{name}")
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file of text."""
+        """Writes a file."""
         with self._asking(name, MAKE_IT):
             self._files.pipe_file(f"{self._root}/{name}", data)
 
@@ -134,7 +134,7 @@ class Store:
 
     @contextmanager
     def _asking(self, name: str = "", advice: str = "correct the address") -> Iterator[None]:
-        """Names the address in what a driver raises: each has kinds of its own, and few say where it was."""
+        """Turns a driver's exceptions, whose types differ and which seldom name the address, into `UserError`."""
         try:
             yield
         except UserError:

@@ -80,7 +80,8 @@ def test_chosen_sites_come_in_the_order_asked_for(tmp_path: Path, home: Path):
 def test_a_site_that_the_cache_lacks_is_told_with_those_it_has(tmp_path: Path):
     write_cache(tmp_path / "cache")
     with pytest.raises(
-        ValueError, match=r"blocks\.9: the cache has blocks\.1\.hook_resid_post, blocks\.2\.hook_mlp_out"
+        ValueError,
+        match=r"blocks\.9: expected a site of the cache \(blocks\.1\.hook_resid_post, blocks\.2\.hook_mlp_out",
     ):
         open_cache(tmp_path / "cache", sites=["blocks.9"])
     with pytest.raises(ValueError, match="expected each once"):
