@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...cache.errors import UserError
 from ...cache.files import sync_files, write_atomically
 from ...cache.locks import Lock
 from ..config import RunConfig, to_yaml
@@ -32,7 +33,7 @@ def sole_writer(out: Path) -> Iterator[None]:
     try:
         try:
             alone = lock.take()
-        except OSError:  # NFS, for one, locks no folders: there nobody can tell
+        except UserError:  # a file system such as NFS may not lock folders, so nobody can tell
             alone = True
         if not alone:
             raise ValueError(f"--out: another run is writing into {out}; wait for it, or give another folder")
