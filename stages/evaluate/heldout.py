@@ -20,9 +20,8 @@ from ...cache.schema import SIDES
 from ..model.models import Recipe
 from ..model.sites import SiteSAE
 from ..scoring.batches import RowBatch, RowCollator
-from ..scoring.finite import find_faults, not_finite
-from ..scoring.forward import RowScores, live_reference, row_layout, score_row
-from ..scoring.packing import PackedRow, pack
+from ..scoring.finite import not_finite
+from ..scoring.forward import live_reference, row_layout, score_row
 
 # Pairs that are packed together: enough for full rows.
 PAIRS_AT_ONCE = 256
@@ -121,10 +120,6 @@ def measure_policy(
         FloatingPointError: naming pairs, if a value is not finite.
     """
     device = next(policy.parameters()).device
-
-    def score(row: PackedRow) -> RowScores:
-        return score_row(policy, row.to(device), saes, recipe)
-
     layout = row_layout(policy)
     collate = RowCollator(token_budget, layout.pad_to, tuple(sae.width for sae in saes), layout.windows)
     names: list[str] = []
@@ -138,7 +133,7 @@ def measure_policy(
             order += [start + index for index in row.packed.pairs]
             measured = _measure_row(policy, row, saes, recipe, top_k, reference)
             if wrong := _not_finite(row, measured):
-                raise not_finite(find_faults(score, pack(row.pairs(), 1, *layout), saes) or wrong)
+                raise not_finite(wrong)
             for name, column in measured.items():
                 parts[name].append(column)
             if on_pairs:

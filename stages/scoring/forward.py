@@ -7,6 +7,7 @@ Policy and reference are measured by this code alone.
 Shapes: L positions of a row, T response tokens, R responses, D hidden size, M SAE width.
 """
 
+import math
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...cache.schema import CachedPair, Pair, ReferenceResponse
+from ...cache.schema import SIDES, CachedPair, Pair, ReferenceResponse
 from ..model.anatomy import anatomy
 from ..model.models import Recipe, autocast
 from ..model.rotary import forget_lengths, of_same_frequencies
 from ..model.sites import Site, SiteSAE, capture_sites
 from .attention import PACKED, sequences_of
 from .features import CachedFeatures, FeatureDrift, LargestFeatures, feature_drift, pooled_features, select_largest
-from .finite import all_finite, find_faults, not_finite
+from .finite import not_finite
 from .logprobs import token_scores
 from .masks import layout_for, masks_for
-from .packing import PackedRow, RowLayout, pack, packed_rows
+from .packing import PackedRow, RowLayout, packed_rows
 from .transfer import HostCopy
 
 
@@ -295,27 +296,20 @@ def measure_pairs(
         FloatingPointError: naming pairs and sites, if a log-probability or a feature is not finite.
     """
     device, layout = next(model.parameters()).device, row_layout(model)
-
-    def score(row: PackedRow) -> RowScores:
-        pinned = row.pin_memory() if device.type == "cuda" else row
-        return score_row(model, pinned.to(device), saes, recipe)
-
     measured: dict[int, CachedPair] = {}
 
     def take(row: PackedRow, result: "_RowResult") -> None:
-        responses = result.read([sae.width for sae in saes], row.lengths)
-        if responses is None:
-            alone = find_faults(score, pack([pairs[index] for index in row.pairs], 1, *layout), saes)
-            raise not_finite(alone or dict.fromkeys(row.names, "is finite alone, but not in a row with others"))
+        responses = result.read()
         for number, index in enumerate(row.pairs):
             measured[index] = CachedPair(pairs[index], *responses[2 * number : 2 * number + 2])
         if on_row:
             on_row(row)
 
-    # What a row gave is read when the next one is under way, so that the device never waits for the host.
+    # A row's numbers are read while the next row is computed, so that the device never waits for the host.
     before: tuple[PackedRow, _RowResult] | None = None
     for row in packed_rows(pairs, token_budget, layout):
-        result = _RowResult(score(row), keep_features)
+        pinned = row.pin_memory() if device.type == "cuda" else row
+        result = _RowResult(row, score_row(model, pinned.to(device), saes, recipe), saes, keep_features)
         if before is not None:
             take(*before)
         before = row, result
@@ -325,24 +319,50 @@ def measure_pairs(
 
 
 class _RowResult:
-    """What the cache holds of a row's responses, on its way to the host."""
+    """What the cache holds of a row's responses, while it is copied from the device to the host."""
 
-    def __init__(self, scores: RowScores, keep_features: int | None) -> None:
-        self._sites = [select_largest(pooled_RM, keep_features) for pooled_RM in scores.pooled]
-        head = [scores.logps_R, all_finite(scores).to(torch.int32).reshape(1)]
-        self._copy = HostCopy([*head, *(tensor for site in self._sites for tensor in site.tensors)])
+    def __init__(self, row: PackedRow, scores: RowScores, saes: Sequence[SiteSAE], keep_features: int | None) -> None:
+        self._row, self._saes = row, saes
+        self._largest = [select_largest(pooled_RM, keep_features) for pooled_RM in scores.pooled]
+        # How many features of each response are not finite, by site.
+        counts = [(~pooled_RM.isfinite()).sum(1, dtype=torch.int32) for pooled_RM in scores.pooled]
+        tensors = [tensor for largest in self._largest for tensor in largest.tensors]
+        self._copy = HostCopy([scores.logps_R, *counts, *tensors])
 
-    def read(self, widths: Sequence[int], lengths: Sequence[int]) -> list[ReferenceResponse] | None:
-        """One entry a response; None if a number is not finite."""
-        logps_R, finite, *rest = self._copy.read()
-        if not finite.tolist()[0]:
-            return None
-        by_site = []
-        for site, width in zip(self._sites, widths, strict=True):
-            own, rest = rest[: len(site.tensors)], rest[len(site.tensors) :]
-            ids_RK = None if site.ids_RK is None else own.pop(0)
-            by_site.append(LargestFeatures(ids_RK, *own).stored(width))
+    def read(self) -> list[ReferenceResponse]:
+        """One entry a response.
+
+        Raises:
+            FloatingPointError: a log-probability or a feature is not finite; names the row's pairs and the site.
+        """
+        logps_R, *rest = self._copy.read()
+        logps, sites = logps_R.tolist(), len(self._saes)
+        self._check(logps, [counts_R.tolist() for counts_R in rest[:sites]])
+        rest, by_site = rest[sites:], []
+        for largest, sae in zip(self._largest, self._saes, strict=True):
+            own, rest = rest[: len(largest.tensors)], rest[len(largest.tensors) :]
+            ids_RK = None if largest.ids_RK is None else own.pop(0)
+            by_site.append(LargestFeatures(ids_RK, *own).stored(sae.width))
         return [
-            ReferenceResponse(logp, lengths[number], tuple(site[number] for site in by_site))
-            for number, logp in enumerate(logps_R.tolist())
+            ReferenceResponse(logp, self._row.lengths[number], tuple(site[number] for site in by_site))
+            for number, logp in enumerate(logps)
         ]
+
+    def _check(self, logps: Sequence[float], counts: Sequence[Sequence[int]]) -> None:
+        faults = {}
+        for number, name in enumerate(self._row.names):
+            sides = slice(2 * number, 2 * number + 2)
+            what = [
+                f"log-probability of {side} is {logp}"
+                for side, logp in zip(SIDES, logps[sides], strict=True)
+                if not math.isfinite(logp)
+            ]
+            what += [
+                f"{sum(of_site[sides])} pooled features at {sae.site.name} are not finite"
+                for sae, of_site in zip(self._saes, counts, strict=True)
+                if any(of_site[sides])
+            ]
+            if what:
+                faults[name] = ", ".join(what)
+        if faults:
+            raise not_finite(faults)

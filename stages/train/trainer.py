@@ -170,10 +170,6 @@ class RowTrainer(ResumingTrainer):
         """How many items of a row the loss is a mean over."""
         raise NotImplementedError
 
-    def faults(self, rows: Sequence[Any]) -> dict[str, str]:
-        """What is not finite of which item of rows whose loss is not; empty if that cannot be told."""
-        return {}
-
     def train(  # type: ignore[override]  # the Trainer's other arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
@@ -242,13 +238,13 @@ class RowTrainer(ResumingTrainer):
         """Checks the losses of rows.
 
         Raises:
-            FloatingPointError: one is not finite; names what of the row is at fault.
+            FloatingPointError: one is not finite; names the pairs (or conversations) of its row.
         """
         values = torch.stack([loss for _, loss in losses]).tolist() if losses else []
         wrong = {row: value for (row, _), value in zip(losses, values, strict=True) if not math.isfinite(value)}
         if wrong:
             of_rows = {name: f"the loss is {value}" for row, value in wrong.items() for name in row.names}
-            raise self._stopped(self.faults(list(wrong)) or of_rows, when)
+            raise self._stopped(of_rows, when)
 
     def _stopped(self, faults: Mapping[str, str], when: str) -> FloatingPointError:
         return FloatingPointError(

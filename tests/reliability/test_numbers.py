@@ -130,23 +130,20 @@ def no_embedding(token: int) -> Callable[[Any], None]:
 
 
 @pytest.mark.parametrize("command", ["precompute", "parity", "training", "evaluate"])
-def test_of_pairs_in_one_row_those_with_the_broken_token_alone_are_named(world, tmp_path, monkeypatch, tally, command):
+def test_the_pairs_of_rows_with_the_broken_token_alone_are_named(world, tmp_path, monkeypatch, tally, command):
     token, expected = rare_token(world)
     model = broken(world, tmp_path / "model", no_embedding(token))
     if command == "precompute":
-        result = world.precompute(tmp_path / "out", model=model, token_budget=10_000, shard_size=14)
+        result = world.precompute(tmp_path / "out", model=model, token_budget=1, shard_size=14)
     elif command == "evaluate":
-        result = evaluate(world, tmp_path / "out", model, token_budget=10_000)
+        result = evaluate(world, tmp_path / "out", model, token_budget=1)
     else:
         if command == "training":
             monkeypatch.setattr(FPOTrainer, "_check_parity", lambda trainer: {})
-        options = {"model": model, "batch_size": 12, "token_budget": 10_000}
+        options = {"model": model, "batch_size": 12, "token_budget": 1}
         result = world.align(tmp_path / "out", "--allow-different-start", **options)
     named = re.findall(NAME, stopped(result, "fpo: step 1: pair" if command == "training" else "pair"))
-    if command == "parity":  # reads eight pairs of the twelve
-        assert named and set(named) <= set(expected)
-    else:
-        assert sorted(named) == sorted(expected)
+    assert named and set(named) <= set(expected)
     tally("numbers that are not finite, caught")
 
 
