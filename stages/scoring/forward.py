@@ -22,13 +22,12 @@ from ..model.anatomy import anatomy
 from ..model.models import Recipe, autocast
 from ..model.rotary import forget_lengths, of_same_frequencies
 from ..model.sites import Site, SiteSAE, capture_sites
-from .attention import PACKED, sequences_of
+from .attention import PACKED, layout_for, masks_for, sequences_of
+from .batches import HostCopy
 from .features import CachedFeatures, FeatureDrift, LargestFeatures, feature_drift, pooled_features, select_largest
 from .finite import not_finite
 from .logprobs import token_scores
-from .masks import layout_for, masks_for
 from .packing import PackedRow, RowLayout, packed_rows
-from .transfer import HostCopy
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...cache.schema import Pair
-from .blocks import BLOCK, LEAST_BLOCKS, RowBlocks, row_blocks
+from .flex import BLOCK, LEAST_BLOCKS, RowBlocks, row_blocks
 
 PADDING = -1
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
@@ -288,41 +288,3 @@ def _row(
         tokens=size,
         blocks=layout.blocks(*structure),
     )
-
-
-def visible(row: PackedRow, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Whether position `query` may attend to position `key`: the one rule behind every mask.
-
-    Same pair, not later in the row, and the key is in the prompt or in the query's own response; a sliding window
-    counts position ids, so that the rejected response keeps the window it has as a sequence of its own. Padding sees
-    padding, so that no softmax is over nothing.
-
-    Args:
-        row: the packed row.
-        query: int64 row positions, any shape.
-        key: int64 row positions, broadcast with `query`.
-        window: tokens a sliding-window layer sees, the query's own included; None for full attention.
-
-    Returns:
-        bool, the broadcast shape.
-    """
-    same_pair = row.pair_L[query] == row.pair_L[key]
-    same_part = (row.part_L[key] == PROMPT) | (row.part_L[key] == row.part_L[query])
-    allowed = same_pair & same_part & (key <= query)
-    if window is not None:
-        allowed = allowed & (row.position_ids_L[query] - row.position_ids_L[key] < window)
-    return allowed
-
-
-def attention_mask(row: PackedRow, window: int | None) -> Tensor:
-    """The mask of one kind of layer as eager attention takes it: additive, float32 [1, 1, L, L].
-
-    Args:
-        row: the packed row, on the model's device.
-        window: as in `visible`.
-    """
-    size = row.input_ids_L.numel()
-    index = torch.arange(size, device=row.input_ids_L.device)
-    allowed_LL = visible(row, index[:, None], index[None, :], window)
-    blocked = torch.finfo(torch.float32).min
-    return torch.zeros(1, 1, size, size, device=index.device).masked_fill(~allowed_LL, blocked)
