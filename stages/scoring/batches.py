@@ -1,7 +1,6 @@
-"""Batches of packed rows on their way to a device, and results on their way back.
+"""Batches of packed rows, as the Trainer's collators return them.
 
-In: cached pairs or conversations. Out: packed rows, as the Trainer's collator returns them, with the reference's cached
-scores. `HostCopy` brings what was computed of a row to the host.
+In: cached pairs, or conversations. Out: packed rows; those of a cache with the reference's log-probs and features.
 
 Shapes: L positions of a row, R responses of a row (two a pair).
 """
@@ -100,33 +99,3 @@ class ConversationCollator:
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, list[PackedRow]]:
         """Rows of the batch; together they hold every conversation once."""
         return {"rows": pack_conversations(conversations, self.token_budget, self.pad_to, self.windows)}
-
-
-class HostCopy:
-    """Tensors of 4 or 8 bytes an entry, copied to the host while the device goes on."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """Starts the copy: one for all tensors, into pinned memory, without waiting."""
-        # Those of 8 bytes an entry first, so that each begins where its dtype may.
-        self._order = sorted(range(len(tensors)), key=lambda number: -tensors[number].element_size())
-        self._kinds = [(tensors[number].dtype, tensors[number].shape) for number in self._order]
-        flat = torch.cat([tensors[number].contiguous().flatten().view(torch.int32) for number in self._order])
-        self._done: torch.cuda.Event | None = None
-        self._buffer = flat
-        if flat.device.type == "cuda":
-            self._buffer = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-            self._buffer.copy_(flat, non_blocking=True)
-            self._done = torch.cuda.Event()
-            self._done.record(torch.cuda.current_stream(flat.device))
-
-    def read(self) -> list[Tensor]:
-        """The tensors, on the host; waits for the copy, not for later work of the device."""
-        if self._done is not None:
-            self._done.synchronize()
-        found: dict[int, Tensor] = {}
-        start = 0
-        for number, (dtype, shape) in zip(self._order, self._kinds, strict=True):
-            stop = start + shape.numel() * dtype.itemsize // 4
-            found[number] = self._buffer[start:stop].view(dtype).view(shape)
-            start = stop
-        return [found[number] for number in range(len(found))]

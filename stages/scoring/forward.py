@@ -7,9 +7,8 @@ Policy and reference are measured by this code alone.
 Shapes: L positions of a row, T response tokens, R responses, D hidden size, M SAE width.
 """
 
-import math
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,17 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...cache.schema import SIDES, CachedPair, Pair, ReferenceResponse
 from ..model.anatomy import anatomy
 from ..model.models import Recipe, autocast
 from ..model.rotary import forget_lengths, of_same_frequencies
 from ..model.sites import Site, SiteSAE, capture_sites
 from .attention import PACKED, layout_for, masks_for, sequences_of
-from .batches import HostCopy
-from .features import CachedFeatures, FeatureDrift, LargestFeatures, feature_drift, pooled_features, select_largest
-from .finite import not_finite
+from .features import CachedFeatures, FeatureDrift, feature_drift, pooled_features
 from .logprobs import token_scores
-from .packing import PackedRow, RowLayout, packed_rows
+from .packing import PackedRow, RowLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,104 +260,3 @@ def attach_scoring(model: nn.Module) -> None:
 
     inner = causal_lm(model)
     inner.forward = types.MethodType(forward, inner)
-
-
-@torch.no_grad()
-def measure_pairs(
-    model: nn.Module,
-    pairs: Sequence[Pair],
-    saes: Sequence[SiteSAE],
-    recipe: Recipe,
-    *,
-    token_budget: int,
-    keep_features: int | None,
-    on_row: Callable[[PackedRow], None] | None = None,
-) -> list[CachedPair]:
-    """Measures pairs as the cache holds them.
-
-    Args:
-        model: the causal LM.
-        pairs: the pairs.
-        saes: SAEs of the sites to read.
-        recipe: the compute recipe.
-        token_budget: tokens of a packed row; 1 gives each pair a row of its own.
-        keep_features: how many features a response keeps, None for all that are not 0.
-        on_row: called after each row, for progress.
-
-    Returns:
-        One row of a cache for each pair, in their order.
-
-    Raises:
-        FloatingPointError: naming pairs and sites, if a log-probability or a feature is not finite.
-    """
-    device, layout = next(model.parameters()).device, row_layout(model)
-    measured: dict[int, CachedPair] = {}
-
-    def take(row: PackedRow, result: "_RowResult") -> None:
-        responses = result.read()
-        for number, index in enumerate(row.pairs):
-            measured[index] = CachedPair(pairs[index], *responses[2 * number : 2 * number + 2])
-        if on_row:
-            on_row(row)
-
-    # A row's numbers are read while the next row is computed, so that the device never waits for the host.
-    before: tuple[PackedRow, _RowResult] | None = None
-    for row in packed_rows(pairs, token_budget, layout):
-        pinned = row.pin_memory() if device.type == "cuda" else row
-        result = _RowResult(row, score_row(model, pinned.to(device), saes, recipe), saes, keep_features)
-        if before is not None:
-            take(*before)
-        before = row, result
-    if before is not None:
-        take(*before)
-    return [measured[index] for index in range(len(pairs))]
-
-
-class _RowResult:
-    """What the cache holds of a row's responses, while it is copied from the device to the host."""
-
-    def __init__(self, row: PackedRow, scores: RowScores, saes: Sequence[SiteSAE], keep_features: int | None) -> None:
-        self._row, self._saes = row, saes
-        self._largest = [select_largest(pooled_RM, keep_features) for pooled_RM in scores.pooled]
-        # How many features of each response are not finite, by site.
-        counts = [(~pooled_RM.isfinite()).sum(1, dtype=torch.int32) for pooled_RM in scores.pooled]
-        tensors = [tensor for largest in self._largest for tensor in largest.tensors]
-        self._copy = HostCopy([scores.logps_R, *counts, *tensors])
-
-    def read(self) -> list[ReferenceResponse]:
-        """One entry a response.
-
-        Raises:
-            FloatingPointError: a log-probability or a feature is not finite; names the row's pairs and the site.
-        """
-        logps_R, *rest = self._copy.read()
-        logps, sites = logps_R.tolist(), len(self._saes)
-        self._check(logps, [counts_R.tolist() for counts_R in rest[:sites]])
-        rest, by_site = rest[sites:], []
-        for largest, sae in zip(self._largest, self._saes, strict=True):
-            own, rest = rest[: len(largest.tensors)], rest[len(largest.tensors) :]
-            ids_RK = None if largest.ids_RK is None else own.pop(0)
-            by_site.append(LargestFeatures(ids_RK, *own).stored(sae.width))
-        return [
-            ReferenceResponse(logp, self._row.lengths[number], tuple(site[number] for site in by_site))
-            for number, logp in enumerate(logps)
-        ]
-
-    def _check(self, logps: Sequence[float], counts: Sequence[Sequence[int]]) -> None:
-        faults = {}
-        for number, name in enumerate(self._row.names):
-            sides = slice(2 * number, 2 * number + 2)
-            what = [
-                f"log-probability of {side} is {logp}"
-                for side, logp in zip(SIDES, logps[sides], strict=True)
-                if not math.isfinite(logp)
-            ]
-            what += [
-                f"{sum(of_site[sides])} pooled features at {sae.site.name} are not finite"
-                for sae, of_site in zip(self._saes, counts, strict=True)
-                if any(of_site[sides])
-            ]
-            if what:
-                faults[name] = ", ".join(what)
-        if faults:
-            raise not_finite(faults)
