@@ -4,12 +4,15 @@ In: a `RunConfig`, and which options were given on the command line. Out: a mode
 `run.yaml` and `metrics.jsonl`. What can be refused is refused before anything is written.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
+from ...cache.errors import reading
 from ...cache.files import sha256_text
 from ...cache.identity import Meaning, differences
 from ...cache.reader import Cache, open_cache
@@ -20,9 +23,8 @@ from ...stages.model.supported import load_supported
 from ...stages.scoring.forward import causal_lm
 from ...stages.scoring.parity import check_cache
 from ...stages.train.align import FPOTrainer
-from ...stages.train.fpo_config import FPOConfig
+from ...stages.train.config import FPOConfig
 from ...stages.train.methods import METHODS
-from ...stages.train.reading import reading
 from ...stages.train.rehearsal import outside_decoder
 from ..config import RunConfig
 from ..progress import console
@@ -43,8 +45,8 @@ from .training import (
 SPLIT_FIELDS = ("dataset", "split", "limit")
 
 
-def run_align(config: RunConfig, given: frozenset[str]) -> None:
-    """`fpo align`."""
+def run_align(config: RunConfig, given: frozenset[str], callbacks: Sequence[TrainerCallback] = ()) -> None:
+    """`fpo align`; `callbacks` are added to the run's own."""
     _, place, out = required(config, "model", "cache", "out")
     args = _training_arguments(config, given)
     divergence = METHODS[config.method].divergence
@@ -91,9 +93,10 @@ def run_align(config: RunConfig, given: frozenset[str]) -> None:
             saes=saes,
             reference=reference,
             processing_class=tokenizer,
-            callbacks=run_callbacks(
-                config, {**identity, START_SHA256: source.sha256, "training_device": str(args.device)}
-            ),
+            callbacks=[
+                *run_callbacks(config, {**identity, START_SHA256: source.sha256, "training_device": str(args.device)}),
+                *callbacks,
+            ],
         )
     if config.merge and trainer.is_fsdp_enabled:
         raise ValueError("--merge: an adapter whose model is sharded by FSDP cannot be merged; leave one of them out")

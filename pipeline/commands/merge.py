@@ -9,7 +9,7 @@ from pathlib import Path
 from ...stages.model.adapters import AdapterSource, load_adapter, merged
 from ...stages.model.model_card import card_of_merged
 from ...stages.model.models import load_tokenizer
-from ...stages.train.saving import copy_processor, move_model, saving
+from ...stages.train.checkpoints import copy_processor, move_model, saving
 from ..progress import console
 from .inputs import check_new, policy_of
 from .run_record import sole_writer

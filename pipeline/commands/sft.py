@@ -16,7 +16,7 @@ from ...stages.data.chat import load_template
 from ...stages.data.conversations import load_conversations
 from ...stages.model.models import attentions_to_try, check_vocabulary, find_model, load_model, load_tokenizer
 from ...stages.model.supported import check_length, load_supported
-from ...stages.train.row_config import RowConfig
+from ...stages.train.config import RowConfig
 from ...stages.train.sft import SFTTrainer
 from ..config import RunConfig
 from ..plain_yaml import read_yaml

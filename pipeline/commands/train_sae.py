@@ -16,7 +16,7 @@ from ...stages.data.tokenized import tokenize_pair
 from ...stages.model.models import attentions_to_try, check_tokens, check_vocabulary, load_model
 from ...stages.model.sites import parse_site
 from ...stages.model.supported import check_length, load_supported
-from ...stages.train.saving import move_model
+from ...stages.train.checkpoints import move_model
 from ...stages.train.train_sae import train_sae
 from ..config import RunConfig, to_yaml
 from ..progress import console

@@ -15,10 +15,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ...cache.files import remove_leftovers
-from ...stages.train.metrics import RunRecord
-from ...stages.train.saving import CONFIGS
+from ...stages.train.callbacks import RunRecord, Snapshots
+from ...stages.train.checkpoints import CONFIGS
 from ...stages.train.schedules import is_endless
-from ...stages.train.snapshots import Snapshots
 from ..config import RunConfig, to_yaml
 from ..progress import console
 from .inputs import check_new, compiles, device_of

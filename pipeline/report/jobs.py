@@ -211,9 +211,10 @@ def run_command(command: str, config: RunConfig) -> None:
 
         run_precompute(config)
     elif command == "align":
+        from ...stages.train.memory import PeakMemory
         from ..commands.align import run_align
 
-        run_align(config, frozenset())
+        run_align(config, frozenset(), [PeakMemory()])
     elif command == "sft":
         from ..commands.sft import run_sft
 
