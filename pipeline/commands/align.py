@@ -17,12 +17,12 @@ from ...cache.files import sha256_text
 from ...cache.identity import Meaning, differences
 from ...cache.reader import Cache, open_cache
 from ...stages.data.chat import ChatFormat, load_template
+from ...stages.model.anatomy import causal_lm
 from ...stages.model.models import ModelSource, attentions_to_try, find_model, load_model
 from ...stages.model.sae import check_fits
-from ...stages.model.supported import load_supported
 from ...stages.model.tokenizer import check_vocabulary
-from ...stages.scoring.forward import causal_lm
 from ...stages.scoring.parity import check_cache
+from ...stages.scoring.supported import load_supported
 from ...stages.train.align import FPOTrainer
 from ...stages.train.config import FPOConfig
 from ...stages.train.methods import METHODS

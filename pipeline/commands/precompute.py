@@ -15,11 +15,11 @@ from ...stages.data.preferences import Preferences
 from ...stages.data.tokenize import Limits
 from ...stages.model.models import attentions_to_try, load_model
 from ...stages.model.sae import check_fits
-from ...stages.model.sae_quality import check_fit, first_pairs, fit_on_pairs
-from ...stages.model.supported import check_length, load_supported
 from ...stages.model.tokenizer import check_vocabulary
 from ...stages.precompute.reference import Reference
 from ...stages.precompute.shards import precompute, repair
+from ...stages.scoring.sae_quality import check_fit, first_pairs, fit_on_pairs
+from ...stages.scoring.supported import check_length, load_supported
 from ..config import RunConfig, to_yaml
 from ..progress import PairProgress, console
 from .inputs import check_folder, compiles, device_of, load_data, load_saes, required

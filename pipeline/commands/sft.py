@@ -15,8 +15,8 @@ from accelerate.utils import broadcast_object_list
 from ...stages.data.chat import load_template
 from ...stages.data.conversations import load_conversations
 from ...stages.model.models import attentions_to_try, find_model, load_model
-from ...stages.model.supported import check_length, load_supported
 from ...stages.model.tokenizer import check_vocabulary, load_tokenizer
+from ...stages.scoring.supported import check_length, load_supported
 from ...stages.train.config import RowConfig
 from ...stages.train.sft import SFTTrainer
 from ..config import RunConfig

@@ -15,8 +15,8 @@ from ...cache.files import write_atomically
 from ...stages.data.tokenize import tokenize_pair
 from ...stages.model.models import attentions_to_try, load_model
 from ...stages.model.sae import parse_site
-from ...stages.model.supported import check_length, load_supported
 from ...stages.model.tokenizer import check_tokens, check_vocabulary
+from ...stages.scoring.supported import check_length, load_supported
 from ...stages.train.checkpoints import move_model
 from ...stages.train.train_sae import train_sae
 from ..config import RunConfig, to_yaml

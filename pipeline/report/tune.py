@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ...cache.files import write_atomically
 from ...stages.train.methods import METHODS
+from ..commands.jobs import run_steps
 from ..config import RunConfig
 from ..progress import console
 from ..world.world import provide
-from .jobs import run_steps
 from .plan import OF_THE_WORLD, Plan, Run, make_plan
 from .records import Record, read_record
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from ...cache.files import canonical_json, user_folder, write_atomically
 from ...cache.locks import locked
+from ..commands.jobs import Step, run_steps
 from ..config import RunConfig, load_config
 from ..progress import console
-from ..report.jobs import Step, run_steps
 from . import language as embedded_tasks
 
 PROFILE = "embedded"

@@ -19,11 +19,11 @@ from ...cache.manifest import Manifest, ShardReport
 from ...cache.remote import open_writer
 from ..data.preferences import Preferences
 from ..data.tokenize import Limits, tokenize_pair
-from ..model.compile import freeze
 from ..model.tokenizer import check_tokens
 from ..scoring.measure import measure_pairs
 from ..scoring.packing import PackedRow
 from ..scoring.parity import check_packings, difference
+from ..scoring.supported import freeze
 from .reference import Reference, describe_meaning, describe_numerics, provenance
 
 # One pair for so many, and at least two a shard, are measured a second time in another packing, for the cache's noise.

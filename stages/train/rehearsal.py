@@ -18,7 +18,7 @@ from torch import nn
 
 from ...cache.errors import reading
 from ...cache.files import temporary_folder
-from ..scoring.forward import causal_lm
+from ..model.anatomy import causal_lm
 from .checkpoints import copy_processor, saving
 
 NOTES = logging.getLogger("fpo")

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..model.rotary import forget_lengths, frequencies_of
 from ..model.sae import Site, capture_sites, load_sae
-from ..model.sae_quality import FitSums, SAEFit
+from ..scoring.rotary import forget_lengths, frequencies_of
+from ..scoring.sae_quality import FitSums, SAEFit
 from .checkpoints import check_weights, saving
 
 TokenIds = NDArray[np.int32]

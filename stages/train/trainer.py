@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from ...cache.errors import UserError, reading
-from ..model.anatomy import decoder_layers
+from ..model.anatomy import causal_lm, decoder_layers
 from ..model.compile import CheckpointEvery, compile_layers
 from ..model.sae import Site
-from ..model.supported import check_model, check_repeats, policy_mode
-from ..scoring.forward import RowScores, attach_scoring, causal_lm
+from ..scoring.forward import RowScores, attach_scoring
 from ..scoring.packing import named
+from ..scoring.supported import check_model, check_repeats, policy_mode
 from .callbacks import MetricsFile, PairMeans
 from .checkpoints import check_state, check_weights, copy_processor, move_model, reading_checkpoint, saving
 from .config import RowConfig

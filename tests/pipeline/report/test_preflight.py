@@ -5,10 +5,10 @@ import psutil
 import pytest
 import torch
 import yaml
+from fpo.pipeline.commands.jobs import DONE, Step
 from fpo.pipeline.config import RunConfig, load_config, profile_names
 from fpo.pipeline.hub import Repo
 from fpo.pipeline.report import preflight
-from fpo.pipeline.report.jobs import DONE, Step
 from fpo.pipeline.report.plan import make_plan, make_step
 from fpo.pipeline.report.preflight import free_memory, missing, needed_repos
 from transformers import AutoModelForCausalLM

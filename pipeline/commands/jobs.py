@@ -207,24 +207,24 @@ def _run(step: Step, threads: int) -> None:
 def run_command(command: str, config: RunConfig) -> None:
     """Runs one command of `fpo` in this process."""
     if command == "precompute":
-        from ..commands.precompute import run_precompute
+        from .precompute import run_precompute
 
         run_precompute(config)
     elif command == "align":
         from ...stages.train.memory import PeakMemory
-        from ..commands.align import run_align
+        from .align import run_align
 
         run_align(config, frozenset(), [PeakMemory()])
     elif command == "sft":
-        from ..commands.sft import run_sft
+        from .sft import run_sft
 
         run_sft(config, frozenset())
     elif command == "train-sae":
-        from ..commands.train_sae import run_train_sae
+        from .train_sae import run_train_sae
 
         run_train_sae(config)
     else:
         assert command == "evaluate"
-        from ..commands.evaluate import run_evaluate
+        from .evaluate import run_evaluate
 
         run_evaluate(config, frozenset())
