@@ -18,7 +18,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ...cache.errors import UserError, reading
 from ..model.anatomy import decoder_layers
@@ -29,7 +29,7 @@ from ..model.sites import Site
 from ..model.supported import check_model
 from ..scoring.forward import RowScores, attach_scoring, causal_lm
 from ..scoring.packing import named
-from .callbacks import MetricsFile, PairMeans
+from .callbacks import LiveLine, MetricsFile, PairMeans
 from .checkpoints import check_state, check_weights, copy_processor, move_model, reading_checkpoint, saving
 from .config import RowConfig
 from .distributed import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
@@ -92,6 +92,9 @@ class RowTrainer(Trainer):
             # The run's record goes before its log.
             callbacks=[*(callbacks or []), MetricsFile(), CheckpointEvery(layers, args.checkpoint_every)],
         )
+        for shown in (ProgressCallback, PrinterCallback):
+            self.remove_callback(shown)
+        self.add_callback(LiveLine(self))
         several = self.args.world_size > 1
         self._ranks = torch.distributed.new_group(backend="gloo") if several else None  # for counts alone
 
@@ -267,6 +270,20 @@ class RowTrainer(Trainer):
         memory = self._memory or (PeakMemory() if self.args.device.type == "cuda" else None)  # a GPU counts anyway
         measured = memory.read(self.args.device) if memory else {}
         return {"train_tokens_per_second": round(tokens / seconds, 1), **measured}
+
+    def tokens_per_second(self) -> float:
+        """Tokens of all ranks over the time of training so far, taking the other ranks to be as fast as this one."""
+        return self._tokens * self.args.world_size / (time.monotonic() - self._started)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates; before the first step, without a trace in the random numbers or the speed of training."""
+        if self.state.global_step:
+            return super()._evaluate(*args, **kwargs)  # type: ignore[no-untyped-call]
+        begun = time.monotonic()
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            metrics = super()._evaluate(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._started += time.monotonic() - begun
+        return metrics
 
     @property
     def _memory(self) -> PeakMemory | None:
