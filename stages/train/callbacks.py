@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import ProgressCallback, TrainerCallback
 
 from ...cache.files import naming, write_atomically
@@ -156,10 +156,12 @@ class LiveLine(ProgressCallback):
             )
             self._first, self._started = state.global_step, time.monotonic()
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         """Shows how far an evaluation is, on a terminal."""
         if self.training_bar is not None and not self.training_bar.disable:
-            super().on_prediction_step(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Shows the metrics of a step or of an evaluation; other log lines are for the files."""

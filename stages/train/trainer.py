@@ -51,7 +51,7 @@ class RowTrainer(Trainer):
         callbacks: as the Trainer's.
 
     Raises:
-        ValueError: if weights are not fp32; if the architecture is not supported (`check_model`); if FSDP is asked for
+        UserError: if weights are not fp32; if the architecture is not supported (`check_model`); if FSDP is asked for
             in a way that would change what is computed or saved (`check_fsdp`).
     """
 
@@ -72,7 +72,7 @@ class RowTrainer(Trainer):
     ) -> None:
         dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad}
         if dtypes != {"torch.float32"}:
-            raise ValueError(f"model: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
+            raise UserError(f"model: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
         check_model(model)
         layers = decoder_layers(causal_lm(model))
         if args.compile_layers:
@@ -129,7 +129,7 @@ class RowTrainer(Trainer):
         """Makes the repository to upload to, when the Trainer is made.
 
         Raises:
-            ValueError: the hub does not answer, or does not know who asks.
+            UserError: the hub does not answer, or does not know who asks.
         """
         with reading("--push-to-hub: expected a hub to upload to, log in with `hf auth login` or leave it out"):
             super().init_hf_repo(token, private)
@@ -177,7 +177,7 @@ class RowTrainer(Trainer):
         """Trains; see `Trainer.train`.
 
         Raises:
-            ValueError: the model is random in training mode (`check_repeats`), or the end of the run would fail
+            UserError: the model is random in training mode (`check_repeats`), or the end of the run would fail
                 (`rehearse`).
         """
         model: Any = self.model
@@ -273,15 +273,15 @@ class RowTrainer(Trainer):
 
     def tokens_per_second(self) -> float:
         """Tokens of all ranks over the time of training so far, taking the other ranks to be as fast as this one."""
-        return self._tokens * self.args.world_size / (time.monotonic() - self._started)
+        return float(self._tokens * self.args.world_size / (time.monotonic() - self._started))
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates; before the first step, without a trace in the random numbers or the speed of training."""
         if self.state.global_step:
-            return super()._evaluate(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return super()._evaluate(*args, **kwargs)
         begun = time.monotonic()
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
-            metrics = super()._evaluate(*args, **kwargs)  # type: ignore[no-untyped-call]
+            metrics = super()._evaluate(*args, **kwargs)
         self._started += time.monotonic() - begun
         return metrics
 
