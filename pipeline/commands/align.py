@@ -24,6 +24,7 @@ from ...stages.model.tokenizer import check_vocabulary
 from ...stages.scoring.parity import check_cache
 from ...stages.scoring.supported import load_supported
 from ...stages.train.align import FPOTrainer
+from ...stages.train.callbacks import summary
 from ...stages.train.config import FPOConfig
 from ...stages.train.methods import METHODS
 from ...stages.train.rehearsal import outside_decoder
@@ -102,7 +103,9 @@ def run_align(config: RunConfig, given: frozenset[str], callbacks: Sequence[Trai
     if config.merge and trainer.is_fsdp_enabled:
         raise ValueError("--merge: an adapter whose model is sharded by FSDP cannot be merged; leave one of them out")
     with sole_run(config, out, identity):
-        trainer.train(resume_from_checkpoint=last_checkpoint(config))
+        checkpoint = last_checkpoint(config)
+        args.eval_on_start = eval_cache is not None and checkpoint is None  # what the summary calls "before"
+        trainer.train(resume_from_checkpoint=checkpoint)
         last_step = [line for line in trainer.state.log_history if line["step"] == trainer.state.global_step]
         if eval_cache is not None and not any("eval_loss" in line for line in last_step):
             trainer.evaluate()
@@ -202,6 +205,9 @@ def _save(config: RunConfig, trainer: Any, out: Path) -> None:
         trainer.model = trainer.model.merge_and_unload()
     finish(trainer, out)
     if trainer.is_world_process_zero():
+        console.print("\n".join(summary(trainer.state.log_history)))
         console.print(
             f"{out}: the {'adapter' if config.lora_r and not config.merge else 'model'}, run.yaml, metrics.jsonl"
         )
+        data = config.eval_cache or "CACHE"
+        console.print(f"next: fpo evaluate --model {out} --cache {data} --out {out}-evaluation")

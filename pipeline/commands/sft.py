@@ -17,6 +17,7 @@ from ...stages.data.conversations import load_conversations
 from ...stages.model.models import attentions_to_try, find_model, load_model
 from ...stages.model.tokenizer import check_vocabulary, load_tokenizer
 from ...stages.scoring.supported import check_length, load_supported
+from ...stages.train.callbacks import summary
 from ...stages.train.config import RowConfig
 from ...stages.train.sft import SFTTrainer
 from ..config import RunConfig
@@ -94,7 +95,9 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
         trainer.train(resume_from_checkpoint=last_checkpoint(config))
         finish(trainer, out)
     if args.process_index == 0:
+        console.print("\n".join(summary(trainer.state.log_history)))
         console.print(f"{out}: the model, run.yaml, metrics.jsonl")
+        console.print(f"next: fpo precompute --model {out} --dataset PAIRS --sae SAE --out CACHE")
 
 
 def _on_recorded_day(config: RunConfig, out: Path) -> RunConfig:

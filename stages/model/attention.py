@@ -1,8 +1,8 @@
 """Attention over packed rows as the plain causal sequences that they are made of.
 
-In: queries, keys and values of a row `prompt · chosen · rejected · …`, and its sequences (`scoring/masks.py`). Out: what
-every position attends to, as under a mask. The kernel of scaled-dot-product attention skips what lies above the diagonal
-only where it is told that a sequence is causal, not where a mask says so.
+In: queries, keys and values of a row, and its sequences (`scoring/masks.py`). Out: what every position attends to, as
+under a mask. The kernel of scaled-dot-product attention skips what lies above the diagonal only where it is told that
+a sequence is causal, not where a mask says so.
 
 Registered with transformers under the name `packed`; without `sequences` it is its `sdpa`.
 

@@ -32,7 +32,7 @@ class SFTTrainer(RowTrainer):
         callbacks: as the Trainer's.
 
     Raises:
-        ValueError: as `RowTrainer`.
+        UserError: as `RowTrainer`.
     """
 
     noun = "conversation"
