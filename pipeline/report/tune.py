@@ -8,6 +8,7 @@ import csv
 import io
 from pathlib import Path
 
+from ...cache.errors import UserError
 from ...cache.files import write_atomically
 from ...stages.train.methods import METHODS
 from ..commands.jobs import run_steps
@@ -29,7 +30,7 @@ def run_tune(name: str, config: RunConfig) -> None:
     """`fpo tune`."""
     stem = Path(name).stem
     if config.validation_split is None:
-        raise ValueError(f"{name}: expected validation_split, found none; name the split to choose on")
+        raise UserError(f"{name}: expected validation_split, found none; name the split to choose on")
     out = config.out or Path("results") / stem
     assert isinstance(out, Path)
     config = config.model_copy(update={"runs": config.runs or Path("runs") / stem, "out": out})
