@@ -43,8 +43,8 @@ class RowTrainer(Trainer):
         model: a causal LM or a PEFT model around one, weights in fp32.
         args: the settings.
         data_collator: makes `{"rows": [...]}` of a batch.
-        train_dataset: what it is to be made of.
-        eval_dataset: likewise, for subclasses that evaluate.
+        train_dataset: the items that a batch is made of.
+        eval_dataset: held-out items, for subclasses that evaluate.
         processing_class: the tokenizer that is saved beside the weights.
         callbacks: as the Trainer's.
 
