@@ -13,7 +13,7 @@ import torch
 import yaml
 from fpo.cache.reader import open_cache
 from fpo.pipeline.commands import align as run_align
-from fpo.pipeline.commands import inputs, run_record
+from fpo.pipeline.commands import inputs
 from fpo.stages.model.models import load_model
 from fpo.stages.train.align import FPOTrainer
 from fpo.stages.train.methods import METHODS
@@ -115,7 +115,7 @@ def test_simpo_loads_the_policy_and_nothing_else(world, tmp_path, monkeypatch):
     loaded = []
     monkeypatch.setattr(inputs, "load_sae", lambda *_, **__: pytest.fail("loads an SAE"))
     monkeypatch.setattr(
-        run_align, "load_model", lambda source, **kwargs: loaded.append(source) or load_model(source, **kwargs)
+        inputs, "load_model", lambda source, **kwargs: loaded.append(source) or load_model(source, **kwargs)
     )
     ran(world.align(tmp_path / "run", method="simpo", max_steps=1))
     assert [source.folder for source in loaded] == [world.gemma]
@@ -124,7 +124,7 @@ def test_simpo_loads_the_policy_and_nothing_else(world, tmp_path, monkeypatch):
 def test_fpo_loads_no_reference(world, tmp_path, monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        run_align, "load_model", lambda source, **kwargs: loaded.append(source) or load_model(source, **kwargs)
+        inputs, "load_model", lambda source, **kwargs: loaded.append(source) or load_model(source, **kwargs)
     )
     ran(world.align(tmp_path / "run", max_steps=1))
     assert len(loaded) == 1
@@ -251,7 +251,7 @@ def test_a_run_killed_in_its_last_save_saves_and_trains_no_more(world, tmp_path,
 
             patch.setattr(FPOTrainer, "save_model", save_model)
         else:
-            patch.setattr(run_record, "sync_files", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(inputs, "sync_files", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
         assert world.align(run, **options).exit_code == 130
     steps = losses(run)
     ran(world.align(run, "--resume", **options))

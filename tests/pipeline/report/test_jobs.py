@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from fpo.pipeline.config import RunConfig
+from fpo.pipeline.config import AlignConfig, EvaluateConfig
 from fpo.pipeline.report.jobs import DONE, Step, run_steps, seconds_of
 from tiny_profile import tiny_profile
 from tiny_world import files, losses
@@ -30,11 +30,11 @@ def one_thread(monkeypatch) -> None:
 def training(world: Any, out: Path, **options: Any) -> Step:
     defaults = {"model": str(world.gemma), "cache": world.cache, "method": "dpo", "batch_size": 6, "lr": 1e-3}
     defaults |= {"token_budget": 160, "logging_steps": 1, "warmup_steps": 0}
-    return Step("align", f"align {out.name}", RunConfig(**(defaults | {"max_steps": 1, "out": out} | options)))
+    return Step("align", f"align {out.name}", AlignConfig(**(defaults | {"max_steps": 1, "out": out} | options)))
 
 
 def evaluation(world: Any, out: Path, trained: Step) -> Step:
-    config = RunConfig(
+    config = EvaluateConfig(
         model=str(trained.out), cache=world.eval_cache, method="dpo", prompts=0, token_budget=160, out=out
     )
     return Step("evaluate", f"evaluate {trained.label}", config, (trained.out,))
