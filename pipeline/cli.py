@@ -1,37 +1,25 @@
-"""The command line: a command's options are the fields of its class in `config.py`, its work is in `commands/`.
+"""The command line: a command's help and options are those of its class in `config.py`, its work is in `commands/`.
 
 In: arguments. Out: exit code 0; 1 if `cache verify` finds damage or numbers are not finite; 2 for a mistake of the
 user's, with one line on stderr that says what was expected, what was found and what to do.
 """
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args, get_type_hints
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from typer.core import TyperGroup
 
-from .config import (
-    COMMANDS,
-    AlignConfig,
-    Config,
-    EvaluateConfig,
-    PrecomputeConfig,
-    SFTConfig,
-    TableConfig,
-    TrainSAEConfig,
-    TuneConfig,
-    flag,
-)
+from .config import COMMANDS, Config, TableConfig, TuneConfig, flag
 from .config_files import field_name, load_config, profile_names, to_yaml
 from .errors import user_errors
 from .options import IN_FILE, nearest
 
 PANELS = ("Most used", "Data", "Model", "Method", "Optimisation", "Output", "Advanced")
-GO_ON = "finished steps are kept: run the same command again to go on"
-RESUME = "--resume goes on from the last checkpoint"
 
 # typer has a copy of click of its own, and hands out this child of the mistakes in arguments alone.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__base__)
@@ -51,11 +39,13 @@ class _CommandLine(TyperGroup):
 
 def _told(error: Any) -> str:
     """One line for a mistake in the arguments; the help, of many lines, where no command is named."""
-    option, said = getattr(error, "option_name", None), error.format_message()
-    if option is not None:
-        known = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")]
-        near = flag(nearest(field_name(option.lstrip("-")), [field_name(name[2:]) for name in known or ["--help"]]))
-        return f"fpo: {option}: {error.ctx.command_path} has no such option; the nearest is {near}"
+    said = error.format_message()
+    if hasattr(error, "possibilities"):  # an unknown option
+        known = [name for parameter in error.ctx.command.params for name in parameter.opts] or ["--help"]
+        near = flag(
+            nearest(field_name(error.option_name.lstrip("-")), [field_name(name.lstrip("-")) for name in known])
+        )
+        return f"fpo: {error.option_name}: `{error.ctx.command_path}` has no such option; the nearest is {near}"
     return said if "\n" in said else f"fpo: {said.rstrip('.')}; --help lists what there is"
 
 
@@ -110,120 +100,40 @@ def _config_option(default: str | None) -> Any:
     return typer.Option("--config", help=help_text, show_default=False, rich_help_panel=PANELS[0])
 
 
-def _register(
-    group: typer.Typer, config: type[Config], run: Callable[[Config, str | None], None], default: str | None, go_on: str
-) -> None:
+def _register(group: typer.Typer, config: type[Config], run: Callable[[Config, str | None], None]) -> None:
     """Makes a command of a class: its options, and what is to be done with the configuration that they make."""
 
     def command(**values: Any) -> None:
         name = values.pop("config")
-        with user_errors(go_on):
+        with user_errors(config.go_on):
             given = {key: value for key, value in values.items() if value not in (None, [])}
             run(load_config(config, name, given, from_command_line=True), name)
 
     fields = [name for name, field in config.model_fields.items() if field.json_schema_extra != IN_FILE]
-    rest = sorted(
-        (name for name in fields if name not in config.first), key=lambda name: PANELS.index(_panel(config, name))
-    )
-    options = [_option(config, name) for name in (*config.first, *rest)]
-    parameters = [_parameter("config", str, default, _config_option(default)), *options]
+    fields.sort(key=lambda name: PANELS.index(_panel(config, name)))
+    options = [_option(config, name) for name in dict.fromkeys((*config.first, *fields))]
+    parameters = [_parameter("config", str, config.profile, _config_option(config.profile)), *options]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    command.__doc__ = run.__doc__
+    command.__doc__ = config.__doc__
     group.command(config.command)(command)
 
 
-def command(default: str | None = None, go_on: str = "nothing was written") -> Callable[[Any], Any]:
-    """Registers a function as the command of its first parameter's class; the embedded world is made if it is named."""
+def _run(config: Config, name: str | None) -> None:
+    """Runs a command; what it names of the embedded world is made first."""
+    config.check_ready()
+    if name is not None and isinstance(config, TableConfig | TuneConfig):
+        module = importlib.import_module(f".report.{'run' if isinstance(config, TableConfig) else 'tune'}", __package__)
+        getattr(module, f"run_{config.command}")(name, config)
+    else:
+        from .commands import run_command
+        from .world.world import provide
 
-    def register(function: Any) -> Any:
-        config = get_type_hints(function)["config"]
-
-        def run(settings: Config, name: str | None) -> None:
-            if "name" in inspect.signature(function).parameters:
-                function(settings, name)
-                return
-            settings.check_ready()
-            from .world.world import provide
-
-            function(provide(settings))
-
-        run.__doc__ = function.__doc__
-        _register(app, config, run, default, go_on)
-        return function
-
-    return register
+        run_command(provide(config))
 
 
-@command(go_on="finished shards are kept: run the same command again to go on")
-def precompute(config: PrecomputeConfig) -> None:
-    """Stage one: run the frozen reference and its SAEs over preference data, once, into a cache.
-
-    Needs --model, --dataset, --sae and --out, here or in the configuration.
-    """
-    from .commands.precompute import run_precompute
-
-    run_precompute(config)
-
-
-@command(go_on=RESUME)
-def align(config: AlignConfig) -> None:
-    """Stage two: train the policy against a cache; the reference model is not loaded.
-
-    Needs --model, --cache and --out, fpo also --sae, here or in the configuration.
-    """
-    from .commands.align import run_align
-
-    run_align(config)
-
-
-@command(go_on=RESUME)
-def sft(config: SFTConfig) -> None:
-    """Fine-tune a model on conversations (UltraChat's shape): what preference optimization starts from.
-
-    Needs --model, --dataset and --out, here or in the configuration.
-    """
-    from .commands.sft import run_sft
-
-    run_sft(config)
-
-
-@command(go_on="no metrics.json was written: run the same command again")
-def evaluate(config: EvaluateConfig) -> None:
-    """Measure a policy on a held-out cache: accuracy, KL and feature MSE to the reference, diversity; or write answers.
-
-    Needs --model and --out, and --cache or --outputs with --questions, here or in the configuration.
-    """
-    from .commands.evaluate import run_evaluate
-
-    run_evaluate(config)
-
-
-@command(go_on="nothing was written: run the same command again")
-def train_sae(config: TrainSAEConfig) -> None:
-    """Train a JumpReLU SAE on the model's own activations, for models that have no public one.
-
-    Needs --model, --dataset, --site and --out, here or in the configuration.
-    """
-    from .commands.train_sae import run_train_sae
-
-    run_train_sae(config)
-
-
-@command(default="embedded", go_on=GO_ON)
-def table(config: TableConfig, name: str) -> None:
-    """The paper's comparison: every method under every seed, evaluated; tables, figures and a page."""
-    from .report.run import run_table
-
-    run_table(name, config)
-
-
-@command(default="embedded", go_on=GO_ON)
-def tune(config: TuneConfig, name: str) -> None:
-    """Search learning rate and β of every method on the validation split, with one budget for all."""
-    from .report.tune import run_tune
-
-    run_tune(name, config)
+for _config in COMMANDS.values():
+    _register(app, _config, _run)
 
 
 @app.command("merge")
@@ -279,13 +189,8 @@ def config_show(context: typer.Context, config: Annotated[str | None, _config_op
                 typer.echo(f"{name}:\n" + "".join(f"  {line}\n" for line in text.splitlines()), nl=False)
 
 
-def _show(config: Config, name: str | None) -> None:
-    """Print this command's configuration."""
-    typer.echo(to_yaml(config), nl=False)
-
-
 for _config in COMMANDS.values():
-    _register(show_app, _config, _show, None, "nothing was written")
+    _register(show_app, _config, lambda config, name: typer.echo(to_yaml(config), nl=False))
 
 
 def main() -> None:

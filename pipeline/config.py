@@ -7,7 +7,7 @@ that says which do not.
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, PrivateAttr, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 
 from ..cache.errors import UserError
 from ..stages.train.methods import METHODS
@@ -33,6 +33,7 @@ from .options import (
     WorkerOptions,
     in_file,
     needed,
+    option,
 )
 
 # What names of a model or data set can only be paths.
@@ -45,9 +46,13 @@ def flag(name: str) -> str:
 
 
 class Config(Options):
-    """What every command's class has."""
+    """What every command's class has. Its docstring is the command's help."""
 
     command: ClassVar[str]
+    # What is told when the command is interrupted.
+    go_on: ClassVar[str] = "nothing was written"
+    # The profile of a command that needs one.
+    profile: ClassVar[str | None] = None
     # The options that most people need, which `--help` shows first.
     first: ClassVar[tuple[str, ...]] = ()
 
@@ -116,20 +121,21 @@ def _names_a_file(value: str | Path) -> bool:
 class PrecomputeConfig(
     Config, ModelOptions, RecipeOptions, SAEOptions, PreferenceOptions, DateOptions, CompileOptions, WorkerOptions
 ):
-    """`fpo precompute`."""
+    """Stage one: run the frozen reference and its SAEs over preference data, once, into a cache."""
 
     command = "precompute"
+    go_on = "finished shards are kept: run the same command again to go on"
     first = ("model", "dataset", "sae", "out", "split")
     panel = "Output"
     out: Place = needed("Folder to write, or a URL, as s3://bucket/cache.")
-    turns: Literal["all", "last"] = Field(
-        "all", description="Assistant turns that are learnt of a response of several: all or the last."
+    turns: Literal["all", "last"] = option(
+        "all", "Assistant turns that are learnt of a response of several: all or the last."
     )
-    allow_poor_sae: bool = Field(
-        False, description="Use an SAE of which hardly a feature fires on this model, or which explains nothing of it."
+    allow_poor_sae: bool = option(
+        False, "Use an SAE of which hardly a feature fires on this model, or which explains nothing of it."
     )
-    keep_features: PositiveInt | Literal["all"] = Field(
-        512, description="Largest features kept per response and site, or 'all' that are not zero."
+    keep_features: PositiveInt | Literal["all"] = option(
+        512, "Largest features kept per response and site, or 'all' that are not zero."
     )
 
     def needs(self) -> list[str]:
@@ -152,6 +158,8 @@ class PrecomputeConfig(
 class TrainingConfig(Config, ModelOptions, OptimisationOptions, OutputOptions):
     """What `fpo align` and `fpo sft` have in common."""
 
+    go_on = "--resume goes on from the last checkpoint"
+
     def check(self) -> None:
         """Options of which one makes the other mean nothing."""
         if {"epochs", "max_steps"} <= self._given:
@@ -163,21 +171,22 @@ class TrainingConfig(Config, ModelOptions, OptimisationOptions, OutputOptions):
 
 
 class AlignConfig(TrainingConfig, ChatOptions, CacheOptions, MethodOptions, AdapterOptions):
-    """`fpo align`."""
+    """Stage two: train the policy against a cache; the reference model is not loaded.
+
+    Method fpo needs --sae too; tdpo1, tdpo2 and simpo-kl need --reference.
+    """
 
     command = "align"
     first = ("model", "cache", "out", "method", "sae")
     panel = "Method"
-    eval_cache: Place | None = Field(None, description="Cache of a held-out split, same in all else.")
-    beta: PositiveFloat | None = Field(None, description="β; default the method's (0.1; simpo, simpo-kl 2).")
-    alpha: float | None = Field(None, ge=0, description="α, weight of the constraint; default 0.5; 0 is off.")
-    gamma: float | None = Field(None, description="γ, constant margin of simpo and simpo-kl; default 0.5.")
-    kl_beta: PositiveFloat | None = Field(None, description="β of simpo-kl's constraint; default 0.1.")
-    stop_gradient: bool | None = Field(None, description="Hold D(y_w) fixed in the constraint; default yes.")
-    allow_different_start: bool = Field(
-        False, description="Train although the policy is not the cache's reference; recorded."
-    )
-    eval_steps: PositiveInt | None = Field(None, description="Steps between evaluations; default once, at the end.")
+    eval_cache: Place | None = option(None, "Cache of a held-out split, same in all else.")
+    beta: PositiveFloat | None = option(None, "β; default the method's (0.1; simpo, simpo-kl 2).")
+    alpha: float | None = option(None, "α, weight of the constraint; default 0.5; 0 is off.", ge=0)
+    gamma: float | None = option(None, "γ, constant margin of simpo and simpo-kl; default 0.5.")
+    kl_beta: PositiveFloat | None = option(None, "β of simpo-kl's constraint; default 0.1.")
+    stop_gradient: bool | None = option(None, "Hold D(y_w) fixed in the constraint; default yes.")
+    allow_different_start: bool = option(False, "Train although the policy is not the cache's reference; recorded.")
+    eval_steps: PositiveInt | None = option(None, "Steps between evaluations; default once, at the end.")
 
     def needs(self) -> list[str]:
         """A feature constraint needs SAEs, a KL a live reference."""
@@ -211,34 +220,38 @@ class AlignConfig(TrainingConfig, ChatOptions, CacheOptions, MethodOptions, Adap
 
 
 class SFTConfig(TrainingConfig, DataOptions, DateOptions):
-    """`fpo sft`."""
+    """Fine-tune a model on conversations (UltraChat's shape): what preference optimization starts from."""
 
     command = "sft"
     first = ("model", "dataset", "split", "out", "lr")
 
 
 class EvaluateConfig(Config, ModelOptions, RecipeOptions, CacheOptions, MethodOptions, SeedOptions):
-    """`fpo evaluate`."""
+    """Measure a policy on a held-out cache: accuracy, KL and feature MSE to the reference, diversity; or write answers.
+
+    Needs --cache, or --outputs with --questions.
+    """
 
     command = "evaluate"
+    go_on = "no metrics.json was written: run the same command again"
     first = ("model", "cache", "out", "method", "sae")
     panel = "Method"
     out: Folder = needed("Folder to write.")
-    base: str | None = Field(
-        None, description="Model that the adapter given as --model belongs to; default the one that it names."
+    base: str | None = option(
+        None, "Model that the adapter given as --model belongs to; default the one that it names."
     )
-    prompts: NonNegativeInt = Field(100, description="Prompts to sample answers to; 0 measures no diversity.")
-    samples: PositiveInt = Field(25, description="Sampled answers a prompt.")
-    max_new_tokens: PositiveInt = Field(512, description="Longest generated answer, tokens.")
-    temperature: float | None = Field(
-        None, ge=0, description="Temperature of sampling, 0 is greedy; default 1, for answers that of the benchmark."
+    prompts: NonNegativeInt = option(100, "Prompts to sample answers to; 0 measures no diversity.")
+    samples: PositiveInt = option(25, "Sampled answers a prompt.")
+    max_new_tokens: PositiveInt = option(512, "Longest generated answer, tokens.")
+    temperature: float | None = option(
+        None, "Temperature of sampling, 0 is greedy; default 1, for answers that of the benchmark.", ge=0
     )
-    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus of sampling.")
-    generation_batch: PositiveInt = Field(32, description="Answers generated at a time; sets memory.")
-    outputs: Literal["alpaca-eval", "arena-hard", "mt-bench"] | None = Field(
-        None, description="Write answers to --questions in this benchmark's format, for its judge."
+    top_p: float = option(0.95, "Nucleus of sampling.", gt=0, le=1)
+    generation_batch: PositiveInt = option(32, "Answers generated at a time; sets memory.")
+    outputs: Literal["alpaca-eval", "arena-hard", "mt-bench"] | None = option(
+        None, "Write answers to --questions in this benchmark's format, for its judge."
     )
-    questions: Path | None = Field(None, description="The benchmark's questions, in its own file format.")
+    questions: Path | None = option(None, "The benchmark's questions, in its own file format.")
 
     def check(self) -> None:
         """Options that lack another one, or that would be ignored without a cache, an SAE or sampling."""
@@ -274,16 +287,17 @@ class EvaluateConfig(Config, ModelOptions, RecipeOptions, CacheOptions, MethodOp
 
 
 class TrainSAEConfig(Config, ModelOptions, PreferenceOptions, SeedOptions):
-    """`fpo train-sae`."""
+    """Train a JumpReLU SAE on the model's own activations, for models that have no public one."""
 
     command = "train-sae"
+    go_on = "nothing was written: run the same command again"
     first = ("model", "dataset", "site", "out", "width")
     panel = "Optimisation"
     site: tuple[str, ...] = needed("Site that the SAE reads.")
     out: Folder = needed("Folder to write.")
-    width: PositiveInt = Field(4096, description="Features of the SAE.")
-    tokens: PositiveInt = Field(200_000, description="Tokens to train the SAE on.")
-    target_l0: PositiveFloat = Field(64.0, description="Features that are to fire per token.")
+    width: PositiveInt = option(4096, "Features of the SAE.")
+    tokens: PositiveInt = option(200_000, "Tokens to train the SAE on.")
+    target_l0: PositiveFloat = option(64.0, "Features that are to fire per token.")
 
     def check_ready(self) -> None:
         """An SAE reads one site."""
@@ -295,6 +309,8 @@ class TrainSAEConfig(Config, ModelOptions, PreferenceOptions, SeedOptions):
 class ComparisonConfig(Config):
     """What `fpo table` and `fpo tune` have in common; a file sets most of it."""
 
+    go_on = "finished steps are kept: run the same command again to go on"
+    profile = "embedded"
     panel = "Output"
     first = ("runs", "out", "jobs")
     model: str = in_file(None, "Model that every method starts from, or that is fine-tuned first.")
@@ -305,21 +321,21 @@ class ComparisonConfig(Config):
     seeds: tuple[int, ...] = in_file((0,), "Seeds, each a run of every method.")
     ablation_sites: tuple[str, ...] = in_file((), "Sites of the ablation, one run each.")
     ablation_sums: tuple[str, ...] = in_file((), "Several sites at once, joined by '+', of the ablation, one run each.")
-    runs: Folder | None = Field(None, description="Folder of the runs; default runs/<profile>.")
-    out: Folder | None = Field(None, description="Folder of tables, figures and logs; default results/<profile>.")
-    jobs: PositiveInt = Field(1, description="Runs at a time; each has its share of the cores.")
+    runs: Folder | None = option(None, "Folder of the runs; default runs/<profile>.")
+    out: Folder | None = option(None, "Folder of tables, figures and logs; default results/<profile>.")
+    jobs: PositiveInt = option(1, "Runs at a time; each has its share of the cores.")
 
 
 class TableConfig(ComparisonConfig):
-    """`fpo table`."""
+    """The paper's comparison: every method under every seed, evaluated; tables, figures and a page."""
 
     command = "table"
-    ablations: bool = Field(False, description="The ablations instead of the comparison.")
-    dry_run: bool = Field(False, description="Print every step, what it reads, and what is missing; run nothing.")
+    ablations: bool = option(False, "The ablations instead of the comparison.")
+    dry_run: bool = option(False, "Print every step, what it reads, and what is missing; run nothing.")
 
 
 class TuneConfig(ComparisonConfig):
-    """`fpo tune`."""
+    """Search learning rate and β of every method on the validation split, with one budget for all."""
 
     command = "tune"
     validation_split: str | None = in_file(None, "Split to choose on.")

@@ -135,6 +135,11 @@ NEEDED: dict[str, Any] = {"needed": True}
 IN_FILE: dict[str, Any] = {"in_file": True}
 
 
+def option(default: Any, description: str, **limits: Any) -> Any:
+    """A field that is an option."""
+    return Field(default, description=description, **limits)
+
+
 def needed(description: str) -> Any:
     """A field without which the command cannot run; it is None until somebody gives it (see `Config.check_ready`)."""
     return Field(None, description=description, json_schema_extra=NEEDED)
@@ -157,11 +162,11 @@ class ModelOptions(Options):
 
     panel = "Model"
     model: str = needed("Causal LM: hub id, folder, .gguf file, or package:NAME/FILE.gguf.")
-    device: Device = Field(
-        "auto", description="auto (a GPU where there is one), cpu or cuda; CUDA_VISIBLE_DEVICES chooses among GPUs."
+    device: Device = option(
+        "auto", "auto (a GPU where there is one), cpu or cuda; CUDA_VISIBLE_DEVICES chooses among GPUs."
     )
-    attention: Attention = Field(
-        "auto", description="auto (the fastest that is exact for model and device), eager, packed or packed_flex."
+    attention: Attention = option(
+        "auto", "auto (the fastest that is exact for model and device), eager, packed or packed_flex."
     )
 
 
@@ -169,34 +174,30 @@ class RecipeOptions(Options):
     """The precision of a forward pass, and how many tokens it holds."""
 
     panel = "Model"
-    dtype: Recipe = Field("fp32", description="Recipe of both stages: fp32, or bf16 autocast.")
-    token_budget: PositiveInt = Field(2048, description="Tokens of a packed row: sets memory, changes rounding alone.")
+    dtype: Recipe = option("fp32", "Recipe of both stages: fp32, or bf16 autocast.")
+    token_budget: PositiveInt = option(2048, "Tokens of a packed row: sets memory, changes rounding alone.")
 
 
 class CompileOptions(Options):
     """Whether layers are compiled."""
 
-    compile: bool | None = Field(
-        None, description="Compile a model's layers (torch.compile); default on a GPU, not on a CPU."
-    )
+    compile: bool | None = option(None, "Compile a model's layers (torch.compile); default on a GPU, not on a CPU.")
 
 
 class ChatOptions(Options):
     """How turns become text."""
 
     panel = "Data"
-    chat_template: str | None = Field(
-        None, description="Jinja file; default the tokenizer's, or Gemma's turns where it has none."
-    )
+    chat_template: str | None = option(None, "Jinja file; default the tokenizer's, or Gemma's turns where it has none.")
 
 
 class DateOptions(Options):
     """For chat templates that read the clock."""
 
     panel = "Data"
-    date: Day | None = Field(
+    date: Day | None = option(
         None,
-        description="Today's date for a chat template that reads the clock, YYYY-MM-DD; default the day on which the "
+        "Today's date for a chat template that reads the clock, YYYY-MM-DD; default the day on which the "
         "cache or run is begun.",
     )
 
@@ -206,32 +207,30 @@ class DataOptions(ChatOptions):
 
     panel = "Data"
     dataset: str = needed("Preference data (sft: conversations): hub id, Parquet/JSON/JSONL/CSV/TSV file, or folder.")
-    map: tuple[str, ...] = Field(
-        (), description="Rename a column of the data: NEW=OLD, as chosen=preferred. Repeatable."
-    )
-    dataset_config: str | None = Field(None, description="Configuration of a hub data set.")
-    split: str = Field("train_prefs", description="Split of the data set (UltraChat's for sft is train_sft).")
-    limit: PositiveInt | None = Field(None, description="Use only the first N raw rows; default all.")
-    max_length: PositiveInt = Field(1024, description="Longest prompt and response (sft: conversation), tokens.")
+    map: tuple[str, ...] = option((), "Rename a column of the data: NEW=OLD, as chosen=preferred. Repeatable.")
+    dataset_config: str | None = option(None, "Configuration of a hub data set.")
+    split: str = option("train_prefs", "Split of the data set (UltraChat's for sft is train_sft).")
+    limit: PositiveInt | None = option(None, "Use only the first N raw rows; default all.")
+    max_length: PositiveInt = option(1024, "Longest prompt and response (sft: conversation), tokens.")
 
 
 class PreferenceOptions(DataOptions):
     """What pairs have and conversations lack."""
 
     panel = "Data"
-    drop_ties: bool = Field(False, description="Skip pairs whose scores are equal (default: kept and counted).")
-    max_prompt_length: PositiveInt = Field(512, description="Longest prompt, tokens; its beginning is cut.")
+    drop_ties: bool = option(False, "Skip pairs whose scores are equal (default: kept and counted).")
+    max_prompt_length: PositiveInt = option(512, "Longest prompt, tokens; its beginning is cut.")
 
 
 class CacheOptions(Options):
     """A cache to read."""
 
     panel = "Data"
-    cache: Place | None = Field(
-        None, description="Cache that stage one wrote: its folder, or its URL, as hf://datasets/OWNER/NAME."
+    cache: Place | None = option(
+        None, "Cache that stage one wrote: its folder, or its URL, as hf://datasets/OWNER/NAME."
     )
-    trust_hashes: bool = Field(
-        False, description="Skip the SHA-256 of shards that were decoded before, and of their decoded copy."
+    trust_hashes: bool = option(
+        False, "Skip the SHA-256 of shards that were decoded before, and of their decoded copy."
     )
 
 
@@ -239,8 +238,8 @@ class SAEOptions(Options):
     """Whose features are computed."""
 
     panel = "Model"
-    sae: tuple[str, ...] = Field(
-        (), description="SAE: release:sae_id, a folder that SAELens saved, or params.npz@site. Repeatable."
+    sae: tuple[str, ...] = option(
+        (), "SAE: release:sae_id, a folder that SAELens saved, or params.npz@site. Repeatable."
     )
 
 
@@ -248,48 +247,44 @@ class FeatureOptions(SAEOptions):
     """Which features are compared."""
 
     panel = "Method"
-    site: tuple[str, ...] = Field(
-        (),
-        description="Site whose features are compared; default the cache's only one. Repeatable: D_F is their mean.",
+    site: tuple[str, ...] = option(
+        (), "Site whose features are compared; default the cache's only one. Repeatable: D_F is their mean."
     )
-    top_k: PositiveInt = Field(50, description="k of D_F, features.")
+    top_k: PositiveInt = option(50, "k of D_F, features.")
 
 
 class MethodOptions(FeatureOptions):
     """The objective."""
 
     panel = "Method"
-    method: Method = Field("fpo", description=f"Objective: {', '.join(METHODS)}.")
-    reference: str | None = Field(
-        None, description="Live reference of tdpo1, tdpo2, simpo-kl and of evaluate's KL (as --model)."
-    )
+    method: Method = option("fpo", f"Objective: {', '.join(METHODS)}.")
+    reference: str | None = option(None, "Live reference of tdpo1, tdpo2, simpo-kl and of evaluate's KL (as --model).")
 
 
 class SeedOptions(Options):
     """The random numbers."""
 
-    seed: int = Field(0, description="Seed of data order, initialisation and sampling.")
+    seed: int = option(0, "Seed of data order, initialisation and sampling.")
 
 
 class OptimisationOptions(SeedOptions, RecipeOptions, CompileOptions):
     """The training of a language model."""
 
     panel = "Optimisation"
-    epochs: PositiveFloat = Field(1.0, description="Passes over the data.")
-    max_steps: PositiveInt | None = Field(None, description="Stop after N steps, whatever --epochs says.")
-    batch_size: PositiveInt = Field(32, description="Pairs (sft: conversations) per optimiser step, over all devices.")
-    accumulation: PositiveInt = Field(1, description="Batches per optimiser step that --batch-size is split into.")
-    lr: PositiveFloat = Field(5e-7, description="Peak learning rate.")
-    lr_scheduler: str = Field("constant_with_warmup", description="Schedule, by the Trainer's names.")
-    lr_scheduler_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_mapping)] = Field(
-        None,
-        description="The schedule's own settings in JSON: '{\"min_lr\": 1e-8}' (file: a mapping); default none.",
+    epochs: PositiveFloat = option(1.0, "Passes over the data.")
+    max_steps: PositiveInt | None = option(None, "Stop after N steps, whatever --epochs says.")
+    batch_size: PositiveInt = option(32, "Pairs (sft: conversations) per optimiser step, over all devices.")
+    accumulation: PositiveInt = option(1, "Batches per optimiser step that --batch-size is split into.")
+    lr: PositiveFloat = option(5e-7, "Peak learning rate.")
+    lr_scheduler: str = option("constant_with_warmup", "Schedule, by the Trainer's names.")
+    lr_scheduler_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_mapping)] = option(
+        None, "The schedule's own settings in JSON: '{\"min_lr\": 1e-8}' (file: a mapping); default none."
     )
-    warmup_steps: float = Field(150, ge=0, description="Linear warm-up, steps (below 1: share of all steps).")
-    optimizer: Optimizer = Field("adam", description="Optimiser: adam (AdamW without weight decay) or rmsprop.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off.")
-    activation_checkpointing: bool = Field(False, description="Recompute layers in backward: less memory, slower.")
-    checkpoint_every: PositiveInt = Field(1, description="With --activation-checkpointing: recompute every N-th layer.")
+    warmup_steps: float = option(150, "Linear warm-up, steps (below 1: share of all steps).", ge=0)
+    optimizer: Optimizer = option("adam", "Optimiser: adam (AdamW without weight decay) or rmsprop.")
+    max_grad_norm: float = option(1.0, "Gradient clipping; 0 is off.", ge=0)
+    activation_checkpointing: bool = option(False, "Recompute layers in backward: less memory, slower.")
+    checkpoint_every: PositiveInt = option(1, "With --activation-checkpointing: recompute every N-th layer.")
 
 
 class OutputOptions(Options):
@@ -297,43 +292,41 @@ class OutputOptions(Options):
 
     panel = "Output"
     out: Folder = needed("Folder to write.")
-    resume: bool = Field(False, description="Go on from the last checkpoint in --out.")
-    logging_steps: PositiveInt = Field(10, description="Steps between log lines.")
-    save_steps: PositiveInt = Field(200, description="Steps between checkpoints (the last two are kept).")
-    snapshot_steps: PositiveInt | None = Field(
-        None, description="Steps between snapshots (weights alone, all kept), for curves over training; default none."
+    resume: bool = option(False, "Go on from the last checkpoint in --out.")
+    logging_steps: PositiveInt = option(10, "Steps between log lines.")
+    save_steps: PositiveInt = option(200, "Steps between checkpoints (the last two are kept).")
+    snapshot_steps: PositiveInt | None = option(
+        None, "Steps between snapshots (weights alone, all kept), for curves over training; default none."
     )
-    report_to: str = Field("none", description="Tracker, by the Trainer's names (wandb, tensorboard, ...).")
-    push_to_hub: bool = Field(False, description="Upload the result to the hub.")
+    report_to: str = option("none", "Tracker, by the Trainer's names (wandb, tensorboard, ...).")
+    push_to_hub: bool = option(False, "Upload the result to the hub.")
 
 
 class AdapterOptions(Options):
     """LoRA."""
 
     panel = "Model"
-    lora_r: PositiveInt | None = Field(None, description="Train a LoRA adapter of this rank (PEFT); default none.")
-    lora_alpha: PositiveFloat | None = Field(None, description="LoRA's α, over r the adapter's scale; default 2 r.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, in training.")
-    lora_targets: tuple[str, ...] = Field(
-        (), description="Modules that get an adapter, as q_proj; default all linear ones but the head. Repeatable."
+    lora_r: PositiveInt | None = option(None, "Train a LoRA adapter of this rank (PEFT); default none.")
+    lora_alpha: PositiveFloat | None = option(None, "LoRA's α, over r the adapter's scale; default 2 r.")
+    lora_dropout: float = option(0.0, "Dropout on the adapter's input, in training.", ge=0, lt=1)
+    lora_targets: tuple[str, ...] = option(
+        (), "Modules that get an adapter, as q_proj; default all linear ones but the head. Repeatable."
     )
-    merge: bool = Field(False, description="With --lora-r: save the merged model, not the adapter.")
+    merge: bool = option(False, "With --lora-r: save the merged model, not the adapter.")
 
 
 class WorkerOptions(Options):
     """How stage one is shared out."""
 
-    shard_size: PositiveInt = Field(1024, description="Raw rows of a shard.")
-    rank: NonNegativeInt | None = Field(
-        None, description="Number of this worker, from 0; default what torchrun or SLURM says."
+    shard_size: PositiveInt = option(1024, "Raw rows of a shard.")
+    rank: NonNegativeInt | None = option(None, "Number of this worker, from 0; default what torchrun or SLURM says.")
+    world_size: PositiveInt | None = option(
+        None, "Workers that share the cache out; default what torchrun or SLURM says."
     )
-    world_size: PositiveInt | None = Field(
-        None, description="Workers that share the cache out; default what torchrun or SLURM says."
+    engine: Literal["local", "ray"] = option(
+        "local", "Who hands out shards: local (each worker takes its own) or ray (a pool of workers)."
     )
-    engine: Literal["local", "ray"] = Field(
-        "local", description="Who hands out shards: local (each worker takes its own) or ray (a pool of workers)."
-    )
-    workers: PositiveInt | None = Field(None, description="Ray: workers of the pool; default one a GPU, or one.")
-    repair: bool = Field(
-        False, description="Read every byte of the cache in --out and compute the damaged shards again, no other."
+    workers: PositiveInt | None = option(None, "Ray: workers of the pool; default one a GPU, or one.")
+    repair: bool = option(
+        False, "Read every byte of the cache in --out and compute the damaged shards again, no other."
     )

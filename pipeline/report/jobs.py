@@ -5,7 +5,6 @@ What is done is not run again; what was stopped goes on where its command can, a
 process a step keeps its peak memory its own; it is forked from a server that has the heavy imports behind it.
 """
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -26,7 +25,7 @@ import typer
 from tqdm import tqdm
 
 from ...cache.files import write_atomically
-from ..config_files import field_name
+from ..commands import run_command
 from ..errors import is_expected, one_line
 
 DONE = "step.json"
@@ -191,10 +190,4 @@ def _run(step: Step, threads: int) -> None:
             shutil.rmtree(step.out)  # stopped before its first step
     elif step.command != "precompute" and step.out.exists():
         shutil.rmtree(step.out)
-    run_command(step.command, config)
-
-
-def run_command(command: str, config: Any) -> None:
-    """Runs one command of `fpo` in this process."""
-    name = field_name(command)
-    getattr(importlib.import_module(f"fpo.pipeline.commands.{name}"), f"run_{name}")(config)
+    run_command(config)

@@ -184,7 +184,7 @@ def test_a_mistake_in_the_options_is_answered_before_the_heavy_libraries_are_imp
 def test_an_unknown_option_is_answered_with_the_nearest():
     result = CliRunner().invoke(app, ["align", "--learning-rate", "1"])
     assert result.exit_code == 2
-    assert result.stderr == "fpo: --learning-rate: root align has no such option; the nearest is --lr\n"
+    assert result.stderr == "fpo: --learning-rate: `root align` has no such option; the nearest is --lr\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -18,7 +18,7 @@ from fpo.stages.model.models import load_model
 from fpo.stages.train.align import FPOTrainer
 from fpo.stages.train.methods import METHODS
 from peft import PeftModel
-from tiny_world import SITES, files, losses, metrics, ran, state_of
+from tiny_world import SITES, files, fpo, losses, metrics, ran, state_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LOG_2 = pytest.approx(math.log(2), rel=1e-6)
@@ -102,6 +102,26 @@ def test_the_record_holds_configuration_fingerprint_and_versions(world, runs_of_
     assert record["cache_fingerprint"] == open_cache(world.cache).manifest.meaning.fingerprint()
     assert set(record["versions"]) >= {"fpo", "torch", "transformers", "sae-lens"}
     assert all(record["versions"].values())
+
+
+def test_a_record_given_as_a_configuration_makes_the_same_run(runs_of_all, tmp_path):
+    run = runs_of_all["fpo"]
+    ran(fpo("align", "--config", run / "run.yaml", "--out", tmp_path / "again"))
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    records = [yaml.safe_load((folder / "run.yaml").read_text()) for folder in (run, tmp_path / "again")]
+    assert records[0] | {"out": None} == records[1] | {"out": None}
+
+
+def test_a_run_of_an_earlier_version_goes_on(world, tmp_path):
+    """Its record held the settings of every command, and not the name of its own."""
+    options = {"method": "dpo", "lr_scheduler": "constant", "warmup_steps": None, "save_steps": 1}
+    ran(world.align(tmp_path / "run", max_steps=1, **options))
+    record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    del record["command"]
+    earlier = {"width": 4096, "seeds": [0], "questions": None, "keep_features": 512, "resume": True, "base": None}
+    (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump(earlier | record))
+    ran(world.align(tmp_path / "run", "--resume", max_steps=2, **options))
+    assert len(losses(tmp_path / "run")) == 2
 
 
 def test_the_same_command_gives_the_same_weights_and_another_seed_others(world, runs_of_all, tmp_path):
