@@ -16,7 +16,7 @@ from fpo.cache.reader import open_cache
 from fpo.cache.schema import Pair
 from fpo.stages.model.sites import SiteSAE, load_sae
 from fpo.stages.scoring.flex import FLEX
-from fpo.stages.scoring.forward import measure_pairs
+from fpo.stages.scoring.measure import measure_pairs
 from fpo.stages.train.align import FPOTrainer
 from fpo.stages.train.fpo_config import FPOConfig
 from fpo.stages.train.methods import METHODS

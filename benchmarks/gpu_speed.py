@@ -14,7 +14,7 @@ from fpo.cache.schema import Pair
 from fpo.stages.model.frozen import freeze
 from fpo.stages.model.sites import SiteSAE
 from fpo.stages.scoring.flex import FLEX
-from fpo.stages.scoring.forward import measure_pairs
+from fpo.stages.scoring.measure import measure_pairs
 from transformers import TrainerCallback
 
 from .gpu_bench import Bench, make_cache, make_sae, make_trainer, tiny_config

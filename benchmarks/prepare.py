@@ -17,7 +17,7 @@ from fpo.cache.writer import CacheWriter
 from fpo.stages.model.models import find_model, is_hub_id, load_model, load_tokenizer
 from fpo.stages.model.sites import SiteSAE, load_sae
 from fpo.stages.precompute.reference import describe_numerics
-from fpo.stages.scoring.forward import measure_pairs
+from fpo.stages.scoring.measure import measure_pairs
 
 from .measuring import Result, in_fresh_process
 from .pairs import amounts, choose, random_pairs, real_pairs, size

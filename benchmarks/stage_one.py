@@ -19,7 +19,7 @@ from fpo.cache.schema import Pair
 from fpo.stages.model.frozen import freeze
 from fpo.stages.model.models import autocast
 from fpo.stages.model.sites import capture_sites, load_sae
-from fpo.stages.scoring.forward import measure_pairs
+from fpo.stages.scoring.measure import measure_pairs
 from torch import Tensor
 
 from .contestants import CONTESTANTS, common, dpo_trainer, token_ids

@@ -8,7 +8,7 @@ be refused is refused before anything is written; an interrupted evaluation star
 import datetime
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,9 @@ from ...cache.files import atomic_file, remove_leftovers, write_atomically
 from ...cache.reader import Cache, open_cache
 from ...cache.schema import Pair
 from ...stages.data.chat import ChatFormat
-from ...stages.evaluate.answers import read_questions, write_benchmark_answers
+from ...stages.evaluate.answers import Question, read_questions, write_benchmark_answers
 from ...stages.evaluate.diversity import closing_token, distinct_prompts, sample_answers, sample_metrics
-from ...stages.evaluate.generate import Sampling, context_length
+from ...stages.evaluate.generate import Sampling, check_room
 from ...stages.evaluate.heldout import Estimate, measure_policy, pair_metrics
 from ...stages.evaluate.token_bound import token_bound
 from ...stages.model.adapters import AdapterSource, load_adapter
@@ -119,7 +119,7 @@ def run_evaluate(config: EvaluateConfig) -> None:
         versions = {name: importlib.metadata.version(name) for name in ("fpo", "torch", "transformers", "sae-lens")}
         write_atomically(out / RECORD, record_of(config, identity | day | {"versions": versions}).encode())
         if questions:
-            _write_answers(config, inputs, sampling, sum(len(question.prompts) for question in questions), out)
+            _write_answers(config, inputs, sampling, questions, out)
         if inputs.cache is not None:
             metrics = _measure(config, inputs, inputs.cache, sampling, out, identity | day)
             _print_metrics(metrics)
@@ -204,32 +204,28 @@ def _prepare(config: EvaluateConfig) -> _Inputs:
         check_tokens(policy, [(f"cache {config.cache}, pair {name}", [token])], tokenizer)
     prompts = [] if cache is None else distinct_prompts(cache, config.prompts)
     longest = max((len(pair.prompt_ids) for pair in prompts), default=0)
-    context = context_length(policy)
-    if prompts and context is not None and longest + config.max_new_tokens > context:
-        raise UserError(
-            f"--max-new-tokens: expected prompt and answer within the model's {context} tokens, found a prompt of "
-            f"{longest} and {config.max_new_tokens} more; lower it"
-        )
+    check_room(policy, "--max-new-tokens", longest, config.max_new_tokens if prompts else 0)
     chat = ChatFormat(tokenizer, template, day)
     return _Inputs(source, policy, chat, cache, saes, reference, prompts)
 
 
-def _write_answers(config: EvaluateConfig, inputs: _Inputs, sampling: Sampling, total: int, out: Path) -> None:
-    assert config.outputs is not None and config.questions is not None
+def _write_answers(
+    config: EvaluateConfig, inputs: _Inputs, sampling: Sampling, questions: Sequence[Question], out: Path
+) -> None:
     path = out / f"answers-{config.outputs}.{'json' if config.outputs == 'alpaca-eval' else 'jsonl'}"
     # A judge's name for the model: its folder's or file's, as in its hub id.
     name = (Path(inputs.source.name).name or inputs.source.folder.name).removesuffix(".gguf")
+    total = sum(len(question.prompts) for question in questions)
     progress = Progress(total, "answer", "answers")
     with progress, autocast(config.dtype, inputs.policy.device):
         write_benchmark_answers(
             inputs.policy,
             inputs.chat,
-            config.questions,
-            config.outputs,
+            questions,
             path,
             model_name=name,
             sampling=sampling,
-            temperature_given=config.temperature is not None,
+            temperature=config.temperature,
             on_batch=progress.advance,
         )
     typer.echo(f"{path}: {total} answers of '{name}'")

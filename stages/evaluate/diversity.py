@@ -1,10 +1,10 @@
 """Diversity H of a policy's answers (method.md section 6).
 
-In: a policy and prompts. Out: sampled answers, each with its log-probability, and H, their mean length and the share
-that ended by themselves, with confidence intervals.
+In: a policy and prompts. Out: sampled answers with their log-probabilities, and three means with confidence intervals:
+H, the answers' length, and the share that ended by themselves.
 
-H is E_q[-(1/|y|) log π_θ(y|x)] in nats per token: the answers come from q, the policy truncated to its nucleus, and are
-scored under the policy itself, by the code that scores every response.
+H is E_q[-(1/|y|) log π_θ(y|x)] in nats per token. Answers are drawn from q, the policy cut to its nucleus, and scored
+under the whole policy by the code that scores every response.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from ...cache.reader import Cache
 from ...cache.schema import Int32, Pair
 from ..data.chat import ChatFormat
 from ..model.models import Recipe, autocast
-from ..scoring.forward import measure_pairs
+from ..scoring.measure import measure_pairs
 from .generate import Sampling, generate
 from .heldout import Estimate, estimate
 
@@ -27,9 +27,9 @@ class Sample:
     """One sampled answer.
 
     Attributes:
-        ids: int32, the answer's tokens, with the closing one where it was reached.
-        logp: log π_θ(y|x) under the whole distribution, nats, summed over tokens.
-        finished: whether it ended by itself.
+        ids: int32, the answer's tokens, with the closing one if it was reached.
+        logp: log π_θ(y|x) under the whole policy, nats, summed over tokens.
+        finished: whether the closing token was reached.
     """
 
     ids: Int32
@@ -38,25 +38,24 @@ class Sample:
 
 
 def distinct_prompts(cache: Cache, count: int) -> list[Pair]:
-    """The first pair of each of the first `count` distinct prompts that an answer follows; fewer where there are fewer.
+    """The first pair of each of the first `count` distinct prompts, or of all where there are fewer.
 
-    Some pairs part at a turn of the user's.
+    Pairs whose responses begin with a turn of the user are left out: no answer follows their prompt.
     """
     found: dict[bytes, Pair] = {}
     for number in range(len(cache)):
         if len(found) == count:
             break
         pair = cache[number].pair
-        if pair.chosen_learnt[0] and pair.rejected_learnt[0]:
-            continue
-        found.setdefault(pair.prompt_ids.tobytes(), pair)
+        if not (pair.chosen_learnt[0] and pair.rejected_learnt[0]):
+            found.setdefault(pair.prompt_ids.tobytes(), pair)
     return list(found.values())
 
 
 def closing_token(pairs: Sequence[Pair], chat: ChatFormat) -> int:
-    """The token that closes an answer: the template's, or EOS where that is what closes these pairs' responses.
+    """The token that closes an answer: EOS if it closes more of the pairs' responses than the template's end of turn.
 
-    Pairs of plain text take no template, and a cache does not say which kind it was made of.
+    Pairs of plain text use no template and end with EOS, and a cache does not say whether its pairs were plain text.
     """
     last = [int(ids[-1]) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     eos_id: int = chat.tokenizer.eos_token_id
@@ -78,12 +77,12 @@ def sample_answers(
 
     Args:
         policy: the causal LM.
-        prompts: token ids, each with the opening of the answer.
+        prompts: int32, token ids, each ending with what opens the answer.
         samples: answers a prompt.
         sampling: how tokens are drawn.
         end_id: the token that closes an answer.
-        recipe: the compute recipe, of generation and of scoring.
-        token_budget: tokens of a packed row, in scoring.
+        recipe: the compute recipe of generation and scoring.
+        token_budget: tokens of a packed row when answers are scored.
         on_batch: as in `generate`.
 
     Returns:
@@ -104,9 +103,9 @@ def sample_answers(
 def score_answers(
     policy: Any, prompts: Sequence[Int32], answers: Sequence[Sequence[Int32]], recipe: Recipe, token_budget: int
 ) -> list[list[float]]:
-    """Log-probability of each answer, nats, summed over tokens.
+    """Log-probabilities of the answers to each prompt, nats, summed over tokens.
 
-    Two answers to a prompt are scored as the two sides of a pair; the odd last one takes both sides and counts once.
+    Two answers are scored as the two sides of a pair. If their number is odd, the last one takes both sides.
     """
     pairs = []
     for number, (prompt, of_prompt) in enumerate(zip(prompts, answers, strict=True)):
@@ -123,7 +122,7 @@ def score_answers(
 
 
 def sample_metrics(samples: Sequence[Sequence[Sample]]) -> dict[str, Estimate]:
-    """H in nats per token, the mean length in tokens and the share of finished answers; prompts are resampled whole."""
+    """H in nats per token, mean length in tokens, share of finished answers; prompts are the resampled units."""
     counts = [len(of_prompt) for of_prompt in samples]
 
     def mean(value: Callable[[Sample], float]) -> Estimate:

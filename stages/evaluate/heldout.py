@@ -1,7 +1,7 @@
-"""What a policy does on held-out pairs: accuracy, sequential KL and feature MSE to the reference (method.md section 6).
+"""A policy on held-out pairs: accuracy, and sequential KL and feature MSE to the reference (method.md section 6).
 
-In: a policy, a cache of a split that it was not trained on, optionally SAEs and a live reference. Out: one value a pair
-for everything that was measured, and the means of these with confidence intervals.
+In: a policy, a cache of a split that it was not trained on, optionally SAEs and a live reference. Out: columns with one
+value for each pair, and their means with confidence intervals.
 
 Shapes: R responses of a packed row (chosen and rejected in turn), N pairs.
 """
@@ -20,9 +20,8 @@ from ...cache.schema import SIDES
 from ..model.models import Recipe
 from ..model.sites import SiteSAE
 from ..scoring.batches import RowBatch, RowCollator
-from ..scoring.finite import find_faults, not_finite
-from ..scoring.forward import RowScores, live_reference, row_layout, score_row
-from ..scoring.packing import PackedRow, pack
+from ..scoring.forward import live_reference, row_layout, score_row
+from ..scoring.packing import named
 
 # Pairs that are packed together: enough for full rows.
 PAIRS_AT_ONCE = 256
@@ -41,7 +40,7 @@ class Estimate(TypedDict, total=False):
 
     Attributes:
         mean: over all observations.
-        low: lower end of the interval; absent, as `high`, where a single unit gives none.
+        low: lower end of the interval; `low` and `high` are absent where there is a single unit.
         high: upper end.
         n: units that were resampled.
     """
@@ -53,13 +52,13 @@ class Estimate(TypedDict, total=False):
 
 
 def estimate(sums: ArrayLike, counts: ArrayLike | None = None) -> Estimate:
-    """A mean with its confidence interval, from resampled units (`scipy.stats.bootstrap`, percentile).
+    """A mean with its confidence interval: percentiles over resampled units (`scipy.stats.bootstrap`).
 
-    A unit is what is independent of the rest: a pair, or a prompt with everything that was sampled for it.
+    Units are independent of each other: pairs, or prompts with all answers that were sampled for each.
 
     Args:
-        sums: [n], per unit the sum of its observations.
-        counts: [n], how many observations that is; default one.
+        sums: [n], the sum of each unit's observations.
+        counts: [n], how many observations a unit has; one if not given.
     """
     from scipy.stats import bootstrap  # a second to import
 
@@ -112,19 +111,15 @@ def measure_policy(
         on_pairs: called with (pairs, tokens) after each row, for progress.
 
     Returns:
-        Columns [N] in the cache's order: `pair_id`; per side `chosen_logp` and `chosen_ref_logp` (nats, summed over
-        tokens; float64), `chosen_tokens`; with a reference `kl_chosen`, the sequential KL(π_ref ‖ π_θ) in nats; with
-        SAEs `mse_chosen`, D_F (mean over sites), and `miss_rate_chosen`, the share of its features that the cache had
-        cut off. Likewise for `rejected`.
+        Columns [N] in the cache's order: `pair_id`, and for the chosen side `chosen_logp` and `chosen_ref_logp` (nats,
+        summed over tokens; float64) and `chosen_tokens`; with a reference `kl_chosen`, the sequential KL(π_ref ‖ π_θ)
+        in nats; with SAEs `mse_chosen`, D_F (mean over sites), and `miss_rate_chosen`, the share of D_F's features that
+        the cache had cut off. The rejected side has the same.
 
     Raises:
-        FloatingPointError: naming pairs, if a value is not finite.
+        FloatingPointError: a value is not finite; names the row's pairs and the columns.
     """
     device = next(policy.parameters()).device
-
-    def score(row: PackedRow) -> RowScores:
-        return score_row(policy, row.to(device), saes, recipe)
-
     layout = row_layout(policy)
     collate = RowCollator(token_budget, layout.pad_to, tuple(sae.width for sae in saes), layout.windows)
     names: list[str] = []
@@ -137,8 +132,8 @@ def measure_policy(
             row = batch.to(device)
             order += [start + index for index in row.packed.pairs]
             measured = _measure_row(policy, row, saes, recipe, top_k, reference)
-            if wrong := _not_finite(row, measured):
-                raise not_finite(find_faults(score, pack(row.pairs(), 1, *layout), saes) or wrong)
+            if bad := [name for name, column in measured.items() if not np.isfinite(column).all()]:
+                raise FloatingPointError(f"{named(row.names, 'pair')}: not finite: {', '.join(bad)}")
             for name, column in measured.items():
                 parts[name].append(column)
             if on_pairs:
@@ -150,16 +145,6 @@ def measure_policy(
     return columns
 
 
-def _not_finite(row: RowBatch, values: Columns) -> dict[str, str]:
-    """The columns of a row that are not finite, by the name of the pair."""
-    found: dict[str, str] = {}
-    for number, pair in enumerate(row.names):
-        bad = [f"{name} is {column[number]}" for name, column in values.items() if not np.isfinite(column[number])]
-        if bad:
-            found[pair] = ", ".join(bad)
-    return found
-
-
 def _measure_row(
     policy: nn.Module,
     row: RowBatch,
@@ -168,7 +153,7 @@ def _measure_row(
     top_k: int,
     reference: nn.Module | None,
 ) -> Columns:
-    """Values of the row's pairs, by the name of their column."""
+    """Columns of the row's pairs."""
     live = None if reference is None else live_reference(reference, row.packed, recipe)
     scores = score_row(policy, row.packed, saes, recipe, cached=row.cached, top_k=top_k, reference=live)
     values: dict[str, Tensor] = {
@@ -189,19 +174,20 @@ def _measure_row(
 
 
 def pair_metrics(columns: Mapping[str, NDArray[Any]], per_token: bool | None) -> dict[str, Estimate]:
-    """Means over pairs of what was measured; what was not measured is absent.
+    """Means over pairs; metrics whose columns were not measured are absent.
 
     `kl/margin` and `features/mse_margin` are rejected minus chosen, with their sign and without β; the paper's Figure 3
     plots β times the absolute value.
 
     Args:
-        columns: of `measure_policy`.
-        per_token: whether the method's LPD is per token; None if the policy is the reference, whose implicit accuracy
-            is not defined.
+        columns: from `measure_policy`.
+        per_token: whether the method divides log-probabilities by the number of tokens; None if the policy is the
+            reference, whose implicit accuracy is not defined.
     """
-    metrics = {"accuracy/raw": estimate(_wins(_per_token(columns, "chosen") - _per_token(columns, "rejected")))}
+    means = [columns[f"{side}_logp"] / columns[f"{side}_tokens"] for side in SIDES]
+    metrics = {"accuracy/raw": estimate(_wins(means[0] - means[1]))}
     if per_token is not None:
-        # LPD minus the reference's margin, over β > 0
+        # The sign of LPD minus the reference's margin does not depend on β > 0.
         gains = [columns[f"{side}_logp"] - columns[f"{side}_ref_logp"] for side in SIDES]
         if per_token:
             gains = [gain / columns[f"{side}_tokens"] for gain, side in zip(gains, SIDES, strict=True)]
@@ -215,10 +201,6 @@ def pair_metrics(columns: Mapping[str, NDArray[Any]], per_token: bool | None) ->
     if "miss_rate_chosen" in columns:
         metrics["features/miss_rate"] = estimate((columns["miss_rate_chosen"] + columns["miss_rate_rejected"]) / 2)
     return metrics
-
-
-def _per_token(columns: Mapping[str, NDArray[Any]], side: str) -> NDArray[np.float64]:
-    return np.asarray(columns[f"{side}_logp"] / columns[f"{side}_tokens"])
 
 
 def _wins(margins: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,12 +1,12 @@
 """Appendix B's bound, per response token: KL(π_ref ‖ π_θ) ≤ (M²/2)·‖Δc‖².
 
-In: policy and reference, pairs, an SAE at one site. Out: per token the KL and the squared change of all features, and
-M = ‖W_U W_decᵀ‖₂, with W_U scaled as the logits are. The bound takes logits for a linear map of the features: it leaves
-out the layers above the site, the final norm, the soft-cap and the SAE's error, and holds for small differences. How
-many tokens violate it is measured.
+In: policy and reference, pairs, an SAE at one site. Out: for each token the KL and the squared change of all features,
+and the constant M = ‖W_U W_decᵀ‖₂, with W_U scaled as the logits are.
 
-Shapes: T response tokens of a row, C rows of one chunk, D hidden size, F SAE width, V vocabulary. (M is the bound's
-constant.)
+The bound holds for small changes, and if logits are a linear map of the features: it leaves out the layers above the
+site, the final norm, the soft-cap and the SAE's error. So the share of tokens that violate it is measured.
+
+Shapes: T response tokens of a row, C rows of one chunk, D hidden size, F SAE width, V vocabulary.
 """
 
 import math
@@ -33,9 +33,9 @@ class TokenBound:
     """Both sides of the bound at every response token, pair by pair, chosen before rejected.
 
     Attributes:
-        kl: float32, KL(π_ref ‖ π_θ) at the token's prediction position, nats.
-        feature_sq: float32, ‖Δc‖² over all features there.
-        pair_tokens: int64, tokens of each pair, which sum to the length of the others.
+        kl: float32 [tokens], KL(π_ref ‖ π_θ) at the position that predicts the token, nats.
+        feature_sq: float32 [tokens], ‖Δc‖² over all features at that position.
+        pair_tokens: int64 [pairs], response tokens of each pair.
         spectral_norm: M.
     """
 
@@ -50,7 +50,7 @@ class TokenBound:
         return self.kl > self.spectral_norm**2 / 2 * self.feature_sq.astype(np.float64)
 
     def metrics(self) -> dict[str, Estimate]:
-        """The share of tokens that violate the bound (tokens of a pair are resampled together), and M."""
+        """The share of tokens that violate the bound, its interval from resampled pairs, and M."""
         starts = np.cumsum(self.pair_tokens) - self.pair_tokens
         by_pair = np.add.reduceat(self.violated, starts, dtype=np.int64)
         return {
@@ -61,7 +61,10 @@ class TokenBound:
 
 @torch.no_grad()
 def product_norm(head_VD: Tensor, decoder_FD: Tensor) -> float:
-    """‖head · decoderᵀ‖₂, the largest singular value, from Gram matrices [D, D] in float64; the product is not made."""
+    """‖head · decoderᵀ‖₂, the largest singular value, from Gram matrices [D, D] in float64.
+
+    The product itself, [V, F], would not fit into memory.
+    """
     values_D, vectors_DD = torch.linalg.eigh(_gram(decoder_FD))
     factor_DD = vectors_DD * values_D.clamp(min=0).sqrt()  # factor · factorᵀ is the decoder's Gram matrix
     return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(factor_DD.T @ _gram(head_VD) @ factor_DD)[-1])))
@@ -85,15 +88,10 @@ def token_bound(
     *,
     token_budget: int,
 ) -> TokenBound:
-    """Measures both sides of the bound on pairs.
+    """Measures both sides of the bound at every response token of the pairs.
 
-    Args:
-        policy: the causal LM.
-        reference: the model whose head is W_U, so that M is the same for all policies.
-        pairs: the pairs.
-        sae: the SAE whose features c are compared; all of them, in its own dtype.
-        recipe: the compute recipe of both models.
-        token_budget: tokens of a packed row.
+    All features of the SAE are compared, in its own dtype. W_U is the reference's head, so M is the same for all
+    policies. `token_budget` is in tokens of a packed row.
     """
     device = next(policy.parameters()).device
     found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -117,7 +115,7 @@ def token_bound(
 
 
 def _feature_distance(sae: Any, acts_TD: Tensor, ref_acts_TD: Tensor) -> Tensor:
-    """‖c - c_ref‖² over all features at each position, fp32 [T], in chunks of positions."""
+    """‖c - c_ref‖² over all features at each position, fp32 [T]; in chunks of positions, which bound memory."""
     tokens = max(1, CHUNK_ENTRIES // (2 * sae.cfg.d_sae))  # both sides' features of a chunk exist at once
     with torch.autocast(acts_TD.device.type, enabled=False):
         parts = [

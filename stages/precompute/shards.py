@@ -21,7 +21,7 @@ from ..data.preferences import Preferences
 from ..data.tokenized import Limits, tokenize_pair
 from ..model.frozen import freeze
 from ..model.models import check_tokens
-from ..scoring.forward import measure_pairs
+from ..scoring.measure import measure_pairs
 from ..scoring.packing import PackedRow
 from ..scoring.parity import check_packings, difference
 from .reference import Reference, describe_meaning, describe_numerics, provenance

@@ -8,7 +8,7 @@ Shapes: L positions of a row, T response tokens, R responses, D hidden size, M S
 """
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,18 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...cache.schema import CachedPair, Pair, ReferenceResponse
 from ..model.anatomy import anatomy
 from ..model.models import Recipe, autocast
 from ..model.rotary import forget_lengths, of_same_frequencies
 from ..model.sites import Site, SiteSAE, capture_sites
 from .attention import PACKED, sequences_of
-from .features import CachedFeatures, FeatureDrift, LargestFeatures, feature_drift, pooled_features, select_largest
-from .finite import all_finite, find_faults, not_finite
+from .features import CachedFeatures, FeatureDrift, feature_drift, pooled_features
 from .logprobs import token_scores
 from .masks import layout_for, masks_for
-from .packing import PackedRow, RowLayout, pack, packed_rows
-from .transfer import HostCopy
+from .packing import PackedRow, RowLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,85 +261,3 @@ def attach_scoring(model: nn.Module) -> None:
 
     inner = causal_lm(model)
     inner.forward = types.MethodType(forward, inner)
-
-
-@torch.no_grad()
-def measure_pairs(
-    model: nn.Module,
-    pairs: Sequence[Pair],
-    saes: Sequence[SiteSAE],
-    recipe: Recipe,
-    *,
-    token_budget: int,
-    keep_features: int | None,
-    on_row: Callable[[PackedRow], None] | None = None,
-) -> list[CachedPair]:
-    """Measures pairs as the cache holds them.
-
-    Args:
-        model: the causal LM.
-        pairs: the pairs.
-        saes: SAEs of the sites to read.
-        recipe: the compute recipe.
-        token_budget: tokens of a packed row; 1 gives each pair a row of its own.
-        keep_features: how many features a response keeps, None for all that are not 0.
-        on_row: called after each row, for progress.
-
-    Returns:
-        One row of a cache for each pair, in their order.
-
-    Raises:
-        FloatingPointError: naming pairs and sites, if a log-probability or a feature is not finite.
-    """
-    device, layout = next(model.parameters()).device, row_layout(model)
-
-    def score(row: PackedRow) -> RowScores:
-        pinned = row.pin_memory() if device.type == "cuda" else row
-        return score_row(model, pinned.to(device), saes, recipe)
-
-    measured: dict[int, CachedPair] = {}
-
-    def take(row: PackedRow, result: "_RowResult") -> None:
-        responses = result.read([sae.width for sae in saes], row.lengths)
-        if responses is None:
-            alone = find_faults(score, pack([pairs[index] for index in row.pairs], 1, *layout), saes)
-            raise not_finite(alone or dict.fromkeys(row.names, "is finite alone, but not in a row with others"))
-        for number, index in enumerate(row.pairs):
-            measured[index] = CachedPair(pairs[index], *responses[2 * number : 2 * number + 2])
-        if on_row:
-            on_row(row)
-
-    # What a row gave is read when the next one is under way, so that the device never waits for the host.
-    before: tuple[PackedRow, _RowResult] | None = None
-    for row in packed_rows(pairs, token_budget, layout):
-        result = _RowResult(score(row), keep_features)
-        if before is not None:
-            take(*before)
-        before = row, result
-    if before is not None:
-        take(*before)
-    return [measured[index] for index in range(len(pairs))]
-
-
-class _RowResult:
-    """What the cache holds of a row's responses, on its way to the host."""
-
-    def __init__(self, scores: RowScores, keep_features: int | None) -> None:
-        self._sites = [select_largest(pooled_RM, keep_features) for pooled_RM in scores.pooled]
-        head = [scores.logps_R, all_finite(scores).to(torch.int32).reshape(1)]
-        self._copy = HostCopy([*head, *(tensor for site in self._sites for tensor in site.tensors)])
-
-    def read(self, widths: Sequence[int], lengths: Sequence[int]) -> list[ReferenceResponse] | None:
-        """One entry a response; None if a number is not finite."""
-        logps_R, finite, *rest = self._copy.read()
-        if not finite.tolist()[0]:
-            return None
-        by_site = []
-        for site, width in zip(self._sites, widths, strict=True):
-            own, rest = rest[: len(site.tensors)], rest[len(site.tensors) :]
-            ids_RK = None if site.ids_RK is None else own.pop(0)
-            by_site.append(LargestFeatures(ids_RK, *own).stored(width))
-        return [
-            ReferenceResponse(logp, lengths[number], tuple(site[number] for site in by_site))
-            for number, logp in enumerate(logps_R.tolist())
-        ]

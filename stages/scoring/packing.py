@@ -22,6 +22,8 @@ from ...cache.schema import Pair
 from .blocks import BLOCK, LEAST_BLOCKS, RowBlocks, row_blocks
 
 PADDING = -1
+# So many pairs of a row are named in a message; the others are counted.
+NAMED = 8
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
 
 
@@ -112,6 +114,12 @@ class PackedRow:
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **changed, blocks=tuple(blocks.with_tensors(change) for blocks in self.blocks))
+
+
+def named(names: Sequence[str], noun: str) -> str:
+    """The pairs (or conversations) of a row, for a message: `pair A`, or `pairs A, B, C and 4 more`."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{noun}{'s' if len(names) > 1 else ''} {', '.join(names[:NAMED])}{more}"
 
 
 def plan_rows(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

@@ -41,7 +41,7 @@ from ...cache.reader import Cache
 from ...cache.schema import CachedPair, ReferenceResponse, SparseFeatures
 from ..model.models import Recipe
 from ..model.sites import SiteSAE
-from .forward import measure_pairs
+from .measure import measure_pairs
 
 # k of the D_F in which feature differences are stated; a run's own --top-k may be another.
 TOP_K = 50

@@ -23,9 +23,7 @@ from ..model.models import attentions_to_try, check_tokens, find_model, load_mod
 from ..model.sites import SiteSAE
 from ..model.supported import load_supported
 from ..scoring.batches import RowBatch, RowCollator
-from ..scoring.finite import find_faults
-from ..scoring.forward import RowScores, causal_lm, live_reference, row_layout, score_row
-from ..scoring.packing import PackedRow, pack
+from ..scoring.forward import RowScores, causal_lm, live_reference, row_layout
 from ..scoring.parity import check_cache, check_parity
 from .fpo_config import FPOConfig
 from .metrics import ParityLog
@@ -210,17 +208,6 @@ class FPOTrainer(RowTrainer):
     def row_items(self, row: RowBatch) -> int:
         """Pairs."""
         return len(row.packed.pairs)
-
-    def faults(self, rows: Sequence[RowBatch]) -> dict[str, str]:
-        """What is not finite of which pair, each scored alone; not under FSDP, where one rank cannot score alone."""
-        if self.is_fsdp_enabled:
-            return {}
-
-        def score(row: PackedRow) -> RowScores:
-            return score_row(self.policy, row.to(self.args.device), self.saes, self.args.recipe)
-
-        pairs = [pair for row in rows for pair in row.pairs()]
-        return find_faults(score, pack(pairs, 1, *row_layout(self.policy)), self.saes)
 
     def facts(self) -> dict[str, str]:
         """The objective, the cache and the SAEs."""

@@ -8,10 +8,12 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ...cache.files import naming
 
@@ -62,3 +64,21 @@ def copy_processor(tokenizer: Any, folder: Path) -> None:
         source = Path(tokenizer.name_or_path) / name
         if source.is_file():
             shutil.copyfile(source, folder / name)
+
+
+def check_weights(weights: Mapping[str, Tensor], when: str) -> None:
+    """Checks weights that are about to be saved.
+
+    Args:
+        weights: by name.
+        when: how far training has come, for the message.
+
+    Raises:
+        FloatingPointError: one is not finite.
+    """
+    bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if bad:
+        raise FloatingPointError(
+            f"{when}: {bad[0]} and {len(bad) - 1} more of {len(weights)} weights are not finite and are not saved; "
+            "lower --lr, or raise --warmup-steps, and start again"
+        )

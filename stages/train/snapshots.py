@@ -11,8 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..precompute.shares import gather_weights
-from ..scoring.finite import check_weights
-from .saving import copy_processor, saving
+from .saving import check_weights, copy_processor, saving
 
 
 class Snapshots(TrainerCallback):

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from ..model.rotary import forget_lengths, frequencies_of
 from ..model.sae_quality import FitSums, SAEFit
 from ..model.sites import Site, capture_sites, load_sae
-from ..scoring.finite import check_weights
-from .saving import saving
+from .saving import check_weights, saving
 
 TokenIds = NDArray[np.int32]
 

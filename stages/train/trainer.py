@@ -8,7 +8,7 @@ tokens) of all ranks and accumulated batches, and which logs means over pairs an
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -27,15 +27,15 @@ from ..model.randomness import check_repeats, policy_mode
 from ..model.sites import Site
 from ..model.supported import check_model
 from ..precompute.shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
-from ..scoring.finite import check_weights, not_finite
 from ..scoring.forward import RowScores, attach_scoring, causal_lm
+from ..scoring.packing import named
 from .memory import PeakMemory
 from .metrics import MetricsFile, PairMeans
 from .reading import reading
 from .rehearsal import rehearse
 from .resuming import ResumingTrainer
 from .row_config import RowConfig
-from .saving import copy_processor, move_model, saving
+from .saving import check_weights, copy_processor, move_model, saving
 from .schedules import check_rates, own_length
 
 
@@ -170,10 +170,6 @@ class RowTrainer(ResumingTrainer):
         """How many items of a row the loss is a mean over."""
         raise NotImplementedError
 
-    def faults(self, rows: Sequence[Any]) -> dict[str, str]:
-        """What is not finite of which item of rows whose loss is not; empty if that cannot be told."""
-        return {}
-
     def train(  # type: ignore[override]  # the Trainer's other arguments pass through
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
@@ -234,25 +230,25 @@ class RowTrainer(ResumingTrainer):
         step = self.state.global_step + 1
         self.check_losses(losses, f"step {step}")
         if not math.isfinite(value := float(norm)):
-            what = f"the gradient of its step is not finite (norm {value}), although all losses are"
-            raise self._stopped(dict.fromkeys((name for row, _ in losses for name in row.names), what), f"step {step}")
+            names = [name for row, _ in losses for name in row.names]
+            what = f"the gradient's norm is {value}, although all losses are finite"
+            raise self._stopped(f"step {step}", names, what)
         return norm
 
     def check_losses(self, losses: Sequence[tuple[Any, Tensor]], when: str) -> None:
         """Checks the losses of rows.
 
         Raises:
-            FloatingPointError: one is not finite; names what of the row is at fault.
+            FloatingPointError: one is not finite; names the pairs of its row.
         """
         values = torch.stack([loss for _, loss in losses]).tolist() if losses else []
-        wrong = {row: value for (row, _), value in zip(losses, values, strict=True) if not math.isfinite(value)}
-        if wrong:
-            of_rows = {name: f"the loss is {value}" for row, value in wrong.items() for name in row.names}
-            raise self._stopped(self.faults(list(wrong)) or of_rows, when)
+        for (row, _), value in zip(losses, values, strict=True):
+            if not math.isfinite(value):
+                raise self._stopped(when, row.names, f"the loss is {value}")
 
-    def _stopped(self, faults: Mapping[str, str], when: str) -> FloatingPointError:
+    def _stopped(self, when: str, names: Sequence[str], what: str) -> FloatingPointError:
         return FloatingPointError(
-            f"{when}: {not_finite(faults, self.noun)}; lower --lr, or raise --warmup-steps, and start again"
+            f"{when}, {named(names, self.noun)}: {what}; lower --lr, or raise --warmup-steps, and start again"
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

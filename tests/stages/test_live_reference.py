@@ -9,7 +9,8 @@ import torch
 from fpo.cache.schema import CachedPair
 from fpo.stages.model.sites import Site
 from fpo.stages.scoring.batches import RowCollator
-from fpo.stages.scoring.forward import RowScores, live_reference, measure_pairs, score_row
+from fpo.stages.scoring.forward import RowScores, live_reference, score_row
+from fpo.stages.scoring.measure import measure_pairs
 from fpo.stages.train.methods import METHODS, Objective, make_objective
 from fpo.stages.train.objectives import PairLosses, PairScores, pair_losses
 from hypothesis import given

@@ -7,8 +7,7 @@ import pytest
 import torch
 from fpo.stages.model.anatomy import anatomy
 from fpo.stages.model.sites import Site
-from fpo.stages.scoring.forward import measure_pairs
-from fpo.stages.scoring.transfer import HostCopy
+from fpo.stages.scoring.measure import HostCopy, measure_pairs
 from pairs import calm_gemma2, random_pairs
 from tiny import tiny_sae
 from torch.utils._python_dispatch import TorchDispatchMode

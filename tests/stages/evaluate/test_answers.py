@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fpo.cache.errors import UserError
 from fpo.stages.data.chat import ChatFormat, Example, Message, Turns
 from fpo.stages.evaluate import answers
 from fpo.stages.evaluate.answers import answer_questions, read_questions, write_answers, write_benchmark_answers
@@ -57,7 +58,7 @@ def written(tmp_path: Path, benchmark: Any, rows: list[Any], respond: Any = echo
     make = write_list if benchmark == "alpaca-eval" else write_lines
     questions = read_questions(make(tmp_path / "questions", rows), benchmark)
     out = tmp_path / "answers"
-    write_answers(out, benchmark, questions, answer_questions(questions, respond), name)
+    write_answers(out, questions, answer_questions(questions, respond), name)
     text = out.read_text(encoding="utf-8")
     if benchmark == "alpaca-eval":
         return json.loads(text)
@@ -157,7 +158,7 @@ def test_a_given_temperature_is_that_of_every_answer(tmp_path):
         seen.extend(temperatures)
         return ["x"] * len(conversations)
 
-    assert answer_questions(questions, respond, 0.3) == [("x", "x"), ("x", "x"), ("x",), ("x", "x"), ("x",)]
+    assert answer_questions(questions, respond, 0.3) == [["x", "x"], ["x", "x"], ["x"], ["x", "x"], ["x"]]
     assert seen == [0.3] * 8
 
 
@@ -173,56 +174,65 @@ def test_an_answers_id_is_that_of_its_content(tmp_path):
 @pytest.mark.parametrize(
     ("benchmark", "content", "expected"),
     [
-        ("alpaca-eval", '{"instruction": "Hi"}', "questions: expected a JSON list, found dict; "),
+        (
+            "alpaca-eval",
+            '{"instruction": "Hi"}',
+            "questions: expected JSON of questions, found none (its JSON: Input should",
+        ),
         ("alpaca-eval", "[]", "questions: expected at least one question, found none; "),
-        ("alpaca-eval", '[{"instruction": "Hi"', "questions: expected JSON, found none "),
-        ("alpaca-eval", '["Hi"]', "questions, entry 1: expected an object with the field 'dataset', found none; "),
+        ("alpaca-eval", '[{"instruction": "Hi"', "questions: expected JSON of questions, found none (Expecting "),
+        ("alpaca-eval", '["Hi"]', "questions, entry 1: Input should be an object, found Hi; "),
         (
             "alpaca-eval",
             '[{"instruction": "Hi", "dataset": "d"}, {"dataset": "d"}]',
-            "questions, entry 2: expected an object with the field 'instruction', found none; ",
+            "questions, entry 2.instruction: Field required, found {'dataset': 'd'}; ",
         ),
-        ("alpaca-eval", '[{"instruction": " ", "dataset": "d"}]', "questions, entry 1: expected words of the user"),
+        (
+            "alpaca-eval",
+            '[{"instruction": " ", "dataset": "d"}]',
+            "questions, entry 1.instruction: expected words of the user, found  ; ",
+        ),
         ("arena-hard", "", "questions: expected at least one question, found none; "),
-        ("arena-hard", '{"question_id": "a"}', "questions, line 1: expected an object with the field 'turns', found"),
+        ("arena-hard", "[1]", "questions, line 1: Input should be an object, found [1]; "),
+        ("arena-hard", '{"question_id": "a"}', "questions, line 1.turns: Field required, found {'question_id': 'a'}; "),
         (
             "arena-hard",
             '{"question_id": "a", "turns": [{"content": ["Hi", ["a.png"]]}]}',
-            "questions, line 1, turns[0]: content: Input should be a valid string, found ['Hi', ['a.png']]; ",
+            "questions, line 1.turns.0.content: Input should be a valid string, found ['Hi', ['a.png']]; ",
         ),
         (
             "arena-hard",
             '{"uid": "a", "prompt": "Hi"}\n\n{"question_id": "b", "turns": [{"content": "Hi"}]}',
-            "questions, line 3: expected an object with the field 'uid', found none; ",
+            "questions, line 3.uid: Field required, found {'question_id': 'b', ",
         ),
         (
             "arena-hard",
             '{"uid": "a", "prompt": "Hi"}\n{"uid": "a", "prompt": "Ho"}',
             "questions, line 2: expected an id of its own, found 'a' again; ",
         ),
-        ("mt-bench", '{"question_id": 81,', "questions, line 1: expected JSON, found none "),
-        ("mt-bench", "\udc80", "questions, line 1: expected JSON, found none "),
+        ("mt-bench", '{"question_id": 81,', "questions, line 1: expected JSON of questions, found none "),
+        ("mt-bench", "\udc80", "questions, line 1: expected JSON of questions, found none "),
         (
             "mt-bench",
             '{"question_id": "81", "category": "math", "turns": ["Hi"]}',
-            "questions, line 1: question_id: Input should be a valid integer, found 81; ",
+            "questions, line 1.question_id: Input should be a valid integer, found 81; ",
         ),
         (
             "mt-bench",
             '{"question_id": 81, "category": "math", "turns": ["Hi", 3]}',
-            "questions, line 1: turns.1: Input should be a valid string, found 3; ",
+            "questions, line 1.turns.1: Input should be a valid string, found 3; ",
         ),
         (
             "mt-bench",
             '{"question_id": 81, "category": "math", "turns": []}',
-            "questions, line 1: expected words of the user in every turn, found none; ",
+            "questions, line 1.turns: List should have at least 1 item after validation, not 0, found []; ",
         ),
     ],
 )
 def test_malformed_questions_are_refused_in_one_line(tmp_path, benchmark, content, expected):
     path = tmp_path / "questions"
     path.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         read_questions(path, benchmark)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/{expected}")
@@ -231,12 +241,11 @@ def test_malformed_questions_are_refused_in_one_line(tmp_path, benchmark, conten
 
 
 def test_questions_that_are_not_there_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^questions: expected a file, found none at .*none\.jsonl$"):
+    with pytest.raises(UserError, match=r"^questions: expected a file, found none at .*none\.jsonl$"):
         read_questions(tmp_path / "none.jsonl", "mt-bench")
 
 
 CHAT = ChatFormat(gemma())
-SAMPLING = Sampling(temperature=0.5, max_new_tokens=6, batch=3)
 
 
 @pytest.fixture(scope="module")
@@ -251,14 +260,13 @@ def ignorant(**overrides: Any) -> Any:
     return model
 
 
-def run(model: Any, folder: Path, rows: list[Any], *, given: bool, **changes: Any) -> tuple[int, list[Any]]:
+def run(model: Any, folder: Path, rows: list[Any], temperature: float | None = 0.5, **changes: Any) -> list[Any]:
+    """The answers to MT-Bench questions, turn by turn."""
     out = folder / "fpo.jsonl"
-    sampling = Sampling(**{"temperature": 0.5, "max_new_tokens": 6, "batch": 3} | changes)
-    questions = write_lines(folder / "question.jsonl", rows)
-    count = write_benchmark_answers(
-        model, CHAT, questions, "mt-bench", out, model_name="fpo", sampling=sampling, temperature_given=given
-    )
-    return count, [json.loads(line)["choices"][0]["turns"] for line in out.read_text().splitlines()]
+    sampling = Sampling(**{"max_new_tokens": 6, "batch": 3} | changes)
+    questions = read_questions(write_lines(folder / "question.jsonl", rows), "mt-bench")
+    write_benchmark_answers(model, CHAT, questions, out, model_name="fpo", sampling=sampling, temperature=temperature)
+    return [json.loads(line)["choices"][0]["turns"] for line in out.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("chat", [CHAT, ChatFormat(chatml())])
@@ -275,27 +283,26 @@ def test_a_models_answers_are_its_greedy_ones_where_the_benchmark_has_no_randomn
         ((ids,),) = generate(model, [prompt], samples=1, sampling=alone, end_id=CHAT.end_id)
         return str(CHAT.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    count, turns = run(model, tmp_path, MT_BENCH, given=False)
-    assert count == 8
+    turns = run(model, tmp_path, MT_BENCH, None)
     assert [len(own) for own in turns] == [2, 2, 1, 2, 1]
     asked = (Message("user", "What is its area?"),)
     first = greedy(asked)
     second = greedy((*asked, Message("assistant", first), Message("user", "And twice?")))
     assert turns[1] == [first, second]
     assert first != second
-    given, _ = (run(model, tmp_path, MT_BENCH, given=True, temperature=temperature)[1] for temperature in (0, 5))
-    assert given[1] == turns[1]
-    assert run(model, tmp_path, MT_BENCH, given=True, temperature=5)[1][1] != turns[1]
+    assert run(model, tmp_path, MT_BENCH, 0)[1] == turns[1]
+    assert run(model, tmp_path, MT_BENCH, 5)[1] != turns[1]
 
 
 def test_answers_are_the_same_again_but_for_the_time(tmp_path, model):
-    assert run(model, tmp_path, MT_BENCH, given=True)[1] == run(model, tmp_path, MT_BENCH, given=True)[1]
-    assert run(model, tmp_path, MT_BENCH, given=True)[1] != run(model, tmp_path, MT_BENCH, given=True, seed=7)[1]
+    turns = run(model, tmp_path, MT_BENCH)
+    assert run(model, tmp_path, MT_BENCH) == turns
+    assert run(model, tmp_path, MT_BENCH, seed=7) != turns
 
 
 def test_no_turn_is_drawn_with_anothers_random_numbers(tmp_path):
     """Under a model that knows nothing, equal random numbers would give equal answers."""
-    _, turns = run(ignorant(), tmp_path, MT_BENCH, given=True, temperature=1.0, top_p=1.0, max_new_tokens=12)
+    turns = run(ignorant(), tmp_path, MT_BENCH, 1.0, top_p=1.0, max_new_tokens=12)
     texts = [text for own in turns for text in own]
     assert len(set(texts)) == len(texts)
 
@@ -309,7 +316,7 @@ def test_an_answer_is_the_text_up_to_its_end(tmp_path, model, monkeypatch):
         return [[np.asarray(ids + ends[number % 3], dtype=np.int32)] for number in range(len(prompts))]
 
     monkeypatch.setattr(answers, "generate", generated)
-    _, turns = run(model, tmp_path, MT_BENCH, given=True)
+    turns = run(model, tmp_path, MT_BENCH)
     assert {text for own in turns for text in own} == {"It is , so"}
 
 
@@ -318,24 +325,8 @@ def test_questions_without_room_for_their_answers_are_refused_before_anything_is
     prompt = (Message("user", "What is its area?"), Message("assistant", "."), Message("user", "And twice?"))
     tokens = len(CHAT.prompt_ids(prompt))
     rows, most = MT_BENCH[1:2], (200 - tokens) // 2
-    message = (
-        rf"question.jsonl: .* 200 tokens, found {tokens} and 2 x max_new_tokens {most + 1} for 'What is its area\?'; "
-    )
-    with pytest.raises(ValueError, match=message):
-        run(small, tmp_path, rows, given=True, max_new_tokens=most + 1)
+    message = rf"^question 'What is its area\?': .* 200 tokens, found {tokens} of the prompt and up to {2 * most + 2} "
+    with pytest.raises(UserError, match=message):
+        run(small, tmp_path, rows, max_new_tokens=most + 1)
     assert not (tmp_path / "fpo.jsonl").exists()
-    assert run(small, tmp_path, rows, given=True, temperature=0, max_new_tokens=most)[0] == 2
-
-
-def test_a_folder_that_is_not_there_is_refused(tmp_path, model):
-    with pytest.raises(FileNotFoundError, match=r"^answers: expected a folder, found none at .*gone; make it$"):
-        write_benchmark_answers(
-            model,
-            CHAT,
-            write_lines(tmp_path / "q", MT_BENCH),
-            "mt-bench",
-            tmp_path / "gone" / "fpo.jsonl",
-            model_name="fpo",
-            sampling=SAMPLING,
-            temperature_given=True,
-        )
+    assert len(run(small, tmp_path, rows, 0, max_new_tokens=most)[0]) == 2

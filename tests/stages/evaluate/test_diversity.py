@@ -16,7 +16,7 @@ from fpo.stages.evaluate.diversity import (
     score_answers,
 )
 from fpo.stages.evaluate.generate import Sampling
-from fpo.stages.scoring.forward import measure_pairs
+from fpo.stages.scoring.measure import measure_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import calm_gemma2, few_examples, random_pair, random_pairs, score_alone

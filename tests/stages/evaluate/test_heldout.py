@@ -9,7 +9,7 @@ import pytest
 import torch
 from fpo.stages.evaluate.heldout import estimate, measure_policy, pair_metrics
 from fpo.stages.model.sites import Site
-from fpo.stages.scoring.forward import measure_pairs
+from fpo.stages.scoring.measure import measure_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import calm_gemma2, dense_drift, few_examples, many_examples, random_pairs, score_alone
@@ -107,12 +107,15 @@ def test_a_reference_is_at_no_distance_from_itself(measured):
         assert metrics[name]["mean"] < 1e-10
 
 
-def test_a_log_prob_that_is_not_finite_names_its_pair(measured):
+def test_what_is_not_finite_names_its_row_s_pairs_and_the_columns(measured):
     worst = measured.cached[3]
     broken = list(measured.cached)
     broken[3] = dataclasses.replace(worst, rejected=dataclasses.replace(worst.rejected, logp=float("nan")))
-    with pytest.raises(FloatingPointError, match=f"pair {worst.pair.pair_id}: rejected_ref_logp is nan"):
-        measure_policy(measured.policy, broken, [], "fp32", top_k=TOP_K, token_budget=120)
+    message = f"pair {worst.pair.pair_id}: not finite: rejected_ref_logp"
+    with pytest.raises(FloatingPointError, match=f"^{message}$"):
+        measure_policy(measured.policy, broken, [], "fp32", top_k=TOP_K, token_budget=1)
+    with pytest.raises(FloatingPointError, match=f"{worst.pair.pair_id}"):
+        measure_policy(measured.policy, broken[2:5], [], "fp32", top_k=TOP_K, token_budget=1000)
 
 
 # Metrics from columns

@@ -12,7 +12,7 @@ from fpo.cache.manifest import Noise, ShardReport
 from fpo.cache.reader import Cache, open_cache
 from fpo.cache.writer import CacheWriter
 from fpo.stages.model.models import find_model, load_model
-from fpo.stages.scoring.forward import measure_pairs
+from fpo.stages.scoring.measure import measure_pairs
 from fpo.stages.train.align import FPOTrainer
 from fpo.stages.train.fpo_config import FPOConfig
 from pairs import calm_gemma2, random_pairs

@@ -251,7 +251,7 @@ def test_another_token_budget_agrees_within_the_noise(world, write, tmp_path, bu
 def test_weights_that_are_not_finite_stop_it_with_the_pair_s_name(world, tmp_path, name):
     reference = world.reference()
     reference.model.get_parameter(name).data[0, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"\Apair [0-9a-f]{16}-\d+[^\n]*\Z"):
+    with pytest.raises(FloatingPointError, match=r"\Apairs [0-9a-f]{16}-\d+, [^\n]*\Z"):
         precompute(reference, world.preferences(), LIMITS, tmp_path, shard_size=4)
     assert content(tmp_path) == {}
 
@@ -259,7 +259,9 @@ def test_weights_that_are_not_finite_stop_it_with_the_pair_s_name(world, tmp_pat
 def test_a_feature_that_is_not_finite_names_its_site(world, tmp_path, monkeypatch):
     reference = world.reference()
     reference.saes[1].sae.b_enc.data[7] = torch.inf
-    with pytest.raises(FloatingPointError, match=rf"\Apair [0-9a-f]{{16}}-0: [^\n]*{SITES[1].name}[^\n]*\Z"):
+    with pytest.raises(
+        FloatingPointError, match=rf"\Apairs [0-9a-f]{{16}}-0, [^\n]*: not finite: pooled features at {SITES[1].name}\Z"
+    ):
         precompute(reference, world.preferences(), LIMITS, tmp_path, shard_size=4)
     assert content(tmp_path) == {}
 

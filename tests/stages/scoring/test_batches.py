@@ -5,7 +5,7 @@ import pytest
 import torch
 from fpo.stages.model.sites import Site
 from fpo.stages.scoring.batches import RowBatch, RowCollator
-from fpo.stages.scoring.forward import measure_pairs
+from fpo.stages.scoring.measure import measure_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import calm_gemma2, many_examples, random_pairs, with_context

@@ -9,7 +9,8 @@ import torch
 from fpo.stages.model.sites import Site
 from fpo.stages.scoring import features, logprobs
 from fpo.stages.scoring.features import CachedFeatures, keep_largest
-from fpo.stages.scoring.forward import attach_scoring, live_reference, measure_pairs, run_body, score_row
+from fpo.stages.scoring.forward import attach_scoring, live_reference, run_body, score_row
+from fpo.stages.scoring.measure import measure_pairs
 from fpo.stages.scoring.packing import pack
 from hypothesis import given
 from hypothesis import strategies as st
@@ -276,12 +277,14 @@ def test_a_number_that_is_not_finite_is_refused_with_its_pair():
     pair = random_pair(3, 3, 3)
     model = calm_gemma2(tie_word_embeddings=False)
     model.lm_head.weight.data[0] = math.nan
-    with pytest.raises(FloatingPointError, match=f"pair {pair.pair_id}: log-probability of chosen is nan"):
+    with pytest.raises(FloatingPointError, match=f"pair {pair.pair_id}: not finite: log-probabilities"):
         measure_pairs(model, [pair], [], "fp32", token_budget=1, keep_features=5)
     sae = copy.deepcopy(SAES[0].sae)
     sae.b_enc.data[7] = math.inf
     broken = dataclasses.replace(SAES[0], sae=sae)
-    with pytest.raises(FloatingPointError, match=f"pair {pair.pair_id}: 2 pooled features at {broken.site.name}"):
+    with pytest.raises(
+        FloatingPointError, match=f"pair {pair.pair_id}: not finite: pooled features at {broken.site.name}"
+    ):
         measure_pairs(calm_gemma2(), [pair], [broken], "fp32", token_budget=1, keep_features=5)
 
 

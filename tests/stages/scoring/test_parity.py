@@ -13,7 +13,7 @@ from fpo.cache.schema import CachedPair
 from fpo.cache.writer import CacheWriter
 from fpo.stages.model.sites import Site
 from fpo.stages.scoring.features import CachedFeatures, feature_drift, keep_largest, pooled_features
-from fpo.stages.scoring.forward import measure_pairs
+from fpo.stages.scoring.measure import measure_pairs
 from fpo.stages.scoring.parity import LOGP_FLOOR, check_packings, check_parity, difference, feature_mse, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
