@@ -236,8 +236,9 @@ def sole_writer(out: Path) -> Iterator[None]:
 
 def record_of(config: Config, record: Mapping[str, Any]) -> str:
     """The text of `run.yaml`, which can be given as `--config` to make the same run again."""
-    text = to_yaml(config.model_copy(update={"resume": False}) if "resume" in type(config).model_fields else config)
-    return text + write_yaml({"command": config.command, **record})
+    if "resume" in type(config).model_fields:
+        config = config.model_copy(update={"resume": False})
+    return to_yaml(config, {"command": config.command, **record})
 
 
 def read_record(out: Path, option: str) -> dict[str, Any]:
