@@ -18,7 +18,7 @@ from fpo.stages.model.sites import SiteSAE, load_sae
 from fpo.stages.scoring.flex import FLEX
 from fpo.stages.scoring.measure import measure_pairs
 from fpo.stages.train.align import FPOTrainer
-from fpo.stages.train.fpo_config import FPOConfig
+from fpo.stages.train.config import FPOConfig
 from fpo.stages.train.methods import METHODS
 from torch._dynamo.utils import counters
 

@@ -115,7 +115,9 @@ class Config(Options):
 
 
 def _names_a_file(value: str | Path) -> bool:
-    return isinstance(value, Path) or value.startswith((".", "/", "~")) or value.endswith(FILE_ENDINGS)
+    if isinstance(value, Path):
+        return True
+    return value.startswith((".", "/", "~")) or (value.endswith(FILE_ENDINGS) and not value.startswith("package:"))
 
 
 class PrecomputeConfig(
@@ -324,6 +326,9 @@ class ComparisonConfig(Config):
     runs: Folder | None = option(None, "Folder of the runs; default runs/<profile>.")
     out: Folder | None = option(None, "Folder of tables, figures and logs; default results/<profile>.")
     jobs: PositiveInt = option(1, "Runs at a time; each has its share of the cores.")
+
+    def check_ready(self) -> None:
+        """The comparison looks for what all its steps need, and names it at once."""
 
 
 class TableConfig(ComparisonConfig):

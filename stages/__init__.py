@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from .model.models import find_model, load_model, load_tokenizer
     from .model.sites import load_sae
     from .train.align import FPOTrainer
-    from .train.fpo_config import FPOConfig
+    from .train.config import FPOConfig
 
 __all__ = ["FPOConfig", "FPOTrainer", "find_model", "load_model", "load_sae", "load_tokenizer"]
 
 _HOMES = {
-    "FPOConfig": ".train.align",
+    "FPOConfig": ".train.config",
     "FPOTrainer": ".train.align",
     "find_model": ".model.models",
     "load_model": ".model.models",

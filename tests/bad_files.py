@@ -418,4 +418,4 @@ def _make_profiles(world: World, folder: Path) -> None:
     tiny_profile(world, folder / "no data", dataset=str(folder / "none"))
     tiny_profile(world, folder / "a device", device="abacus")
     path = tiny_profile(world, folder / "no validation")
-    path.write_text(path.read_text().replace("    validation_split: validation_prefs\n", ""))
+    path.write_text(path.read_text().replace("  validation_split: validation_prefs\n", ""))

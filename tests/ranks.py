@@ -15,8 +15,8 @@ from unittest import mock
 import torch
 from fpo.stages.data import rendering
 from fpo.stages.train.align import FPOTrainer
-from fpo.stages.train.fpo_config import FPOConfig
-from fpo.stages.train.snapshots import Snapshots
+from fpo.stages.train.callbacks import Snapshots
+from fpo.stages.train.config import FPOConfig
 from pairs import calm_gemma2, calm_llama
 from tiny_world import World, fpo, ran
 from torch import Tensor

@@ -4,13 +4,15 @@ In: an `AlignConfig`. Out: a model or an adapter in `--out`, with
 `run.yaml` and `metrics.jsonl`. What can be refused is refused before anything is written.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import typer
+from transformers import TrainerCallback
 
-from ...cache.errors import UserError
+from ...cache.errors import UserError, reading
 from ...cache.files import sha256_text
 from ...cache.identity import Meaning, differences
 from ...cache.reader import Cache, open_cache
@@ -21,9 +23,8 @@ from ...stages.model.supported import load_supported
 from ...stages.scoring.forward import causal_lm
 from ...stages.scoring.parity import check_cache
 from ...stages.train.align import FPOTrainer
-from ...stages.train.fpo_config import FPOConfig
+from ...stages.train.config import FPOConfig
 from ...stages.train.methods import METHODS
-from ...stages.train.reading import reading
 from ...stages.train.rehearsal import outside_decoder
 from ..config import AlignConfig
 from .inputs import (
@@ -50,8 +51,8 @@ from .training import (
 SPLIT_FIELDS = ("dataset", "split", "limit")
 
 
-def run_align(config: AlignConfig) -> None:
-    """`fpo align`."""
+def run_align(config: AlignConfig, callbacks: Sequence[TrainerCallback] = ()) -> None:
+    """`fpo align`; `callbacks` are added to the run's own."""
     out, divergence = config.out, METHODS[config.method].divergence
     assert config.cache is not None
     args = _training_arguments(config)
@@ -92,7 +93,7 @@ def run_align(config: AlignConfig) -> None:
             saes=saes,
             reference=reference,
             processing_class=tokenizer,
-            callbacks=run_callbacks(config, record),
+            callbacks=[*run_callbacks(config, record), *callbacks],
         )
     if config.merge and trainer.is_fsdp_enabled:
         raise UserError("--merge: an adapter whose model is sharded by FSDP cannot be merged; leave one of them out")

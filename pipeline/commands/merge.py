@@ -12,7 +12,7 @@ from ...cache.errors import UserError
 from ...stages.model.adapters import AdapterSource, load_adapter, merged
 from ...stages.model.model_card import card_of_merged
 from ...stages.model.models import load_tokenizer
-from ...stages.train.saving import copy_processor, move_model, saving
+from ...stages.train.checkpoints import copy_processor, move_model, saving
 from .inputs import check_new, policy_of, sole_writer
 
 

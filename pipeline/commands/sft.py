@@ -16,7 +16,7 @@ from ...stages.data.chat import load_template
 from ...stages.data.conversations import load_conversations
 from ...stages.model.models import check_vocabulary, find_model, load_tokenizer
 from ...stages.model.supported import check_length
-from ...stages.train.row_config import RowConfig
+from ...stages.train.config import RowConfig
 from ...stages.train.sft import SFTTrainer
 from ..config import SFTConfig
 from .inputs import RECORD, chat_format, load_causal_lm, read_record

@@ -17,7 +17,7 @@ from ...stages.data.tokenized import tokenize_pair
 from ...stages.model.models import check_tokens, check_vocabulary
 from ...stages.model.sites import parse_site
 from ...stages.model.supported import check_length
-from ...stages.train.saving import move_model
+from ...stages.train.checkpoints import move_model
 from ...stages.train.train_sae import train_sae
 from ..config import TrainSAEConfig
 from .inputs import RECORD, check_folder, load_causal_lm, load_data, record_of, sole_writer

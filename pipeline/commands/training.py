@@ -17,10 +17,9 @@ from transformers import TrainerCallback
 
 from ...cache.errors import UserError
 from ...cache.files import remove_leftovers
-from ...stages.train.metrics import RunRecord
-from ...stages.train.saving import CONFIGS
+from ...stages.train.callbacks import RunRecord, Snapshots
+from ...stages.train.checkpoints import CONFIGS
 from ...stages.train.schedules import is_endless
-from ...stages.train.snapshots import Snapshots
 from ..config import TrainingConfig
 from .inputs import (
     FINISHED,

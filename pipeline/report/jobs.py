@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ...cache.files import write_atomically
 from ..commands import run_command
+from ..config import AlignConfig
 from ..errors import is_expected, one_line
 
 DONE = "step.json"
@@ -190,4 +191,10 @@ def _run(step: Step, threads: int) -> None:
             shutil.rmtree(step.out)  # stopped before its first step
     elif step.command != "precompute" and step.out.exists():
         shutil.rmtree(step.out)
-    run_command(config)
+    if isinstance(config, AlignConfig):
+        from ...stages.train.memory import PeakMemory
+        from ..commands.align import run_align
+
+        run_align(config, [PeakMemory()])
+    else:
+        run_command(config)

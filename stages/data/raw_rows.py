@@ -12,8 +12,8 @@ from pathlib import Path
 
 import datasets
 
+from ...cache.errors import reading
 from ...cache.files import sha256_file
-from ..train.reading import reading
 from . import row_files
 from .hub_data import load_from_hub, may_be_hub_id
 from .row_files import READERS, Row, columns_of, kind_of, read_rows, stem_of, table_columns

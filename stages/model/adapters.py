@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ...cache.errors import reading
 from ...cache.files import canonical_json
-from ..train.reading import reading
 from .model_folder import ADAPTER_CONFIG, check_model_folder
 from .models import ModelSource, find_files, find_model, load_model, remembered_sha256
 

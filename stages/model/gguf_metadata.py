@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..train.reading import reading
+from ...cache.errors import reading
 from .gguf_rope import FACTOR_TENSORS, ROPE_KEYS, rope_parameters
 
 # By GGUF key, the attribute of the configuration that is the same number.

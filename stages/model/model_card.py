@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..train.row_config import RowConfig
+from ..train.config import RowConfig
 from .adapters import AdapterSource
 
 VERSIONS = ("fpo", "torch", "transformers", "peft")

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...cache.errors import reading
 from ...cache.files import canonical_json, sha256_file, user_folder, write_atomically
 from ...cache.locks import locked
 from ..scoring.attention import PACKED
 from ..scoring.flex import FLEX
-from ..train.reading import reading
 from .gguf_metadata import check_tensors, settle_config
 from .model_folder import check_model_folder
 from .randomness import silence_config, silence_modules

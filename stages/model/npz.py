@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..train.reading import reading
+from ...cache.errors import reading
 
 # What the arrays may unpack to: so much, or so many times the file's bytes if that is more. `np.savez` does not
 # compress, and weights hardly can be.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..train.reading import reading
+from ...cache.errors import reading
 from .anatomy import anatomy, decoder_layers
 from .npz import read_npz
 

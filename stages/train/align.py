@@ -25,8 +25,8 @@ from ..model.supported import load_supported
 from ..scoring.batches import RowBatch, RowCollator
 from ..scoring.forward import RowScores, causal_lm, live_reference, row_layout
 from ..scoring.parity import check_cache, check_parity
-from .fpo_config import FPOConfig
-from .metrics import ParityLog
+from .callbacks import ParityLog
+from .config import FPOConfig
 from .objectives import PairLosses, PairScores, pair_losses
 from .trainer import RowTrainer
 

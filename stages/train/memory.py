@@ -1,8 +1,8 @@
-"""Peak memory of training: of tensors, and of the process that holds them.
+"""Peak memory of training: of tensors, and of the process that holds them. The comparison and benchmarks ask for it.
 
-In: a training that goes on. Out: the most bytes of tensors that were alive at once. A GPU's allocator counts them. On a
-CPU they are counted here, operation by operation, in the first two steps, the second of which has all that later ones
-have: the process's own peak is there too, but in a small run it is that of its imports.
+In: a training. Out: the most bytes of tensors that were alive at once. A GPU's allocator counts them. On a CPU they are
+counted here, operation by operation, in the first two steps, the second of which holds all that later ones hold. The
+process's own peak is measured too, but in a small run it is that of its imports.
 """
 
 import gc
@@ -76,7 +76,7 @@ def resident_bytes() -> int:
 
 
 class PeakMemory(TrainerCallback):
-    """Measures the peak of a training's tensors; `read` gives it."""
+    """A callback that measures the peak of a training's tensors; the trainer logs it with the run's cost."""
 
     def __init__(self) -> None:
         self._peak, self._steps = 0, 0

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
+from ...cache.errors import reading
 from ...cache.files import temporary_folder
 from ..scoring.forward import causal_lm
-from .reading import reading
-from .saving import copy_processor, saving
+from .checkpoints import copy_processor, saving
 
 NOTES = logging.getLogger("fpo")
 # Settings of `generate` that mean nothing without beams.

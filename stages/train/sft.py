@@ -15,7 +15,7 @@ from ..model.models import check_tokens
 from ..scoring.batches import ConversationCollator
 from ..scoring.forward import RowScores, causal_lm, row_layout
 from ..scoring.packing import Conversation, PackedRow
-from .row_config import RowConfig
+from .config import RowConfig
 from .trainer import RowTrainer
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..model.rotary import forget_lengths, frequencies_of
 from ..model.sae_quality import FitSums, SAEFit
 from ..model.sites import Site, capture_sites, load_sae
-from .saving import check_weights, saving
+from .checkpoints import check_weights, saving
 
 TokenIds = NDArray[np.int32]
 

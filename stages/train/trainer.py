@@ -18,28 +18,27 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
+from ...cache.errors import UserError, reading
 from ..model.anatomy import decoder_layers
 from ..model.body import CheckpointEvery, compile_layers
 from ..model.model_card import is_adapter, model_card, training_facts
 from ..model.randomness import check_repeats, policy_mode
 from ..model.sites import Site
 from ..model.supported import check_model
-from ..precompute.shares import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
 from ..scoring.forward import RowScores, attach_scoring, causal_lm
 from ..scoring.packing import named
+from .callbacks import MetricsFile, PairMeans
+from .checkpoints import check_state, check_weights, copy_processor, move_model, reading_checkpoint, saving
+from .config import RowConfig
+from .distributed import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
 from .memory import PeakMemory
-from .metrics import MetricsFile, PairMeans
-from .reading import reading
 from .rehearsal import rehearse
-from .resuming import ResumingTrainer
-from .row_config import RowConfig
-from .saving import check_weights, copy_processor, move_model, saving
 from .schedules import check_rates, own_length
 
 
-class RowTrainer(ResumingTrainer):
+class RowTrainer(Trainer):
     """Trains a model on batches of packed rows: objects with `tokens`, `names` and `to`, under `rows` of a batch.
 
     Args:
@@ -83,7 +82,6 @@ class RowTrainer(ResumingTrainer):
         self._means = {"train": PairMeans(), "eval": PairMeans()}
         self._tokens, self._started = 0, time.monotonic()
         self._losses: list[tuple[Any, Tensor]] = []
-        self._memory = PeakMemory()
         super().__init__(
             model=model,
             args=args,
@@ -92,7 +90,7 @@ class RowTrainer(ResumingTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             # The run's record goes before its log.
-            callbacks=[*(callbacks or []), MetricsFile(), self._memory, CheckpointEvery(layers, args.checkpoint_every)],
+            callbacks=[*(callbacks or []), MetricsFile(), CheckpointEvery(layers, args.checkpoint_every)],
         )
         several = self.args.world_size > 1
         self._ranks = torch.distributed.new_group(backend="gloo") if several else None  # for counts alone
@@ -187,7 +185,8 @@ class RowTrainer(ResumingTrainer):
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
-            self._memory.stop()
+            if self._memory:
+                self._memory.stop()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -262,10 +261,16 @@ class RowTrainer(ResumingTrainer):
         super().log(logs, start_time)
 
     def _cost(self) -> dict[str, float]:
-        """Tokens of all ranks over the time of training, saving included, and peak memory (`memory.py`)."""
+        """Tokens of all ranks over the time of training, saving included, and peak memory where it is measured."""
         seconds = time.monotonic() - self._started
         tokens = float(self.accelerator.reduce(torch.tensor(float(self._tokens), device=self.args.device), "sum"))
-        return {"train_tokens_per_second": round(tokens / seconds, 1), **self._memory.read(self.args.device)}
+        memory = self._memory or (PeakMemory() if self.args.device.type == "cuda" else None)  # a GPU counts anyway
+        measured = memory.read(self.args.device) if memory else {}
+        return {"train_tokens_per_second": round(tokens / seconds, 1), **measured}
+
+    @property
+    def _memory(self) -> PeakMemory | None:
+        return next((one for one in self.callback_handler.callbacks if isinstance(one, PeakMemory)), None)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
         return self._even_out(batch_samples)
@@ -284,6 +289,35 @@ class RowTrainer(ResumingTrainer):
         for batch, most, own in zip(batches, counts.amax(0).tolist()[1:], rows, strict=True):
             batch["spares"] = most - own
         return int(counts[:, 0].sum())
+
+    def _init_training_state(self, max_steps: int, *others: Any) -> Any:
+        found = super()._init_training_state(max_steps, *others)
+        if self.state.global_step > max_steps:
+            raise UserError(
+                f"--resume: expected a run of {self.state.global_step} steps or more, which its checkpoint has behind "
+                f"it, found {max_steps}; give a larger --max-steps or --epochs, or another --out"
+            )
+        return found
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing once all steps are done: transformers looks at their number after a step, never before the first."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with reading_checkpoint(resume_from_checkpoint):
+            check_state(Path(resume_from_checkpoint) / "trainer_state.json")
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is not None:

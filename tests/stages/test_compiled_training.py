@@ -11,7 +11,7 @@ import pytest
 import torch
 from fpo.stages.train import memory
 from fpo.stages.train.align import FPOTrainer
-from fpo.stages.train.fpo_config import FPOConfig
+from fpo.stages.train.config import FPOConfig
 from fpo.stages.train.methods import METHODS
 from tiny_world import SITES
 from transformers import AttentionInterface

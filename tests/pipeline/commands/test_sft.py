@@ -89,7 +89,7 @@ def test_the_model_learns(whole):
     found = losses(whole)
     assert len(found) == 6
     assert sum(found[3:]) < sum(found[:3])
-    assert {"train_tokens_per_second", "train_peak_memory_bytes"} <= set(metrics(whole)[-1])
+    assert "train_tokens_per_second" in metrics(whole)[-1]
 
 
 def test_the_result_is_a_folder_that_transformers_loads_with_the_template_that_it_was_tuned_in(folder, whole):

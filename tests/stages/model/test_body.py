@@ -14,7 +14,7 @@ from fpo.stages.scoring.forward import row_layout, score_row
 from fpo.stages.scoring.packing import pack
 from fpo.stages.train import memory
 from fpo.stages.train.align import FPOTrainer
-from fpo.stages.train.fpo_config import FPOConfig
+from fpo.stages.train.config import FPOConfig
 from pairs import assert_same_gradients, calm_gemma2, calm_llama, random_pair, random_pairs
 from tiny import tiny_family, tiny_sae
 from torch._dynamo.utils import counters

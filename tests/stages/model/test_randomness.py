@@ -14,7 +14,7 @@ from fpo.cache.writer import CacheWriter
 from fpo.stages.model.models import find_model, load_model
 from fpo.stages.scoring.measure import measure_pairs
 from fpo.stages.train.align import FPOTrainer
-from fpo.stages.train.fpo_config import FPOConfig
+from fpo.stages.train.config import FPOConfig
 from pairs import calm_gemma2, random_pairs
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM

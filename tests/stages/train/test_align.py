@@ -6,7 +6,7 @@ import torch
 from fpo.cache.reader import Cache
 from fpo.stages.model.sites import SiteSAE
 from fpo.stages.train.align import FPOTrainer
-from fpo.stages.train.fpo_config import FPOConfig
+from fpo.stages.train.config import FPOConfig
 from fpo.stages.train.methods import METHODS
 from pairs import assert_same_gradients, calm_gemma2, dense_drift, gradients, score_alone
 from tiny import tiny_sae

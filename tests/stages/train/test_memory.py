@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fpo.stages.train.align import FPOTrainer
-from fpo.stages.train.fpo_config import FPOConfig
+from fpo.stages.train.config import FPOConfig
 from fpo.stages.train.memory import COUNTED_STEPS, PeakMemory, TensorBytes, resident_bytes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,7 +104,7 @@ def test_a_training_s_peak_is_that_of_its_first_steps():
 
 def test_a_step_that_ends_in_an_error_leaves_nothing_on(world, tmp_path, monkeypatch):
     settings = {"method": "dpo", "max_steps": 2, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
-    trainer = FPOTrainer(world.policy(), FPOConfig(str(tmp_path), **settings), world.open(()))
+    trainer = FPOTrainer(world.policy(), FPOConfig(str(tmp_path), **settings), world.open(()), callbacks=[PeakMemory()])
     monkeypatch.setattr(trainer, "row_loss", lambda model, row: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.train()

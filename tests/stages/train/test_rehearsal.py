@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fpo.stages.train.align import FPOTrainer
-from fpo.stages.train.fpo_config import FPOConfig
+from fpo.stages.train.config import FPOConfig
 from fpo.stages.train.rehearsal import _bytes_to_come, outside_decoder
 from safetensors import safe_open
 from tiny_tokenizers import gemma

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fpo.pipeline.config import AlignConfig
 from fpo.pipeline.config_files import load_config
-from fpo.stages.train.row_config import RowConfig
+from fpo.stages.train.config import RowConfig
 from fpo.stages.train.schedules import SCHEDULES, check_rates, check_settings
 from hypothesis import given
 from hypothesis import strategies as st

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fpo.stages.scoring.packing import Conversation, pack_conversations
-from fpo.stages.train.row_config import RowConfig
+from fpo.stages.train.config import RowConfig
 from fpo.stages.train.sft import SFTTrainer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -139,7 +139,7 @@ def test_training_lowers_the_loss_and_says_what_it_cost(trainer, tmp_path):
     tokens = 10 * sum(one.ids.size for one in told)
     # The run's own clock starts later and stops earlier.
     assert 0 < cost["train_tokens_per_second"] <= tokens / cost["train_runtime"] * 1.01
-    assert cost["train_peak_process_bytes"] > cost["train_peak_memory_bytes"] > 0
+    assert "train_peak_memory_bytes" not in cost  # counting tensors costs time: it has to be asked for
     assert not list(tmp_path.rglob("training_args.bin"))
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.stages.train.snapshots import Snapshots, snapshot_folder
+from fpo.stages.train.callbacks import Snapshots, snapshot_folder
 from tiny import tiny_llama
 from tiny_tokenizers import chatml
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,7 +1,8 @@
-"""Around what libraries write.
+"""A run's files: written so that a folder is a model's only once it is whole, and read back as plain data.
 
-In: the folder that is written. Out: whatever they raise for a disk that takes no more as an `OSError` that names it; a
-model's files moved to where they are found all at once.
+In: the folder that a library writes, or the checkpoint that it reads. Out: a full disk as an `OSError` that names the
+folder; a damaged checkpoint, or a stranger's pickle, as a `UserError`. Plain data are tensors, numbers and text: the
+Trainer reads its pickles with torch's `weights_only`, which makes nothing else of them.
 """
 
 import errno
@@ -11,10 +12,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from torch import Tensor
+from transformers import TrainerState
 
+from ...cache.errors import UserError, reading
 from ...cache.files import naming
 
 # Without one of these nothing takes a folder for a model's, an adapter's or an SAE's.
@@ -30,7 +34,7 @@ _TORCH = re.compile(r"PytorchStreamWriter|inline_container|iostream error|basic_
 
 @contextmanager
 def saving(folder: Path) -> Iterator[None]:
-    """Around what writes into a folder.
+    """Names the folder in whatever a library raises because it could not write there.
 
     Raises:
         OSError: it could not be written.
@@ -82,3 +86,29 @@ def check_weights(weights: Mapping[str, Tensor], when: str) -> None:
             f"{when}: {bad[0]} and {len(bad) - 1} more of {len(weights)} weights are not finite and are not saved; "
             "lower --lr, or raise --warmup-steps, and start again"
         )
+
+
+@contextmanager
+def reading_checkpoint(checkpoint: str | None) -> Iterator[None]:
+    """Turns what transformers raises for a checkpoint that it cannot read into one line.
+
+    Raises:
+        UserError: it is damaged, or holds more than plain data.
+    """
+    with reading(f"--resume: expected a checkpoint to go on from in {checkpoint}, remove it to go on from another"):
+        try:
+            yield
+        except UnpicklingError:  # torch's own message says how to run it nonetheless
+            raise UserError("found a pickle of more than tensors and numbers, which could run code") from None
+
+
+def check_state(path: Path) -> None:
+    """Checks the numbers of a `trainer_state.json`, which transformers takes as they are.
+
+    Raises:
+        UserError: a step is not a number.
+    """
+    state = TrainerState.load_from_json(str(path))
+    steps = [state.global_step, *(line["step"] for line in state.log_history)]
+    if not all(type(step) is int and step >= 0 for step in steps) or not isinstance(state.stateful_callbacks, dict):
+        raise UserError(f"expected steps as numbers in {path.name}, found others")

@@ -1,10 +1,12 @@
-"""What a run says about itself: running means over pairs, and the file that keeps every log line.
+"""What a run writes while it goes on: its log, its record, and snapshots of the model for curves over training.
 
-In: per-pair values of each row. Out: means over all pairs and ranks since the last log line, and `metrics.jsonl`.
+In: a training that goes on. Out: `metrics.jsonl`, a line for every log line, made of means over all pairs and ranks;
+`run.yaml`; `snapshots/step-000010/` and so on, each a model folder that is there whole or not at all.
 """
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ...cache.files import naming, write_atomically
+from .checkpoints import check_weights, copy_processor, saving
+from .distributed import gather_weights
 
 
 class PairMeans:
@@ -86,3 +90,44 @@ class RunRecord(TrainerCallback):
         """Writes the text as it is."""
         if state.is_world_process_zero:
             write_atomically(Path(args.output_dir) / "run.yaml", self._text.encode())
+
+
+class Snapshots(TrainerCallback):
+    """Saves the model every `every` steps, but not at the last one: the result itself is at the top of the folder."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Saves what was the last step of a shorter run that now goes on."""
+        self._save_if_due(args, state, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Saves, in place of a snapshot that a stopped run left of this step."""
+        self._save_if_due(args, state, **kwargs)
+
+    def _save_if_due(self, args: Any, state: Any, *, model: Any, processing_class: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self._every or not 0 < state.global_step < state.max_steps:
+            return
+        weights = gather_weights(model)  # every rank gives its part
+        if not state.is_world_process_zero:
+            return
+        check_weights(weights or model.state_dict(), f"step {state.global_step}")
+        folder = snapshot_folder(Path(args.output_dir), state.global_step)
+        new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with saving(folder):
+            model.save_pretrained(new, state_dict=weights)
+            if processing_class is not None:
+                processing_class.save_pretrained(new)
+                copy_processor(processing_class, new)
+        if folder.exists():  # a folder that is not empty cannot be replaced in one move
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def snapshot_folder(out: Path, step: int) -> Path:
+    """Where a run in `out` leaves its snapshot of a step."""
+    return out / "snapshots" / f"step-{step:06d}"

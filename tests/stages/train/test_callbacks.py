@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.stages.train.metrics import MetricsFile, PairMeans, RunRecord
+from fpo.stages.train.callbacks import MetricsFile, PairMeans, RunRecord
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import many_examples

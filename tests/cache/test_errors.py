@@ -1,7 +1,7 @@
 import logging
 
 import pytest
-from fpo.stages.train.reading import reading
+from fpo.cache.errors import reading
 
 library = logging.getLogger("datasets.some.reader")
 

@@ -1,5 +1,5 @@
 import pytest
-from fpo.stages.precompute.shares import ShareOfBatches
+from fpo.stages.train.distributed import ShareOfBatches
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import many_examples
