@@ -11,7 +11,7 @@ from typing import Any
 
 from fpo.cache.reader import open_cache
 from fpo.cache.schema import Pair
-from fpo.stages.model.sites import load_sae
+from fpo.stages.model.sae import load_sae
 from fpo.stages.train.align import FPOTrainer
 from fpo.stages.train.config import FPOConfig
 from fpo.stages.train.methods import METHODS

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from fpo.cache.schema import Pair
-from fpo.stages.model.frozen import freeze
-from fpo.stages.model.sites import SiteSAE
+from fpo.stages.model.compile import freeze
+from fpo.stages.model.sae import SiteSAE
 from fpo.stages.scoring.flex import FLEX
 from fpo.stages.scoring.measure import measure_pairs
 from transformers import TrainerCallback

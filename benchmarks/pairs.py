@@ -11,7 +11,7 @@ import numpy as np
 from fpo.cache.schema import Pair, pair_id
 from fpo.stages.data.chat import ChatFormat
 from fpo.stages.data.preferences import load_preferences
-from fpo.stages.data.tokenized import Limits, tokenize_pair
+from fpo.stages.data.tokenize import Limits, tokenize_pair
 
 from .setting import Setting
 

@@ -14,8 +14,9 @@ from fpo.cache.manifest import Noise, ShardReport
 from fpo.cache.reader import open_cache
 from fpo.cache.schema import FORMAT_VERSION, CachedPair, Pair, pair_id
 from fpo.cache.writer import CacheWriter
-from fpo.stages.model.models import find_model, is_hub_id, load_model, load_tokenizer
-from fpo.stages.model.sites import SiteSAE, load_sae
+from fpo.stages.model.models import find_model, is_hub_id, load_model
+from fpo.stages.model.sae import SiteSAE, load_sae
+from fpo.stages.model.tokenizer import load_tokenizer
 from fpo.stages.precompute.reference import describe_numerics
 from fpo.stages.scoring.measure import measure_pairs
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from fpo.stages.model.models import ModelSource, Recipe, attentions_to_try
-from fpo.stages.model.sites import Site
+from fpo.stages.model.sae import Site
 
 # Features that a cache keeps a response: the default of `fpo precompute`.
 KEPT = 512

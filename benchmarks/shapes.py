@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from fpo.cache.schema import Pair
 from fpo.stages.model.models import Recipe, find_model, is_hub_id
-from fpo.stages.model.sites import Site, SiteSAE
+from fpo.stages.model.sae import Site, SiteSAE
 from fpo.stages.scoring.attention import PACKED
 from fpo.stages.scoring.features import CachedFeatures, keep_largest
 from fpo.stages.scoring.flex import FLEX

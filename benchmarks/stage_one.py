@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from fpo.cache.schema import Pair
-from fpo.stages.model.frozen import freeze
+from fpo.stages.model.compile import freeze
 from fpo.stages.model.models import autocast
-from fpo.stages.model.sites import capture_sites, load_sae
+from fpo.stages.model.sae import capture_sites, load_sae
 from fpo.stages.scoring.measure import measure_pairs
 from torch import Tensor
 

@@ -1,6 +1,6 @@
-"""The data card of a cache: what a person, or a hub, reads first.
+"""The data card of a cache, `README.md`, which people and hubs read first.
 
-In: the manifest. Out: the text of `README.md`, the same for the same manifest.
+In: the manifest. Out: the text; equal manifests give equal text.
 """
 
 from collections import Counter

@@ -1,6 +1,6 @@
-"""What every row of a cache must obey.
+"""The rules that every row of a cache obeys.
 
-In: the table of one shard. Out: nothing, or a `ValueError` that names the first row and column at fault.
+In: the table of one shard. Out: nothing, or a `ValueError` that names the first row and column that break a rule.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import pyarrow as pa
 from .columns import Columns, FeatureColumn, Lists, table_to_batch
 from .schema import SIDES, TOKEN_COLUMNS, arrow_schema, feature_column, pair_id, raw_row_of
 
-# For every rule of a column: a mask over rows, true where it is broken, and what is wrong there.
+# For each rule of a column: a mask over rows, true where the rule is broken, and what is wrong there.
 Faults = Iterator[tuple[npt.NDArray[np.bool_], str]]
 
 
@@ -21,12 +21,12 @@ def check_table(table: pa.Table, widths: Sequence[int], sites: Sequence[int] | N
     """Checks columns, types and the content of every row.
 
     Args:
-        table: columns as `arrow_schema(widths, sites)`.
-        widths: the number of SAE features of every site of the cache.
-        sites: the sites whose features the table holds; all by default.
+        table: of the columns `arrow_schema(widths, sites)`.
+        widths: the number of SAE features at each site of the cache.
+        sites: indices of the sites whose features the table holds; all by default.
 
     Raises:
-        ValueError: the first fault found, with its row in the table, its pair_id and its column.
+        ValueError: a rule is broken; names the first row (by number and pair_id) and the column.
     """
     sites = range(len(widths)) if sites is None else sites
     schema = arrow_schema(widths, sites)
@@ -44,10 +44,10 @@ def check_table(table: pa.Table, widths: Sequence[int], sites: Sequence[int] | N
 
 
 def check_schema(found: pa.Schema, widths: Sequence[int], sites: Sequence[int] | None = None) -> None:
-    """Checks columns and types alone; arguments as above.
+    """Checks the names, order and types of the columns `arrow_schema(widths, sites)`.
 
     Raises:
-        ValueError: they are others, or in another order.
+        ValueError: a column is missing, unknown, of another type or in another place.
     """
     schema = arrow_schema(widths, sites)
     if found.names != schema.names:
@@ -92,15 +92,15 @@ def _learnt_faults(learnt: Lists, lengths: npt.NDArray[np.integer[Any]]) -> Faul
     items, row_of = _items(learnt).astype(np.int64), np.repeat(np.arange(len(bounds)), bounds)
     before = np.concatenate(([0], items))[:-1]
     before[_places(learnt) == 0] = 0
-    # A span has a token; two of them may meet.
+    # A span has at least one token; it may begin where the one before ends.
     yield _rows_with(learnt, items - before < _places(learnt) % 2), "has spans that are empty or not in order"
     last = np.zeros(len(bounds), dtype=np.int64)
-    last[row_of] = items  # of a row's items the last one stays
+    last[row_of] = items  # numpy keeps the last of several assignments to one row
     yield last != lengths, "does not end with the response"
 
 
 def _lengths(learnt: Lists) -> npt.NDArray[np.int64]:
-    """How many tokens the spans of each row have."""
+    """The number of tokens in the spans of each row."""
     signed = np.where(_places(learnt) % 2 == 1, 1, -1) * _items(learnt).astype(np.int64)
     sums = np.concatenate(([0], np.cumsum(signed)))
     lengths: npt.NDArray[np.int64] = np.diff(sums[learnt.offsets - learnt.offsets[0]])
@@ -108,7 +108,7 @@ def _lengths(learnt: Lists) -> npt.NDArray[np.int64]:
 
 
 def _places(lists: Lists) -> npt.NDArray[np.int64]:
-    """The number of each item in its row."""
+    """The position of each item within its row."""
     starts = lists.offsets[:-1] - lists.offsets[0]
     places: npt.NDArray[np.int64] = np.arange(len(_items(lists))) - np.repeat(starts, np.diff(lists.offsets))
     return places
@@ -145,12 +145,12 @@ def _feature_faults(features: FeatureColumn, width: int) -> Faults:
 
 
 def _items(lists: Lists) -> npt.NDArray[Any]:
-    """The items of all rows; a sliced array's buffer holds others too."""
+    """The items of all rows; the buffer of a sliced array holds more."""
     return lists.values[lists.offsets[0] : lists.offsets[-1]]
 
 
 def _rows_with(lists: Lists, broken: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """A mask over rows: those that hold an item of the mask over items."""
+    """A mask over rows that is true where any item of the row is broken."""
     rows = np.zeros(len(lists.offsets) - 1, dtype=np.bool_)
     rows[np.repeat(np.arange(len(rows)), np.diff(lists.offsets))[broken]] = True
     return rows

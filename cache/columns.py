@@ -1,6 +1,6 @@
 """Rows to Arrow columns and back.
 
-In: `CachedPair` rows, or Arrow tables of `arrow_schema`. Out: the other of the two; read rows are views, not copies.
+In: `CachedPair` rows, or an Arrow table of `arrow_schema`. Out: the table, or rows that are views of it, not copies.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ def rows_to_table(rows: Sequence[CachedPair], widths: Sequence[int]) -> pa.Table
     """Lays rows out as the columns of `arrow_schema(widths)`.
 
     Raises:
-        ValueError: a row has features of another number of sites, values that are not float32, or a number that does
-            not fit its column.
+        ValueError: a row has the wrong number of sites, values that are not float32, or a number that overflows its
+            column.
     """
     schema = arrow_schema(widths)
     columns = [pa.array([row.pair.pair_id for row in rows], pa.string())]
@@ -68,7 +68,7 @@ def _list_array(lists: Sequence[npt.NDArray[Any]], kind: pa.ListType) -> pa.List
     offsets = np.zeros(len(lists) + 1, dtype=np.int64)
     np.cumsum([len(items) for items in lists], out=offsets[1:])
     items = np.concatenate(lists) if lists else np.empty(0, dtype=np.uint8)
-    # Arrow's cast refuses a number that does not fit, where numpy's would wrap.
+    # Arrow's cast raises on overflow; numpy's wraps.
     values = pa.array(items).cast(kind.value_type)
     return pa.ListArray.from_arrays(pa.array(offsets).cast(pa.int32()), values, type=kind)
 
@@ -78,7 +78,7 @@ class Lists:
 
     Attributes:
         offsets: int32 [N + 1].
-        values: all rows' items, one after the other.
+        values: the items of all rows, concatenated.
     """
 
     def __init__(self, array: pa.ListArray):
@@ -101,17 +101,10 @@ class Lists:
 
 
 class FeatureColumn:
-    """The features of one side at one site, N rows without nulls.
-
-    Attributes:
-        ids: unsigned lists.
-        values: float32 lists.
-        floor: float32 [N].
-        nnz: int32 [N].
-    """
+    """The `SparseFeatures` of one side at one site as columns of N rows; `floor` is float32 [N], `nnz` int32 [N]."""
 
     def __init__(self, array: pa.StructArray):
-        # flatten() heeds the offset of a sliced array, field() does not
+        # flatten() respects the offset of a sliced array; field() does not.
         ids, values, floor, nnz = array.flatten()
         self.ids, self.values = Lists(ids), Lists(values)
         self.floor: Float32 = floor.to_numpy()
@@ -124,13 +117,13 @@ class FeatureColumn:
 
 
 class AnswerColumns:
-    """The columns of one side, N rows.
+    """The `ReferenceResponse` of one side, and its learnt spans, as columns of N rows.
 
     Attributes:
-        learnt: spans of learnt tokens.
+        learnt: lists of start and stop positions.
         logp: float64 [N].
         num_tokens: int32 [N].
-        features: one entry a site.
+        features: one entry per site.
     """
 
     def __init__(self, batch: pa.RecordBatch, side: str, sites: Sequence[int]):
@@ -146,13 +139,11 @@ class AnswerColumns:
 
 
 class Columns:
-    """Arrow columns without nulls as numpy arrays that share their memory.
+    """A record batch of N rows without nulls as numpy arrays that share its memory.
 
     Attributes:
         pair_ids: Arrow strings [N].
-        prompt: token ids.
-        chosen: token ids.
-        rejected: token ids.
+        prompt, chosen, rejected: lists of token ids.
         answers: the chosen side and the rejected side.
     """
 
@@ -162,7 +153,7 @@ class Columns:
         self.answers = tuple(AnswerColumns(batch, side, sites) for side in SIDES)
 
     def row(self, i: int) -> CachedPair:
-        """Row i; its arrays are views and as writable as the memory under them."""
+        """Row i; its arrays are views, writable where the batch's memory is."""
         chosen, rejected = self.answers
         tokens = (self.prompt.row(i), self.chosen.row(i), self.rejected.row(i))
         pair = Pair(self.pair_ids[i].as_py(), *tokens, chosen.learnt.row(i), rejected.learnt.row(i))

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user's, and how a library's refusal of a file becomes it."""
+"""Exceptions that stand for a user's mistake, and the conversion of a library's errors into them."""
 
 import errno
 import logging
@@ -16,6 +16,14 @@ class UserError(ValueError):
     Its message is one line: what was expected, what was found, where, and what to do. The command line prints it and
     exits with code 2; any other exception is a fault of the program and gives a traceback.
     """
+
+
+class MissingError(UserError, FileNotFoundError):
+    """A cache, or a file of one, does not exist."""
+
+
+class DamageError(UserError):
+    """A file of a cache has been altered or cut short; `fpo precompute --repair` makes it again."""
 
 
 class _Held(logging.Handler):

@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all, and text that is the same for the same content.
+"""Atomic files, hashes, and strict and canonical JSON.
 
-In: paths, bytes, JSON-able objects. Out: files on disk, hashes, canonical text.
+In: paths, bytes, objects that JSON can express. Out: files that appear whole or not at all, hashes, text.
 """
 
 import hashlib
@@ -17,19 +17,19 @@ from typing import Any, BinaryIO, TypeVar
 
 T = TypeVar("T")
 
-# How pydantic is to read a dataclass (`decode`).
+# The pydantic configuration of every dataclass that `decode` reads.
 STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
 
-# A folder of this machine, or the URL of one in an object store.
+# A folder of this machine, or the URL of a folder in an object store.
 Place = Path | str
 
 _TMP_NAME = re.compile(r".+\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}")
-# Temporary files of this process that are being written.
+# The temporary files that this process is writing.
 _open_files: set[Path] = set()
 
 
 def user_folder() -> Path:
-    """The folder for what can be made again: `$FPO_HOME`, else `$XDG_CACHE_HOME/fpo`, else `~/.cache/fpo`."""
+    """The folder for files that can be made again: `$FPO_HOME`, `$XDG_CACHE_HOME/fpo` or `~/.cache/fpo`."""
     if home := os.environ.get("FPO_HOME"):
         return Path(home)
     if caches := os.environ.get("XDG_CACHE_HOME"):
@@ -38,7 +38,7 @@ def user_folder() -> Path:
 
 
 def as_place(name: Path | str) -> Place:
-    """The folder that a name means, or the name itself where it is a URL of another machine."""
+    """The path of a local folder (`file://` too); any other URL unchanged."""
     if isinstance(name, str) and "://" in name and not name.startswith("file://"):
         return name
     return Path(str(name).removeprefix("file://"))
@@ -59,12 +59,12 @@ def parse_json(text: str | bytes) -> Any:
     """`json.loads` that refuses NaN and infinity, which JSON does not have.
 
     Raises:
-        ValueError: the text is not JSON, or is nested too deep.
+        ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except RecursionError as error:
-        raise ValueError(f"expected JSON that is not nested deep, found {error}") from error
+        raise ValueError(f"expected JSON without deep nesting, found {error}") from error
 
 
 def _refuse_constant(name: str) -> None:
@@ -72,12 +72,12 @@ def _refuse_constant(name: str) -> None:
 
 
 def decode(kind: type[T], value: Any, where: str) -> T:
-    """Builds a dataclass from parsed JSON, strictly: no field is missing, unknown or converted (pydantic).
+    """Builds a dataclass from parsed JSON with pydantic; no field may be missing, unknown or converted.
 
     Args:
-        kind: a dataclass that has `STRICT` for its `__pydantic_config__`, as have the dataclasses in it.
+        kind: a dataclass whose `__pydantic_config__`, and that of the dataclasses in it, is `STRICT`.
         value: the parsed JSON.
-        where: what `value` is called in errors.
+        where: the name of `value` in errors.
 
     Raises:
         ValueError: a field is missing, unknown or of another type.
@@ -93,7 +93,7 @@ def decode(kind: type[T], value: Any, where: str) -> T:
 
 
 def canonical_json(obj: Any) -> str:
-    """The one JSON text of `obj`: sorted keys, no spaces, no escapes beyond JSON's own.
+    """The canonical JSON text of `obj`: sorted keys, no spaces, no escapes but those that JSON requires.
 
     Raises:
         ValueError: a number is NaN or infinite.
@@ -103,10 +103,10 @@ def canonical_json(obj: Any) -> str:
 
 @contextmanager
 def naming(path: Path, *others: Path) -> Iterator[None]:
-    """Names `path` in what the system refuses inside: a write that fails does not say of which file, or of `others`.
+    """Adds `path` to an `OSError` of the block that names no file, as those of writes, or names one of `others`.
 
     Raises:
-        OSError: what was raised, of that path.
+        OSError: with the same number and `path` as its file.
     """
     try:
         yield
@@ -118,10 +118,10 @@ def naming(path: Path, *others: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path` that takes its name, durably, when the block ends without an error.
+    """Opens a temporary file that is synced and renamed to `path` when the block ends without an error.
 
     Raises:
-        OSError: it cannot be written; names `path`, which is as it was.
+        OSError: it cannot be written; names `path`, which is left unchanged.
     """
     tmp = path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}")
     _open_files.add(tmp)
@@ -147,7 +147,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_files(folder: Path) -> None:
-    """Puts the files of a folder, not those below it, on disk; their names are there once one is written atomically."""
+    """Syncs a folder's files to disk, not those of its subfolders; a later atomic write there syncs their names."""
     for path in folder.iterdir():
         if path.is_file():
             with naming(path), path.open("rb") as file:
@@ -155,14 +155,14 @@ def sync_files(folder: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` such that a reader sees the old file or the new one, also after a crash."""
+    """Writes `data` to `path`; even after a crash a reader sees either the old file or the new one."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A folder in `parent` for the block, which `remove_leftovers` knows should the process be killed."""
+    """A folder in `parent` for the block; if the process is killed, `remove_leftovers` removes it later."""
     tmp = parent / f"try.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
     _open_files.add(tmp)
     try:
@@ -174,7 +174,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files and folders in `folder` whose writer ran on this host and is dead."""
+    """Removes the temporary files and folders in `folder` that dead processes of this host left."""
     for path in folder.iterdir():
         name = _TMP_NAME.fullmatch(path.name)
         if name and name["host"] == socket.gethostname() and not _is_alive(int(name["pid"]), path):
@@ -185,13 +185,13 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _is_alive(pid: int, path: Path) -> bool:
-    """Whether a process is there that may be writing `path`."""
-    if pid == os.getpid():  # a container that is started again has the same host and often the same numbers
+    """Whether a living process may be writing `path`."""
+    if pid == os.getpid():  # a restarted container has the same host name and often the same pids
         return path in _open_files
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True  # it is another user's
+        return True  # another user's process
     return True

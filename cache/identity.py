@@ -1,4 +1,4 @@
-"""The identity of a cache: what it means and how it was computed.
+"""The identity of a cache: what its numbers mean, and what may move their last bits.
 
 In: hashes, names and settings. Out: a fingerprint, and the fields in which two identities differ.
 """
@@ -8,22 +8,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import UserError
 from .files import STRICT, canonical_json, sha256_text
 from .schema import FORMAT_VERSION
 
 
-class IdentityError(ValueError):
-    """Two caches, or a cache and a run, were made from different specs."""
+class IdentityError(UserError):
+    """A folder or store holds a cache whose identity is not the expected one."""
 
 
-class FormatError(ValueError):
-    """A cache is of another version of the layout on disk."""
+class FormatError(UserError):
+    """A cache has another version of the format on disk."""
 
     def __init__(self, where: str, found: int) -> None:
-        """Says what to do about version `found`."""
+        """`where` is the file that states version `found`."""
         super().__init__(
             f"{where}: expected format version {FORMAT_VERSION}, found {found}; another version of fpo made this "
-            "cache: make it again in a new folder by `fpo precompute`, or go on with that version"
+            "cache: make it again in a new folder with `fpo precompute`, or use that version"
         )
 
 
@@ -32,10 +33,10 @@ class SiteMeaning:
     """One site and the SAE that reads it.
 
     Attributes:
-        site: the activation's name, as `blocks.25.hook_resid_post`.
+        site: the name of the hook, such as `blocks.25.hook_resid_post`.
         sae: SHA-256 of the SAE's weights and of the settings that its features depend on.
         width: the number of the SAE's features.
-        architecture: the SAE's kind, as `jumprelu`.
+        architecture: of the SAE, such as `jumprelu`.
     """
 
     __pydantic_config__ = STRICT
@@ -48,27 +49,27 @@ class SiteMeaning:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the numbers of a cache mean; every field is part of the fingerprint.
+    """What the numbers of a cache mean; the fingerprint covers every field.
 
     Attributes:
-        format_version: of the layout on disk.
+        format_version: version of the format on disk.
         model: SHA-256 of the reference model's weight files and configuration.
         tokenizer: SHA-256 of the tokenizer's pipeline and special tokens.
         chat_template: its full text.
-        date: the day that it is to the template, as YYYY-MM-DD; None where the template does not read the clock.
+        date: the day that the template is told, YYYY-MM-DD; None if the template does not ask for the date.
         sites: in the order of the feature columns.
         recipe: the arithmetic, `fp32` or `bf16`.
         pooling: how features are pooled over a response.
-        keep_features: how many features are kept per response; None for all above 0.
-        max_length: prompt and response together, tokens.
-        max_prompt_length: tokens.
-        truncation: the rule by which longer ones are cut.
-        skip_rules: the reasons for which a pair is skipped.
+        keep_features: how many features are kept per response and site; None for all above 0.
+        max_length: most tokens of prompt and response together.
+        max_prompt_length: most tokens of a prompt.
+        truncation: the rule that cuts what is longer.
+        skip_rules: the reasons for skipping a pair.
         drop_ties: whether pairs of equal score are skipped.
-        turns: which assistant turns of a response of several are learnt, `all` or the `last`.
+        turns: which assistant turns of a multi-turn response are learnt, `all` or `last`.
         dataset: SHA-256 of the data set's content.
-        split: its name, letters, digits, `_` and `.`.
-        limit: how many raw rows were taken; None for all.
+        split: name of the split; letters, digits, `_` and inner `.`.
+        limit: the number of raw rows taken; None for all.
         order: the order of raw rows.
     """
 
@@ -100,7 +101,7 @@ class Meaning:
         return [site.width for site in self.sites]
 
     def dated_as(self, others: Iterable["Meaning"]) -> "Meaning":
-        """The same on the day of the first of the others, if the template reads the clock."""
+        """The same meaning with the first date that the others have, if the template asks for the date."""
         if self.date is None:
             return self
         begun = next((other.date for other in others if other.date is not None), self.date)
@@ -113,15 +114,15 @@ class Meaning:
 
 @dataclass(frozen=True)
 class Numerics:
-    """What may move the last bits of the numbers, not what they mean.
+    """What may move the last bits of the numbers but does not change what they mean.
 
     Attributes:
         attention: the attention implementation.
-        token_budget: tokens of a packed row.
-        shard_size: raw rows of a shard.
+        token_budget: most tokens in a packed row.
+        shard_size: raw rows per shard.
         device: the device's kind and name.
-        threads: CPU threads.
-        versions: of the libraries, by name.
+        threads: number of CPU threads.
+        versions: version of each library, by name.
     """
 
     __pydantic_config__ = STRICT
@@ -157,5 +158,5 @@ def _short(leaves: dict[str, Any], name: str) -> str:
     if name not in leaves:
         return "nothing"
     text = repr(leaves[name])
-    # The hash tells two long values apart whose beginnings are equal.
+    # The hash distinguishes two long values that begin alike.
     return text if len(text) <= 80 else f"{text[:40]}… ({len(text)} characters, SHA-256 {sha256_text(text)[:8]})"

@@ -1,7 +1,7 @@
-"""Locks between processes, which the system lets go of when their holder ends, however it ends.
+"""Locks between processes, which the system releases when their holder ends, however it ends.
 
-In: a file that exists for its lock alone, or a folder. Out: whether it is held; a file left by a dead process, of this
-host or another, holds nothing.
+In: a file that exists only to be locked, or a folder. Out: whether the lock was taken; the file of a dead process locks
+nothing.
 """
 
 import fcntl
@@ -11,50 +11,53 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import UserError
+
 
 class Lock:
-    """An open file or folder that can be locked; of two of them at most one is, unless both share it.
+    """A lock on a file or folder, held by one process, or shared by several.
 
-    It is let go of by `close`, when nobody has the object any more, or when the process ends.
+    It is released by `close`, when the object is collected, or when the process ends.
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens `path`, which is made as an empty file where there is nothing.
+        """Opens `path`, and creates it as an empty file if it does not exist.
 
         Raises:
-            OSError: it cannot be opened for writing, or is a link to a file, which may be a stranger's.
+            UserError: it is a link to a file.
+            OSError: it cannot be opened for writing.
         """
         self._path = path
         if path.is_symlink() and not path.is_dir():
-            raise OSError(f"{path}: expected a file of its own for a lock, found a link; remove it")
+            raise UserError(f"{path}: expected a file of its own for a lock, found a link; remove it")
         flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         self._file = os.open(path, flags, 0o666)
         self.close = weakref.finalize(self, os.close, self._file)
 
     def take(self, *, shared: bool = False, wait: bool = False) -> bool:
-        """Takes the lock, alone or shared; False if others hold it and this one is not to wait.
+        """Takes the lock, exclusively or shared; False if others hold it and `wait` is off.
 
         Raises:
-            OSError: the file system has no such locks; says what to do.
+            UserError: the file system has no such locks.
         """
         try:
             fcntl.flock(self._file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return False
         except OSError as error:
-            raise OSError(
+            raise UserError(
                 f"{self._path}: expected a file system with locks (flock), found {error.strerror}; write to another, "
-                "as a disk of this machine, and copy what is finished, or mount this one with locks"
+                "such as a disk of this machine, and copy the finished cache, or mount this one with locks"
             ) from error
         return True
 
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds the lock of a file for the block: True, or False where another holds it and it is not waited for.
+    """Holds a file's lock during the block; yields False if another process holds it and `wait` is off.
 
     Raises:
-        OSError: as `Lock`.
+        UserError, OSError: as `Lock` and `Lock.take`.
     """
     lock = Lock(path)
     try:

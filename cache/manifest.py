@@ -1,6 +1,6 @@
-"""The table of contents of a finished cache.
+"""`manifest.json`, the table of contents of a finished cache.
 
-In: the identity of a cache and what each shard reports. Out: `manifest.json`, and the same read back and checked.
+In: the identity of a cache and the report of each shard. Out: the file, written; or its content, read and checked.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .errors import DamageError, MissingError, UserError
 from .files import STRICT, canonical_json, decode, parse_json, sha256_text, write_atomically
 from .identity import FormatError, Meaning, Numerics
 from .schema import FORMAT_VERSION
@@ -20,7 +21,7 @@ MANIFEST_NAME = "manifest.json"
 # What to do about a damaged cache.
 REPAIR = "run `fpo precompute --repair` with the options that it was made with"
 MAX_SHARDS = 99_999
-# More than a manifest of as many shards has.
+# In bytes; a manifest of `MAX_SHARDS` shards is smaller.
 LARGEST_TEXT = 1 << 27
 
 _SPLIT = re.compile(r"\w+(\.\w+)*", re.ASCII)
@@ -28,11 +29,11 @@ _SPLIT = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 @dataclass(frozen=True)
 class Noise:
-    """The largest difference that another packing made.
+    """The largest difference between two packings of the same pairs.
 
     Attributes:
-        logp: of a response's log-probability, nats.
-        feature_mse: the `D_F` between two packings, by site.
+        logp: difference of a response's log-probability, nats.
+        feature_mse: `D_F` between the two packings at each site.
     """
 
     __pydantic_config__ = STRICT
@@ -43,15 +44,15 @@ class Noise:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What stage one has to say about one shard.
+    """What stage one reports about one shard.
 
     Attributes:
         index: the shard's number, from 0.
         start: its first raw row.
         stop: one past its last raw row.
-        skipped: raw rows without a row in the cache, ascending, each with the reason.
-        counts: what else was counted, as `ties`, `truncated_prompts`, `truncated_responses`, `scored_tokens`.
-        noise: between two packings; None if this shard holds no sample.
+        skipped: the raw rows that were skipped, ascending, each with the reason.
+        counts: further counts: `ties`, `truncated_prompts`, `truncated_responses`, `scored_tokens`.
+        noise: between two packings; None if no pair of this shard was packed twice.
     """
 
     __pydantic_config__ = STRICT
@@ -70,10 +71,10 @@ class ShardRecord:
 
     Attributes:
         name: path relative to the cache's folder, `data/train-00007-of-00060.parquet`.
-        rows: pairs in it.
-        bytes: the file's size.
-        sha256: of the file.
-        report: as in its footer.
+        rows: the number of pairs.
+        bytes: size of the file.
+        sha256: SHA-256 of the file.
+        report: the same as in the shard's footer.
     """
 
     __pydantic_config__ = STRICT
@@ -89,12 +90,12 @@ def shard_name(split: str, index: int, num_shards: int) -> str:
     """The path of a shard relative to the cache's folder.
 
     Raises:
-        ValueError: the split's name cannot be part of a file name, or there are too many shards.
+        UserError: the split's name cannot be part of a file name, or there are too many shards.
     """
     if _SPLIT.fullmatch(split) is None:
-        raise ValueError(f"split: expected letters, digits, '_' and inner '.', found {split!r}; rename it")
+        raise UserError(f"split: expected letters, digits, '_' and inner '.', found {split!r}; rename it")
     if num_shards > MAX_SHARDS:
-        raise ValueError(f"expected at most {MAX_SHARDS} shards, found {num_shards}; raise --shard-size")
+        raise UserError(f"expected at most {MAX_SHARDS} shards, found {num_shards}; raise --shard-size")
     return f"data/{split}-{index:05d}-of-{num_shards:05d}.parquet"
 
 
@@ -120,12 +121,12 @@ class Manifest:
 
     @property
     def skipped(self) -> Counter[str]:
-        """The number of skipped raw rows by reason."""
+        """How many raw rows were skipped for each reason."""
         return Counter(reason for shard in self.shards for _, reason in shard.report.skipped)
 
     @property
     def counts(self) -> Counter[str]:
-        """The shards' counts, added."""
+        """The sums of the shards' counts."""
         total: Counter[str] = Counter()
         for shard in self.shards:
             total.update(shard.report.counts)
@@ -133,7 +134,7 @@ class Manifest:
 
     @property
     def noise(self) -> Noise | None:
-        """The largest noise of any shard; None if none was measured."""
+        """The largest noise of any shard; None if no shard measured it."""
         noises = [shard.report.noise for shard in self.shards if shard.report.noise is not None]
         if not noises:
             return None
@@ -153,12 +154,12 @@ class Manifest:
             "counts": dict(self.counts),
             "noise": None if self.noise is None else dataclasses.asdict(self.noise),
         }
-        # Through JSON, so that tuples are lists, as they are in a manifest that was read.
+        # JSON turns tuples into lists, as in a manifest that was read.
         fields = {"fingerprint": self.meaning.fingerprint(), "totals": totals, **dataclasses.asdict(self)}
         return dict(json.loads(canonical_json(fields)))
 
     def save(self, folder: Path) -> None:
-        """Writes `manifest.json`, the same bytes for the same content."""
+        """Writes `manifest.json`; equal content gives equal bytes."""
         write_atomically(folder / MANIFEST_NAME, _pretty({**self._document(), "sha256": self.sha256}))
 
     @classmethod
@@ -166,19 +167,20 @@ class Manifest:
         """Reads and checks `manifest.json`.
 
         Raises:
-            FileNotFoundError: there is none, so stage one has not finished.
-            ValueError: it was altered, is of another format version, or contradicts itself.
+            MissingError: there is none, so stage one has not finished.
+            FormatError: it has another format version.
+            DamageError: it was altered or contradicts itself.
         """
         path = folder / MANIFEST_NAME
         try:
             size = path.stat().st_size
             data = path.read_bytes() if size <= LARGEST_TEXT else b""
         except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(
-                f"{path}: no manifest, so the cache is not complete; finish `fpo precompute`"
+            raise MissingError(
+                f"{path}: expected a finished cache's manifest, found none; finish `fpo precompute`"
             ) from None
         if size > LARGEST_TEXT:
-            raise ValueError(
+            raise DamageError(
                 f"{path}: expected at most {LARGEST_TEXT} bytes, found {size}; download it again, or {REPAIR}"
             )
         return cls.parse(data, str(path))
@@ -192,14 +194,15 @@ class Manifest:
             where: its path or address, for errors.
 
         Raises:
-            ValueError: it was altered, is of another format version, or contradicts itself.
+            FormatError: it has another format version.
+            DamageError: it was altered or contradicts itself.
         """
         try:
             return cls._parse(data, where)
         except FormatError:
             raise
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: {error}; download it again, or {REPAIR}") from error
+            raise DamageError(f"{where}: {error}; download it again, or {REPAIR}") from error
 
     @classmethod
     def _parse(cls, data: bytes, where: str) -> "Manifest":
@@ -214,7 +217,7 @@ class Manifest:
             raise ValueError(f"expected format version {FORMAT_VERSION}, found {version}")
         stated = document.pop("sha256", None)
         if stated != sha256_text(canonical_json(document)) or _pretty({**document, "sha256": stated}) != data:
-            raise ValueError("its SHA-256 is not the one that it states, so it was altered")
+            raise ValueError("its SHA-256 is not the one that it states: it was altered")
         derived = {name: document.pop(name, None) for name in ("fingerprint", "totals")}
         manifest = decode(cls, document, "manifest")
         for name, value in derived.items():

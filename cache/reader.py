@@ -1,6 +1,6 @@
-"""Stage two's side of the cache: rows by number, from memory that all processes of a machine share.
+"""Stage two's side of the cache: rows by number, memory-mapped from a file that all processes of a machine share.
 
-In: a finished cache's folder or URL. Out: a `Cache` to index, or the list of what is damaged.
+In: the folder or URL of a finished cache. Out: a `Cache` to index, or a list of what is damaged.
 """
 
 from bisect import bisect_right
@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from .columns import Columns, table_to_batch
+from .errors import DamageError, MissingError, UserError
 from .files import (
     as_place,
     atomic_file,
@@ -23,6 +24,7 @@ from .files import (
     user_folder,
     write_atomically,
 )
+from .identity import FormatError
 from .locks import locked
 from .manifest import MANIFEST_NAME, REPAIR, Manifest
 from .remote import fetch, load_manifest
@@ -36,23 +38,23 @@ class Cache:
     """A finished cache, decoded and memory-mapped.
 
     Attributes:
-        folder: of the cache.
-        manifest: of the cache.
-        sites: names, in the order of a row's features.
+        folder: the cache's folder on this machine.
+        manifest: its table of contents.
+        sites: names of the sites, in the order of a row's features.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, sites: Sequence[str], decoded: Path):
-        """Maps a file of `_decode`, one record batch a shard; use `open_cache`."""
+        """Maps a file that `_decode` wrote; use `open_cache`."""
         self.folder, self.manifest, self.sites = folder, manifest, tuple(sites)
         self._decoded = decoded
         self._numbers = _site_numbers(manifest, self.sites)
         self._file = pa.ipc.open_file(pa.memory_map(str(decoded)))
         self._starts = [0, *accumulate(shard.rows for shard in manifest.shards)]
-        # Arrays over a shard are made when it is first read: there may be ten thousand shards.
+        # Made when a shard is first read, as there may be ten thousand shards.
         self._columns: list[Columns | None] = [None] * len(manifest.shards)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A data loader's process maps the file again.
+        # Each process of a data loader maps the file itself.
         return Cache, (self.folder, self.manifest, self.sites, self._decoded)
 
     def __len__(self) -> int:
@@ -68,7 +70,7 @@ class Cache:
         return columns.row(row - self._starts[shard])
 
     def largest_token(self) -> tuple[str, int]:
-        """The `pair_id` of the pair that holds the largest token id, and that id; ("", -1) of a cache without pairs."""
+        """The largest token id and the `pair_id` that holds it, as (pair_id, token); ("", -1) without pairs."""
         largest = "", -1
         for number in range(self._file.num_record_batches):
             columns = Columns(self._file.get_batch(number), self._numbers)
@@ -79,10 +81,10 @@ class Cache:
         return largest
 
     def provenance(self) -> list[dict[str, Any]]:
-        """The records of `provenance.jsonl`, oldest first; none if there is no such file.
+        """The records of `provenance.jsonl`, oldest first; an empty list if there is no such file.
 
         Raises:
-            ValueError: a line is no JSON.
+            UserError: a line is not JSON.
         """
         path = self.folder / PROVENANCE_NAME
         if not path.exists():
@@ -92,22 +94,22 @@ class Cache:
             try:
                 records.append(parse_json(line))
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}; remove the line") from error
+                raise UserError(f"{path}, line {number}: {error}; remove the line") from error
         return records
 
 
 def open_cache(place: Path | str, *, sites: Sequence[str] | None = None, trust_hashes: bool = False) -> Cache:
-    """Checks a cache and opens it for reading, decoding it if this machine has not yet.
+    """Checks a cache, decodes it unless this machine has done so before, and opens it for reading.
 
     Args:
-        place: folder or URL of the cache; one in a store is copied to this machine first, once.
+        place: folder or URL of the cache; a cache in a store is copied to this machine once.
         sites: names of the sites whose features are wanted, in that order; all by default, none if empty.
-        trust_hashes: whether to skip the SHA-256 of shards that were decoded before, and of what was decoded.
+        trust_hashes: whether to skip the SHA-256 of the decoded copy and of the shards that it was made from.
 
     Raises:
-        FileNotFoundError: there is no manifest.
-        OSError: the store does not answer.
-        ValueError: the cache is damaged or has no such site.
+        MissingError: there is no manifest.
+        DamageError: a file of the cache is damaged.
+        UserError: the cache has no such site, or the store does not answer.
     """
     folder = fetch(place)
     manifest = Manifest.load(folder)
@@ -115,8 +117,8 @@ def open_cache(place: Path | str, *, sites: Sequence[str] | None = None, trust_h
     numbers = _site_numbers(manifest, names)
     for fault in _folder_faults(folder, manifest, hashes=not trust_hashes):
         if isinstance(as_place(place), Path):
-            raise ValueError(f"{folder}: {fault}; download it again, or {REPAIR}")
-        raise ValueError(f"{folder}: {fault}; it is this machine's copy of {place}: remove it")
+            raise DamageError(f"{folder}: {fault}; download it again, or {REPAIR}")
+        raise DamageError(f"{folder}: {fault}; remove this folder, which is a copy of {place}")
     key = sha256_text("\n".join([manifest.sha256, *names]))
     decoded = user_folder() / "decoded" / f"{key}.arrow"
     decoded.parent.mkdir(parents=True, exist_ok=True)
@@ -132,14 +134,16 @@ def _site_numbers(manifest: Manifest, names: Sequence[str]) -> list[int]:
     known = [site.site for site in manifest.meaning.sites]
     for name in names:
         if name not in known:
-            raise ValueError(f"site {name}: the cache has {', '.join(known) or 'none'}; name one of these")
+            raise UserError(
+                f"site {name}: expected a site of the cache ({', '.join(known) or 'none'}); name one of these"
+            )
     if len(set(names)) < len(names):
-        raise ValueError(f"sites: expected each once, found {', '.join(names)}")
+        raise UserError(f"sites: expected each once, found {', '.join(names)}")
     return [known.index(name) for name in names]
 
 
 def _is_whole(decoded: Path, trust_hash: bool) -> bool:
-    """Whether the file is there and is still what `_decode` wrote; it lies where disks fail and folders are cleaned."""
+    """Whether the decoded file is complete and unchanged; user folders are cleaned and disks fail."""
     try:
         size, sha256 = decoded.with_suffix(".sha256").read_text().split()
         return decoded.stat().st_size == int(size) and (trust_hash or sha256_file(decoded) == sha256)
@@ -148,23 +152,23 @@ def _is_whole(decoded: Path, trust_hash: bool) -> bool:
 
 
 def _decode(folder: Path, manifest: Manifest, sites: Sequence[int], decoded: Path) -> None:
-    """Writes tokens and the chosen sites' features as Arrow IPC, one record batch a shard, one shard at a time.
+    """Writes tokens and the features of `sites` as Arrow IPC, one record batch per shard.
 
-    A file beside it, written last, says what size and SHA-256 it has.
+    A file beside it, written last, holds its size and SHA-256.
     """
     meaning = manifest.meaning
     with atomic_file(decoded) as file:
         with pa.ipc.new_file(file, arrow_schema(meaning.widths, sites)) as writer:
             for record in manifest.shards:
                 path = folder / record.name
-                # Hashed even if hashes are trusted: what is decoded once is read by every later run.
+                # Hashed even if hashes are trusted, because every later run reads the decoded copy.
                 if sha256_file(path) != record.sha256:
-                    raise ValueError(f"{path}: its SHA-256 is not the manifest's; download it again, or {REPAIR}")
+                    raise DamageError(f"{path}: its SHA-256 is not the manifest's; download it again, or {REPAIR}")
                 try:
                     table = read_table(path, meaning, sites)
                     check_range(table, record.report)
                 except DAMAGE as error:
-                    raise ValueError(f"{path}: {error}; download it again, or {REPAIR}") from error
+                    raise DamageError(f"{path}: {error}; download it again, or {REPAIR}") from error
                 writer.write_batch(table_to_batch(table))
         file.flush()
         written = Path(file.name)
@@ -173,13 +177,12 @@ def _decode(folder: Path, manifest: Manifest, sites: Sequence[int], decoded: Pat
 
 
 def verify(place: Path | str) -> list[str]:
-    """Every damage of a cache, one line each, which begins with the file's name; none if it is sound.
+    """Checks every byte of a cache; returns a line for each damaged file, which begins with its name.
 
-    Of a cache in a store it is the store's files that are checked, not this machine's copy of them.
+    For a cache in a store it checks the store's files, not this machine's copy of them.
 
     Raises:
-        OSError: the store does not answer.
-        ValueError: there is no driver for it.
+        UserError: the store does not answer, or there is no driver for it.
     """
     place = as_place(place)
     return list(_damages(place) if isinstance(place, Path) else _stored_damages(Store(place)))
@@ -188,7 +191,7 @@ def verify(place: Path | str) -> list[str]:
 def _damages(folder: Path) -> Iterator[str]:
     try:
         manifest = Manifest.load(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         yield f"{MANIFEST_NAME}: {error}"
         return
     yield from _foreign(manifest, _shards_in(folder))
@@ -198,10 +201,10 @@ def _damages(folder: Path) -> Iterator[str]:
 
 
 def _stored_damages(store: Store) -> Iterator[str]:
-    """As `_damages`, with a shard at a time on this machine."""
+    """As `_damages`; copies one shard at a time to this machine."""
     try:
         manifest = load_manifest(store)
-    except (FileNotFoundError, ValueError) as error:
+    except (MissingError, DamageError, FormatError) as error:
         yield f"{MANIFEST_NAME}: {error}"
         return
     yield from _foreign(manifest, store.shards())
@@ -210,9 +213,9 @@ def _stored_damages(store: Store) -> Iterator[str]:
         for record in manifest.shards:
             try:
                 store.fetch(record.name, path, record)
-            except FileNotFoundError:
+            except MissingError:
                 yield f"{record.name}: missing"
-            except ValueError as error:
+            except DamageError as error:
                 yield f"{record.name}: {error}"
             else:
                 if fault := shard_fault(path, manifest, record):

@@ -1,9 +1,8 @@
-"""What a cache holds: the row types, the name of a pair, and the Arrow schema of a shard.
+"""A row of the cache: its types, the name of a pair, and the Arrow columns of a shard.
 
-In: token ids, log-probabilities and sparse pooled features as numpy arrays and numbers.
-Out: row types, the name of a pair, and the columns of a shard.
+In: token ids, log-probabilities and sparse pooled features as numpy arrays and numbers. Out: rows, names and a schema.
 
-Shapes: P prompt tokens, R response tokens, F kept features of one response.
+Shapes: P prompt tokens, R response tokens, S spans of learnt tokens, F features kept for one response.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-FORMAT_VERSION = 2  # 2: which tokens of a response are learnt
+FORMAT_VERSION = 2  # 2 added the columns of learnt tokens
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SIDES = ("chosen", "rejected")
 LEARNT_COLUMNS = tuple(f"{side}_learnt" for side in SIDES)
@@ -33,12 +32,12 @@ class Pair:
 
     Attributes:
         pair_id: `pair_id()` of the token ids and the raw row number.
-        prompt_ids: int32 [P], the prompt with BOS and the turn that opens the answer; shared by both responses.
-        chosen_ids: int32 [R], the preferred response with the token that ends its turn.
-        rejected_ids: int32 [R], the other response, likewise.
-        chosen_learnt: int32 [2S], which tokens of the response are learnt, as S spans one after the other, each a first
-            token and one past the last; what is between them is context. [0, R], the whole response, if not given.
-        rejected_learnt: int32, likewise of the other response.
+        prompt_ids: int32 [P], from BOS to the header of the assistant's turn; both responses share it.
+        chosen_ids: int32 [R], the preferred response and the token that ends its turn.
+        rejected_ids: int32 [R], the other response and the token that ends its turn.
+        chosen_learnt: int32 [2S], the spans of learnt tokens as start and stop positions in the response; tokens
+            between spans are context. The default is [0, R], the whole response.
+        rejected_learnt: int32 [2S], the same for the rejected response.
     """
 
     pair_id: str
@@ -62,8 +61,8 @@ class SparseFeatures:
     Attributes:
         ids: unsigned [F], ascending, each below the SAE's width.
         values: float32 [F], mean activation over the positions that predict learnt tokens, each > 0.
-        floor: the largest activation that was left out; 0 if none was.
-        nnz: how many activations were above 0 before the cut; F if none was left out.
+        floor: the largest activation that was not kept; 0 if all were kept.
+        nnz: how many activations were above 0 before the cut; F if all were kept.
     """
 
     ids: npt.NDArray[np.unsignedinteger[Any]]
@@ -74,12 +73,12 @@ class SparseFeatures:
 
 @dataclass(frozen=True, eq=False)
 class ReferenceResponse:
-    """What the reference model said about one response.
+    """The reference model's measurements of one response.
 
     Attributes:
-        logp: log-probability of the response's learnt tokens, nats, summed over them in float64.
-        num_tokens: the number of learnt tokens, which `logp` sums over.
-        features: one entry a site, in the manifest's order of sites.
+        logp: log-probability of the learnt tokens, nats, summed in float64.
+        num_tokens: the number of learnt tokens, over which `logp` is summed.
+        features: one entry per site, in the manifest's order.
     """
 
     logp: float
@@ -89,7 +88,7 @@ class ReferenceResponse:
 
 @dataclass(frozen=True, eq=False)
 class CachedPair:
-    """One row of the cache: the pair and what the reference said about both responses."""
+    """One row of the cache: a pair and the reference's measurements of both responses."""
 
     pair: Pair
     chosen: ReferenceResponse
@@ -97,9 +96,9 @@ class CachedPair:
 
 
 def pair_id(prompt_ids: npt.ArrayLike, chosen_ids: npt.ArrayLike, rejected_ids: npt.ArrayLike, raw_row: int) -> str:
-    """The name of a pair: 16 hex digits of the SHA-256 of its token ids, `-`, its row in the raw data.
+    """Names a pair: 16 hex digits of the SHA-256 of its token ids, `-`, its row in the raw data.
 
-    The three lengths are hashed first, so that tokens moved from one list to the next give another name.
+    The three lengths are hashed first, so that moving tokens from one list to the next changes the name.
 
     Args:
         prompt_ids: integers [P].
@@ -117,7 +116,7 @@ def raw_row_of(name: str) -> int:
     """The raw row number in a `pair_id`.
 
     Raises:
-        ValueError: `name` is no pair_id.
+        ValueError: `name` is not a pair_id.
     """
     match = _PAIR_ID.fullmatch(name)
     if match is None:
@@ -129,8 +128,8 @@ def arrow_schema(widths: Sequence[int], sites: Sequence[int] | None = None) -> p
     """The columns of a shard.
 
     Args:
-        widths: the number of SAE features of every site of the cache, in the manifest's order.
-        sites: the numbers of the sites whose columns are wanted, in that order; all by default.
+        widths: the number of SAE features at each site of the cache, in the manifest's order.
+        sites: indices into `widths` of the sites whose columns are wanted, in that order; all by default.
     """
     fields = [_field("pair_id", pa.string())]
     fields += [_field(name, _list(pa.int32())) for name in TOKEN_COLUMNS]

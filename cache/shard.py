@@ -1,7 +1,7 @@
-"""One shard as Parquet bytes.
+"""One shard as a Parquet file.
 
-In: a table of rows, the identity of the cache and the shard's report. Out: bytes; from a file the same three, and what
-is wrong with its bytes, with what it says about itself, or with its rows.
+In: a table of rows, the identity of the cache and the shard's report. Out: the file's bytes; or, read from a file, the
+same three, or what is wrong with its bytes, its footer or its rows.
 """
 
 import dataclasses
@@ -29,24 +29,24 @@ from .schema import (
     raw_row_of,
 )
 
-# What pyarrow raises for a file that is no Parquet or is damaged (ArrowInvalid is a ValueError).
+# What reading a damaged file raises; pyarrow's ArrowInvalid is a ValueError.
 DAMAGE = (OSError, ValueError, pa.ArrowException)
 
-
-# Raw rows, all of which may be skipped for a reason that the footer states.
+# In raw rows; all may be skipped, each with a reason in the footer.
 LARGEST_SHARD = 1 << 16
 
-# What a shard may unpack to by its footer's word: so much, or so many times its bytes if that is more. Real shards take
-# 3 to 8 times their bytes. A few kB of zstd or of run lengths can hold gigabytes.
+# The bytes that a shard may unpack to, according to its footer: `SMALLEST_LIMIT` or `TIMES_BYTES` times the file's
+# size, whichever is more. Real shards unpack to 3 to 8 times their size; a hostile file of a few kB can unpack to
+# gigabytes.
 SMALLEST_LIMIT = 1 << 28
 TIMES_BYTES = 32
-# Bytes of a decoded value: the widest number, and the levels that say where in a list it stands.
+# Bytes of a decoded value: the widest number, and the levels that give its place in a list.
 VALUE = 8 + 4
 
-# At the end of a Parquet file: the footer's length (four bytes) and a magic number.
+# A Parquet file ends with the footer's length (four bytes) and a magic number (four bytes).
 TAIL = 8
-# pyarrow allocates a footer's lists on its word, and two of its bytes can stand for hundreds. Two hundred sites make a
-# list of 4,000; a hundred thousand skipped rows a footer of 3 MB.
+# pyarrow allocates as many list elements as a footer claims to hold, and two bytes can claim hundreds. Two hundred
+# sites need a list of 4,000; a hundred thousand skipped rows need a footer of 3 MB.
 LARGEST_FOOTER = 1 << 22
 LARGEST_LIST = 1 << 12
 
@@ -56,10 +56,10 @@ class Footer:
     """What a shard says about itself.
 
     Attributes:
-        meaning: of the cache.
-        numerics: of the cache.
-        report: of this shard.
-        rows: pairs in it.
+        meaning: what the numbers of its cache mean.
+        numerics: how they were computed.
+        report: stage one's report of this shard.
+        rows: the number of pairs.
     """
 
     meaning: Meaning
@@ -97,11 +97,11 @@ def encode_shard(table: pa.Table, meaning: Meaning, numerics: Numerics, report: 
 
 @contextmanager
 def open_parquet(source: Path | pa.BufferReader) -> Iterator[pq.ParquetFile]:
-    """Opens a Parquet file whose footer is no larger than a shard's can be, in bytes and in what it claims to list.
+    """Opens a Parquet file whose footer is no larger than a shard's can be, in bytes and in elements that it claims.
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is no Parquet, or its footer is larger.
+        ValueError: it is not Parquet, or its footer is larger.
     """
     with pa.OSFile(str(source)) if isinstance(source, Path) else nullcontext(source) as file:
         size = file.size()
@@ -114,14 +114,10 @@ def open_parquet(source: Path | pa.BufferReader) -> Iterator[pq.ParquetFile]:
 
 
 def check_size(size: int, metadata: pq.FileMetaData) -> None:
-    """Checks, before any page is read, that a shard unpacks to no more than is allowed.
-
-    Args:
-        size: bytes of the file.
-        metadata: its footer.
+    """Checks, before any page is read, that a shard of `size` bytes unpacks to no more than is allowed.
 
     Raises:
-        ValueError: it unpacks to more, or has a dictionary, of which two bytes can stand for any value.
+        ValueError: it unpacks to more, or has a dictionary, with which two bytes can stand for any value.
     """
     limit, total = max(SMALLEST_LIMIT, TIMES_BYTES * size), 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
@@ -137,7 +133,7 @@ def read_footer(source: Path | pa.BufferReader) -> Footer:
     """Reads a shard's footer alone.
 
     Raises:
-        One of `DAMAGE`: the file is missing, no Parquet, or its footer is not one that `encode_shard` writes.
+        One of `DAMAGE`: the file is missing, not Parquet, or has a footer that `encode_shard` does not write.
     """
     with open_parquet(source) as file:
         parquet = file.metadata
@@ -158,11 +154,11 @@ def read_footer(source: Path | pa.BufferReader) -> Footer:
 
 
 def footer_of(source: Path | pa.BufferReader) -> Footer | None:
-    """`read_footer`; None if the file is missing or damaged.
+    """Reads a shard's footer; None if the file is missing or damaged.
 
     Raises:
-        PermissionError: it may not be read, which says nothing of what is in it.
-        FormatError: it is of another version, and so not damaged.
+        PermissionError: the file may not be read, so nobody can tell whether it is damaged.
+        FormatError: it has another format version, which is no damage.
     """
     try:
         return read_footer(source)
@@ -173,12 +169,7 @@ def footer_of(source: Path | pa.BufferReader) -> Footer | None:
 
 
 def read_table(source: Path | pa.BufferReader, meaning: Meaning, sites: Sequence[int] | None = None) -> pa.Table:
-    """Reads and checks a shard's rows.
-
-    Args:
-        source: the shard.
-        meaning: of the cache.
-        sites: the sites whose features are read; all by default.
+    """Reads and checks a shard's rows, with the features of some sites (indices; all by default).
 
     Raises:
         One of `DAMAGE`: the file is damaged, or a row breaks a rule of `check_table`.
@@ -189,12 +180,7 @@ def read_table(source: Path | pa.BufferReader, meaning: Meaning, sites: Sequence
 
 
 def read_columns(source: Path | pa.BufferReader, meaning: Meaning, names: Sequence[str]) -> pa.Table:
-    """Reads some columns of a shard, whose rows are not checked.
-
-    Args:
-        source: the shard.
-        meaning: of the cache.
-        names: of the columns.
+    """Reads the named columns of a shard without checking its rows.
 
     Raises:
         One of `DAMAGE`: the file is damaged, has other columns, or unpacks to more than is allowed (`check_size`).
@@ -208,7 +194,7 @@ def read_columns(source: Path | pa.BufferReader, meaning: Meaning, names: Sequen
 
 def _bytes_of(source: Path | pa.BufferReader) -> pa.Buffer:
     if isinstance(source, Path):
-        with pa.memory_map(str(source)) as file:  # of a large shard only the columns that are asked for are read
+        with pa.memory_map(str(source)) as file:  # pyarrow reads only the columns that are asked for
             return file.read_buffer()
     source.seek(0)
     return source.read_buffer()
@@ -218,12 +204,12 @@ def check_range(table: pa.Table, report: ShardReport) -> None:
     """Checks that every raw row of the shard's range is either a row or skipped.
 
     Raises:
-        ValueError: one is neither, both, or of another shard.
+        ValueError: a row is neither, is both, or belongs to another shard.
     """
     kept = [raw_row_of(name) for name in table.column("pair_id").to_pylist()]
     found = sorted([*kept, *(row for row, _ in report.skipped)])
     rows = range(report.start, report.stop)
-    # Without a list of the range, which may be a stranger's and have more numbers than memory holds.
+    # The range may be a stranger's and exceed memory as a list.
     if len(found) != report.stop - report.start or any(row != raw for row, raw in zip(found, rows, strict=True)):
         known = set(found)
         missing = islice((row for row in rows if row not in known), 5)
@@ -235,7 +221,7 @@ def check_range(table: pa.Table, report: ShardReport) -> None:
 
 
 def shard_fault(path: Path, manifest: Manifest, record: ShardRecord) -> str | None:
-    """What is wrong with a shard that a manifest vouches for, every byte and row of it read; None if nothing is."""
+    """Reads every byte and row of a shard that a manifest lists; what is wrong with it, or None."""
     fault = file_fault(path, manifest, record, hashes=True)
     if fault is None:  # a file with the wrong bytes is not parsed any further
         try:
@@ -246,10 +232,10 @@ def shard_fault(path: Path, manifest: Manifest, record: ShardRecord) -> str | No
 
 
 def file_fault(path: Path, manifest: Manifest, record: ShardRecord, hashes: bool) -> str | None:
-    """What is wrong with a shard's size, footer and, if asked, SHA-256; None if nothing is. No row is read.
+    """Compares a shard's size, footer and, if `hashes`, SHA-256 with the manifest; what is wrong, or None.
 
     Raises:
-        PermissionError: it may not be read, which says nothing of what is in it.
+        PermissionError: the file may not be read, so nobody can tell whether it is damaged.
     """
     return next(_file_faults(path, manifest, record, hashes), None)
 
@@ -280,7 +266,7 @@ def _file_faults(path: Path, manifest: Manifest, record: ShardRecord, hashes: bo
 
 
 def read_back(path: Path) -> Footer:
-    """Reads a shard whole and checks it against its own footer, as long as no manifest vouches for it.
+    """Reads a shard that no manifest lists yet and checks it against its own footer.
 
     Raises:
         One of `DAMAGE`: the file is missing or damaged, or a row breaks a rule.

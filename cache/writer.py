@@ -1,9 +1,9 @@
 """Stage one's side of the cache: shards, one at a time, and the manifest last.
 
-In: rows and a report per shard. Out: a folder of Parquet shards, `manifest.json`, `README.md`, `provenance.jsonl`,
+In: rows and a report per shard. Out: a folder of Parquet shards, `manifest.json`, `README.md`, `provenance.jsonl` and
 `run.yaml`.
 
-Any number of workers may write into one folder, each in its own process:
+Any number of processes may write into one folder:
 
     for index in my_shards:
         with writer.lock(index) as mine:
@@ -33,17 +33,17 @@ from .spec import Found, Spec, claim, record_of
 CARD_NAME = "README.md"
 OPTIONS_NAME = "run.yaml"
 PROVENANCE_NAME = "provenance.jsonl"
-# What lies beside the manifest and the shards.
+# The files beside the manifest and the shards.
 BESIDE = (CARD_NAME, OPTIONS_NAME, PROVENANCE_NAME)
 
 
 class CacheWriter:
-    """A cache that is being written into a folder, perhaps by several workers.
+    """Writes a cache into a folder, perhaps together with other workers.
 
     Attributes:
-        folder: of the cache.
-        spec: what is written, on the day that holds.
-        published: the manifest that was found; None if there was none, or a damaged one in a cache to be repaired.
+        folder: the cache's folder.
+        spec: what is written, with the date that holds.
+        published: the manifest that the folder held; None if it was missing or damaged.
     """
 
     def __init__(
@@ -56,25 +56,25 @@ class CacheWriter:
         repair: bool = False,
         keep_date: bool = False,
     ) -> None:
-        """Opens `folder`, makes it if need be, and removes what dead writers left half-written.
+        """Opens `folder`, creates it if need be, and removes the temporary files of dead writers.
 
         Args:
-            folder: of the cache.
-            meaning: of the cache.
-            numerics: of the cache.
+            folder: the cache's folder.
+            meaning: what the numbers mean.
+            numerics: how they are computed.
             num_rows: raw rows of the data set, after `limit`.
-            repair: lets in what `discard_damage` is to find: a damaged manifest, and shards of another spec under names
-                that a manifest of this spec vouches for.
-            keep_date: whether the date of a cache that was begun holds in place of `meaning`'s.
+            repair: accepts what `discard_damage` will remove: a damaged manifest, and shards of another spec under
+                names that the manifest lists.
+            keep_date: whether the date of a cache that the folder already holds replaces that of `meaning`.
 
         Raises:
-            FormatError: the folder holds a cache of another version.
+            FormatError: the folder holds a cache of another format version.
             IdentityError: the folder holds a cache of another spec.
-            UserError: the spec cannot be written, the manifest is damaged, the folder holds shards that do not
-                belong, or there is nothing to repair.
+            UserError: the spec cannot be written, the manifest is damaged, the folder holds shards that do not belong
+                to the cache, or there is nothing to repair.
         """
         for name in ("data", ".locks"):
-            if (folder / name).is_symlink():  # what is removed and written there would be elsewhere
+            if (folder / name).is_symlink():  # files would be removed and written elsewhere
                 raise UserError(f"{folder / name}: expected a folder, found a link; put a folder in its place")
         self.folder, self.spec = folder, Spec(meaning, numerics, num_rows)
         self._repair, self._written = repair, set[int]()
@@ -86,27 +86,27 @@ class CacheWriter:
             (folder / name).mkdir(parents=True, exist_ok=True)
         self._claim, meaning = claim(folder, self.spec.meaning, numerics, self._begun if keep_date else None)
         self._redate(meaning)
-        self._check_shards(seen)  # by now a writer of another spec may have come and gone
+        self._check_shards(seen)  # a writer of another spec may have come and gone
         for place in (folder, folder / "data", folder / ".locks"):
             remove_leftovers(place)
 
     @property
     def published(self) -> Manifest | None:
-        """The manifest that was found."""
+        """The manifest that the folder held."""
         return self._found.manifest
 
     def _redate(self, meaning: Meaning) -> None:
         self.spec = dataclasses.replace(self.spec, meaning=meaning)
 
     def _begun(self) -> Meaning:
-        """The meaning on the day that the cache was begun, if it was."""
+        """The meaning with the date of the cache that the folder already holds, if any."""
         if self.published is not None:
             return self.spec.meaning.dated_as([self.published.meaning])
         footers = (footer_of(path) for path in sorted((self.folder / "data").glob("*.parquet")) if path.is_file())
         return self.spec.meaning.dated_as(footer.meaning for footer in footers if footer is not None)
 
     def _check_shards(self, seen: Mapping[str, Footer | None]) -> dict[str, Footer | None]:
-        """Refuses what does not belong here; returns all footers. Those that were `seen` sound are not read again."""
+        """Checks that the folder holds nothing of another cache; returns all footers, those `seen` before unread."""
         shards = {f"data/{path.name}": path for path in sorted((self.folder / "data").glob("*.parquet"))}
         for path in shards.values():
             if not path.is_file():
@@ -116,11 +116,11 @@ class CacheWriter:
         return footers
 
     def shard_path(self, index: int) -> Path:
-        """Where a shard lies once it is done."""
+        """The path of a finished shard."""
         return self.folder / self.spec.names[index]
 
     def is_done(self, index: int) -> bool:
-        """Whether the shard is there and its footer is that of this spec and number."""
+        """Whether the shard exists and its footer has this spec and number."""
         return self.spec.is_shard(index, footer_of(self.shard_path(index)))
 
     def missing(self) -> list[int]:
@@ -129,17 +129,17 @@ class CacheWriter:
 
     @contextmanager
     def lock(self, index: int) -> Iterator[bool]:
-        """Holds a shard, without waiting: True if it is this worker's to write, False if it is taken or done."""
+        """Claims a shard without waiting; yields False if another worker holds it or it is done."""
         with locked(self.folder / ".locks" / f"{index:05d}.lock", wait=False) as held:
-            # Looked at under the lock: another worker may have just finished it.
+            # Checked under the lock, because another worker may have just finished it.
             yield held and not self.is_done(index)
 
     def write_shard(self, rows: Sequence[CachedPair], report: ShardReport) -> None:
         """Checks and commits one shard.
 
         Args:
-            rows: the pairs of the shard's raw rows that were not skipped, in their order.
-            report: of this shard; every raw row of its range is in `rows` or skipped in it.
+            rows: the pairs of the shard's raw rows that were not skipped, in order.
+            report: of the shard; it lists the raw rows of its range that are not in `rows` as skipped.
 
         Raises:
             ValueError: a row breaks a rule of `check_table`, or rows and report do not cover the shard's range.
@@ -162,13 +162,13 @@ class CacheWriter:
         return index in self._written
 
     def finish(self) -> Manifest | None:
-        """Reads every shard back, then writes `README.md` and `manifest.json`; again if called again.
+        """Reads every shard back, then writes `README.md` and `manifest.json`; may be called repeatedly.
 
         Returns:
             The manifest, or None if shards are missing.
 
         Raises:
-            UserError: a shard does not read back, or there is no pair in any.
+            UserError: a shard does not read back, or every raw row was skipped.
         """
         if self.missing():
             return None
@@ -184,13 +184,13 @@ class CacheWriter:
         manifest.save(self.folder)
 
     def discard_damage(self) -> list[str]:
-        """Reads every byte of the cache and removes what is damaged, so that it counts as missing.
+        """Reads every byte of the cache and removes damaged files, so that they count as missing.
 
-        A shard is damaged if it is not the one that the manifest vouches for; without a sound manifest, if it does not
-        read back as this shard of this spec.
+        A shard is damaged if it differs from the manifest's record; without a sound manifest, if it does not read back
+        as this shard of this spec.
 
         Returns:
-            A line for everything that was damaged or missing, which begins with the file's name.
+            A line for each damaged or missing file, which begins with its name.
         """
         damages = {MANIFEST_NAME: self._found.fault} if self._found.fault else {}
         for index, name in enumerate(self.spec.names):
@@ -201,11 +201,11 @@ class CacheWriter:
         return [f"{name}: {fault}" for name, fault in damages.items()]
 
     def write_options(self, text: str) -> None:
-        """Writes `run.yaml`, the options that the cache is made with."""
+        """Writes `run.yaml`, the options of stage one."""
         write_atomically(self.folder / OPTIONS_NAME, text.encode())
 
     def append_provenance(self, record: dict[str, Any]) -> None:
-        """Adds one line to `provenance.jsonl`, whole even when several workers add at once."""
+        """Appends a line to `provenance.jsonl`; several workers may do so at once."""
         path = self.folder / PROVENANCE_NAME
         with locked(self.folder / ".locks" / "provenance.lock"):
             lines = path.read_bytes() if path.exists() else b""

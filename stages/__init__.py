@@ -8,8 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .model.models import find_model, load_model, load_tokenizer
-    from .model.sites import load_sae
+    from .model.models import find_model, load_model
+    from .model.sae import load_sae
+    from .model.tokenizer import load_tokenizer
     from .train.align import FPOTrainer
     from .train.config import FPOConfig
 
@@ -20,8 +21,8 @@ _HOMES = {
     "FPOTrainer": ".train.align",
     "find_model": ".model.models",
     "load_model": ".model.models",
-    "load_sae": ".model.sites",
-    "load_tokenizer": ".model.models",
+    "load_sae": ".model.sae",
+    "load_tokenizer": ".model.tokenizer",
 }
 
 

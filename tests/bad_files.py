@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fpo.cache.files import canonical_json, sha256_text
 from fpo.cache.manifest import MANIFEST_NAME
-from fpo.stages.model.sites import Site
+from fpo.stages.model.sae import Site
 from pairs import calm_gemma2
 from safetensors.numpy import load_file, save_file
 from tiny import save_tiny_sae

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from fpo.cache.schema import Pair, pair_id
-from fpo.stages.model.sites import Site, SiteSAE
+from fpo.stages.model.sae import Site, SiteSAE
 from hypothesis import settings
 from hypothesis import strategies as st
 from tiny import tiny_gemma2, tiny_llama

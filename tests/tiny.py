@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from fpo.stages.model.sites import Site, SiteSAE, load_sae
+from fpo.stages.model.sae import Site, SiteSAE, load_sae
 from torch.nn.functional import normalize
 from transformers import (
     AutoModelForCausalLM,

@@ -15,9 +15,10 @@ from fpo.cache.reader import Cache, open_cache
 from fpo.pipeline.cli import app
 from fpo.stages.data.chat import ChatFormat
 from fpo.stages.data.preferences import Preferences, load_preferences
-from fpo.stages.data.tokenized import Limits
-from fpo.stages.model.models import find_model, load_model, load_tokenizer
-from fpo.stages.model.sites import Site, SiteSAE, load_sae
+from fpo.stages.data.tokenize import Limits
+from fpo.stages.model.models import find_model, load_model
+from fpo.stages.model.sae import Site, SiteSAE, load_sae
+from fpo.stages.model.tokenizer import load_tokenizer
 from fpo.stages.precompute.reference import Reference
 from pairs import calm_gemma2, calm_llama
 from tiny import save_tiny_sae

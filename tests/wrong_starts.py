@@ -18,7 +18,7 @@ from fpo.cache.manifest import Manifest
 from fpo.cache.schema import CachedPair, pair_id
 from fpo.stages.data.chat import GEMMA_TURNS
 from fpo.stages.model.models import find_model
-from fpo.stages.model.sites import load_sae
+from fpo.stages.model.sae import load_sae
 from pairs import calm_gemma2
 from pairs import swapped as with_sides_swapped
 from tiny import save_tiny_sae

@@ -17,9 +17,10 @@ from ...cache.files import sha256_text
 from ...cache.identity import Meaning, differences
 from ...cache.reader import Cache, open_cache
 from ...stages.data.chat import ChatFormat, load_template
-from ...stages.model.models import ModelSource, check_vocabulary, find_model, load_model
-from ...stages.model.sites import check_fits
+from ...stages.model.models import ModelSource, find_model, load_model
+from ...stages.model.sae import check_fits
 from ...stages.model.supported import load_supported
+from ...stages.model.tokenizer import check_vocabulary
 from ...stages.scoring.forward import causal_lm
 from ...stages.scoring.parity import check_cache
 from ...stages.train.align import FPOTrainer

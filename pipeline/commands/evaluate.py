@@ -29,17 +29,10 @@ from ...stages.evaluate.generate import Sampling, check_room
 from ...stages.evaluate.heldout import Estimate, measure_policy, pair_metrics
 from ...stages.evaluate.token_bound import token_bound
 from ...stages.model.adapters import AdapterSource, load_adapter
-from ...stages.model.models import (
-    ModelSource,
-    attentions_to_try,
-    autocast,
-    check_tokens,
-    check_vocabulary,
-    load_model,
-    load_tokenizer,
-)
-from ...stages.model.sites import SiteSAE, check_fits
+from ...stages.model.models import ModelSource, attentions_to_try, autocast, load_model
+from ...stages.model.sae import SiteSAE, check_fits
 from ...stages.model.supported import load_supported
+from ...stages.model.tokenizer import check_tokens, check_vocabulary, load_tokenizer
 from ...stages.scoring.parity import check_cache
 from ...stages.train.methods import METHODS
 from ..config import EvaluateConfig

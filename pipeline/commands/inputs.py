@@ -24,7 +24,7 @@ from ...cache.manifest import Manifest
 from ...cache.remote import fetch
 from ...stages.data.chat import ChatFormat, load_template
 from ...stages.data.preferences import Preferences, load_preferences
-from ...stages.data.tokenized import Limits
+from ...stages.data.tokenize import Limits
 from ...stages.model.adapters import AdapterSource, find_policy
 from ...stages.model.models import (
     ModelSource,
@@ -32,11 +32,10 @@ from ...stages.model.models import (
     default_device,
     find_model,
     load_model,
-    load_tokenizer,
-    tokenizer_sha256,
 )
-from ...stages.model.sites import SiteSAE, load_sae, parse_site
+from ...stages.model.sae import SiteSAE, load_sae, parse_site
 from ...stages.model.supported import load_supported
+from ...stages.model.tokenizer import load_tokenizer, tokenizer_sha256
 from ..config import Config, PrecomputeConfig, TrainSAEConfig
 from ..config_files import read_yaml, to_yaml, write_yaml
 from ..options import CompileOptions, FeatureOptions, MethodOptions, ModelOptions, SAEOptions
@@ -225,7 +224,7 @@ def sole_writer(out: Path) -> Iterator[None]:
     try:
         try:
             alone = lock.take()
-        except OSError:  # some file systems, as NFS, lock no folders: there nobody can tell
+        except UserError:  # a file system such as NFS may not lock folders, so nobody can tell
             alone = True
         if not alone:
             raise UserError(f"--out: another run is writing into {out}; wait for it, or give another folder")

@@ -9,10 +9,10 @@ from pathlib import Path
 import typer
 
 from ...cache.errors import UserError
-from ...stages.model.adapters import AdapterSource, load_adapter, merged
-from ...stages.model.model_card import card_of_merged
-from ...stages.model.models import load_tokenizer
+from ...stages.model.adapters import AdapterSource, load_adapter
+from ...stages.model.tokenizer import load_tokenizer
 from ...stages.train.checkpoints import copy_processor, move_model, saving
+from ...stages.train.model_card import card_of_merged
 from .inputs import check_new, policy_of, sole_writer
 
 
@@ -23,7 +23,7 @@ def run_merge(run: str, out: Path, base: str | None) -> None:
     if not isinstance(source, AdapterSource):
         raise UserError(f"expected an adapter to merge in {source.folder}, found a model; it can be used as it is")
     tokenizer = load_tokenizer(source.tokenizer)
-    model = merged(load_adapter(source, attention="eager", device="cpu"))
+    model = load_adapter(source, attention="eager", device="cpu").merge_and_unload()
     with sole_writer(out):
         check_new(out)
         new = out / ".new"

@@ -22,11 +22,11 @@ from ...cache.files import Place
 from ...cache.manifest import Manifest
 from ...cache.remote import open_writer, read_any_footer
 from ...stages.data.preferences import Preferences
-from ...stages.data.tokenized import Limits
-from ...stages.model.models import check_vocabulary
+from ...stages.data.tokenize import Limits
+from ...stages.model.sae import check_fits
 from ...stages.model.sae_quality import check_fit, first_pairs, fit_on_pairs
-from ...stages.model.sites import check_fits
 from ...stages.model.supported import check_length
+from ...stages.model.tokenizer import check_vocabulary
 from ...stages.precompute.reference import Reference
 from ...stages.precompute.shards import ShardWorker, precompute, repair
 from ..config import PrecomputeConfig

@@ -14,8 +14,9 @@ from accelerate.utils import broadcast_object_list
 from ...cache.errors import UserError
 from ...stages.data.chat import load_template
 from ...stages.data.conversations import load_conversations
-from ...stages.model.models import check_vocabulary, find_model, load_tokenizer
+from ...stages.model.models import find_model
 from ...stages.model.supported import check_length
+from ...stages.model.tokenizer import check_vocabulary, load_tokenizer
 from ...stages.train.config import RowConfig
 from ...stages.train.sft import SFTTrainer
 from ..config import SFTConfig

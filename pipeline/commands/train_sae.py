@@ -13,10 +13,10 @@ import typer
 
 from ...cache.errors import UserError
 from ...cache.files import write_atomically
-from ...stages.data.tokenized import tokenize_pair
-from ...stages.model.models import check_tokens, check_vocabulary
-from ...stages.model.sites import parse_site
+from ...stages.data.tokenize import tokenize_pair
+from ...stages.model.sae import parse_site
 from ...stages.model.supported import check_length
+from ...stages.model.tokenizer import check_tokens, check_vocabulary
 from ...stages.train.checkpoints import move_model
 from ...stages.train.train_sae import train_sae
 from ..config import TrainSAEConfig

@@ -17,7 +17,7 @@ import torch
 import typer
 
 from ...cache.manifest import Manifest
-from ...stages.data.hub_data import may_be_hub_id
+from ...stages.data.raw_rows import may_be_hub_id
 from ...stages.data.row_files import kind_of
 from ...stages.model.models import find_model, is_hub_id
 from ...stages.train.methods import METHODS

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from ...cache.errors import UserError
 from .cutting import Answer, Cutter, Lesson, Span
 from .rendering import (
     ANEW,
@@ -88,17 +89,16 @@ def load_template(path: Path | str | None) -> str | None:
     """Reads a Jinja chat template; `None` stays `None`, which means the tokenizer's own.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is not UTF-8.
+        UserError: no such file; or it is not UTF-8.
     """
     if path is None:
         return None
     if not Path(path).is_file():
-        raise FileNotFoundError(f"expected a chat template (Jinja) at {path}, found no such file")
+        raise UserError(f"expected a chat template (Jinja) at {path}, found no such file")
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"chat template {path}: expected UTF-8, found {error}") from error
+        raise UserError(f"chat template {path}: expected UTF-8, found {error}") from error
 
 
 Turned = Literal["all", "last"]  # which assistant turns of a response are learnt
@@ -134,11 +134,11 @@ class ChatFormat:
         """Probes the template for what it writes after an answer; no `date` is today.
 
         Raises:
-            ValueError: the tokenizer has no EOS, or the template cannot be rendered, draws at random, leaves the answer
+            UserError: the tokenizer has no EOS, or the template cannot be rendered, draws at random, leaves the answer
                 out, opens it otherwise than it asks for it, or closes answers in different ways.
         """
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"expected a tokenizer with an EOS token, found none in {tokenizer.name_or_path!r}")
+            raise UserError(f"expected a tokenizer with an EOS token, found none in {tokenizer.name_or_path!r}")
         own = tokenizer.get_chat_template() if tokenizer.chat_template else GEMMA_TURNS
         self.template = own if template is None else template
         self.tokenizer = tokenizer
@@ -150,7 +150,7 @@ class ChatFormat:
         asked = (Message("user", "Hi"),)
         _, found, self._closing = self._render((*asked, Message("assistant", PROBE)), False).rpartition(PROBE)
         if not found:
-            raise ValueError("the chat template leaves out the assistant's answer; give another one by a file")
+            raise UserError("the chat template leaves out the assistant's answer; give another one by a file")
         closing_ids = self._cutter.tokens(self._closing.rstrip())
         self._appends_eos = not closing_ids or closing_ids[-1] not in tokenizer.added_tokens_decoder
         self.end_id: int = tokenizer.eos_token_id if self._appends_eos else closing_ids[-1]
@@ -169,7 +169,7 @@ class ChatFormat:
                 return self._answer(asked, answer).said
             except SkipError as error:
                 fault = error
-        raise ValueError(f"{fault}; give a template that only appends, by a file") from fault
+        raise UserError(f"{fault}; give a template that only appends, by a file") from fault
 
     def prompt_and_responses(self, example: Example, turns: Turned = "all") -> tuple[list[int], Response, Response]:
         """Token ids of the prompt (BOS at most once, the opening of the answer included) and of both responses.
@@ -184,7 +184,7 @@ class ChatFormat:
         Raises:
             SkipError: the template refuses the turns, leaves out what they carry, or renders the prompt or an answer
                 otherwise once others follow; prompt and response share a token; there is nothing to learn.
-            ValueError: the pair is text in part, or the template closes an answer otherwise than others.
+            UserError: the pair is text in part, or the template closes an answer otherwise than others.
         """
         prompt, chosen, rejected, tools = example.prompt, example.chosen, example.rejected, example.tools
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
@@ -193,7 +193,7 @@ class ChatFormat:
             texts = [self._response(prompt_ids, answers, turns, appends_eos=True) for answers in told]
             return prompt_ids, texts[0], texts[1]
         if isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
-            raise ValueError("expected prompt, chosen and rejected all as text or all as turns, found a mixture")
+            raise UserError("expected prompt, chosen and rejected all as text or all as turns, found a mixture")
         prompt, sides = self._accepted(prompt, tools), [_up_to_last_answer(side) for side in (chosen, rejected)]
         for side in sides:
             self._check_carried(prompt + side, tools)
@@ -227,7 +227,7 @@ class ChatFormat:
 
         Raises:
             SkipError: the template refuses the turns, or leaves out what they carry; an answer is empty.
-            ValueError: the template closes an answer otherwise than others.
+            UserError: the template closes an answer otherwise than others.
         """
         first = [message.role for message in turns].index("assistant")
         prompt, rest = self._accepted(turns[:first], tools), _up_to_last_answer(turns[first:])
@@ -263,7 +263,7 @@ class ChatFormat:
             last = self._cutter.tokens(text.rstrip()[-100:])[-1:]
             token = self.tokenizer.added_tokens_decoder.get(last[0]) if last else None
             if token is None or not text.rstrip().endswith(token.content):
-                raise ValueError(
+                raise UserError(
                     f"the chat template closes this answer otherwise than others: expected {self._closing!r} at the "
                     f"end, found …{text[-40:]!r}; give a template that closes every answer alike, by a file"
                 )

@@ -17,11 +17,12 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
+from ...cache.errors import UserError
 from ...cache.files import canonical_json, sha256_file, sha256_text
-from ..model.models import tokenizer_sha256
+from ..model.tokenizer import tokenizer_sha256
 from ..scoring.packing import Conversation
-from . import boundary, cutting, rendering, shapes
 from . import chat as chat_file
+from . import cutting, rendering, shapes
 from . import turns as turns_file
 from .chat import ChatFormat, Turns, is_blank
 from .raw_rows import load_rows, parse_row
@@ -53,7 +54,7 @@ FEATURES = datasets.Features(
 
 
 # What a row becomes depends on these files.
-CODE = [__file__, *(module.__file__ for module in (boundary, chat_file, cutting, rendering, shapes, turns_file))]
+CODE = [__file__, *(module.__file__ for module in (chat_file, cutting, rendering, shapes, turns_file))]
 
 
 class Conversations:
@@ -127,8 +128,7 @@ def load_conversations(
         renames: `NEW=OLD`: the column OLD is called NEW.
 
     Raises:
-        FileNotFoundError: there is no such file, folder or hub data set.
-        ValueError: as `load_preferences`; no column with conversations; a row that is malformed, with its number; a
+        UserError: as `load_preferences`; no column with conversations; a row that is malformed, with its number; a
             template that closes answers in different ways.
     """
     rows = load_rows(source, split, config, limit, "conversations", renames)
@@ -136,7 +136,7 @@ def load_conversations(
         conversation_column(rows.columns)
         check_readable(rows.columns)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
     tokenised = rows.data.map(
         partial(
             _tokenised_rows,
@@ -175,7 +175,7 @@ def tokenize_conversation(
         it, or answers of it, are skipped; for each conversation whether its end was cut.
 
     Raises:
-        ValueError: the template closes answers in different ways.
+        UserError: the template closes answers in different ways.
     """
     if (reason := _reason_to_skip(turns)) is not None:
         return [], [reason], []
@@ -222,8 +222,8 @@ def _tokenised_rows(
         try:
             turns, tools = read_conversation(parse_row(text), columns)
             found, reasons, truncated = tokenize_conversation(turns, chat, max_length, tools)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source}, row {row} of split {split!r}: {error}") from error
+        except (UserError, RecursionError) as error:
+            raise UserError(f"{source}, row {row} of split {split!r}: {error}") from error
         for one, cut in zip(found, truncated, strict=True):
             _add(made, ids=one.ids, learnt=one.learnt, skipped=None, truncated=cut, row=row)
         for reason in reasons:

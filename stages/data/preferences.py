@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from ...cache.errors import UserError
 from .chat import Example, Text
 from .raw_rows import RawRows, load_rows
 from .shapes import Read, Row, check_readable, read_pair, shape_of
@@ -41,7 +42,7 @@ class Preferences:
         """The example in raw row `i`.
 
         Raises:
-            ValueError: the row has a value of a wrong type or an unknown shape; the message has the row's number.
+            UserError: the row has a value of a wrong type or an unknown shape; the message has the row's number.
         """
         return self._read(i).example
 
@@ -69,8 +70,8 @@ class Preferences:
     def _read(self, i: int) -> Read:
         try:
             return read_pair(self._rows[i], self._columns)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.source}, row {i} of split {self.split!r}: {error}") from error
+        except (UserError, RecursionError) as error:
+            raise UserError(f"{self.source}, row {i} of split {self.split!r}: {error}") from error
 
 
 def load_preferences(
@@ -94,15 +95,15 @@ def load_preferences(
         renames: `NEW=OLD`: the column OLD is called NEW.
 
     Raises:
-        FileNotFoundError: there is no such file, folder or hub data set.
-        ValueError: no such split, a file of another kind, a missing column, or a setting that would be ignored.
+        UserError: no such file, folder, hub data set or split, a file of another kind, a missing column, or a setting
+            that would be ignored.
     """
     rows = load_rows(source, split, config, limit, renames=renames)
     try:
         shape_of(rows.columns)
         check_readable(rows.columns)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
     return Preferences(rows, source=source, split=split)
 
 

@@ -6,17 +6,24 @@ a dict of JSON's values. They are written once into the cache of `datasets`, one
 
 import json
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import huggingface_hub
+from huggingface_hub import constants, get_session
 
-from ...cache.errors import reading
+from ...cache.errors import UserError, reading
 from ...cache.files import sha256_file
 from . import row_files
-from .hub_data import load_from_hub, may_be_hub_id
 from .row_files import READERS, Row, columns_of, kind_of, read_rows, stem_of, table_columns
+
+# How long the hub may take to answer whether it is there, seconds.
+PROBE_SECONDS = 2.0
+HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
 
 KINDS = "Parquet, JSON, JSONL, CSV or TSV"
 FEATURES = datasets.Features({"row": datasets.Value("large_string")})
@@ -68,21 +75,21 @@ def load_rows(
         renames: `NEW=OLD`: the column OLD is called NEW.
 
     Raises:
-        FileNotFoundError: there is no such file, folder or hub data set.
+        UserError: there is no such file, folder or hub data set.
         ValueError: no such split or column, a file of another kind or damaged, or a setting that would be ignored.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"expected a limit of at least 1 row, found {limit}")
+        raise UserError(f"expected a limit of at least 1 row, found {limit}")
     new_names = _new_names(renames)
     path = Path(source).expanduser()
     if path.exists() and config is not None:
-        raise ValueError(f"{source} is local and has no configurations, found {config!r}; leave it out")
+        raise UserError(f"{source} is local and has no configurations, found {config!r}; leave it out")
     if (path.is_dir() and (path / "dataset_dict.json").exists()) or (path / "state.json").exists():
         rows = _of_table(_saved(path, split, source), source, new_names)
     elif path.exists():
         rows = _of_files(_split_files(path, split) if path.is_dir() else [path], source, split, new_names)
     elif not may_be_hub_id(source) or kind_of(path) is not None:
-        raise FileNotFoundError(f"expected {what} at {source}, found no such file or folder")
+        raise UserError(f"expected {what} at {source}, found no such file or folder")
     else:
         rows = _of_table(load_from_hub(source, split, config), source, new_names)
     return rows if limit is None else RawRows(rows.data.select(range(min(limit, len(rows)))), rows.columns)
@@ -97,9 +104,9 @@ def _new_names(renames: Sequence[str]) -> dict[str, str]:
     for rename in renames:
         new, equals, old = (part.strip() for part in rename.partition("="))
         if not (new and equals and old):
-            raise ValueError(f"--map: expected NEW=OLD, as chosen=preferred, found {rename!r}")
+            raise UserError(f"--map: expected NEW=OLD, as chosen=preferred, found {rename!r}")
         if old in found or new in found.values():
-            raise ValueError(f"--map: expected every column once, found {', '.join(renames)}")
+            raise UserError(f"--map: expected every column once, found {', '.join(renames)}")
         found[old] = new
     return found
 
@@ -107,13 +114,9 @@ def _new_names(renames: Sequence[str]) -> dict[str, str]:
 def _renamed(columns: Mapping[str, str | None], new_names: Mapping[str, str], source: str) -> dict[str, str | None]:
     for old, new in new_names.items():
         if old not in columns:
-            raise ValueError(
-                f"--map: {new}={old}: expected a column of {source}, found {', '.join(map(repr, columns))}"
-            )
+            raise UserError(f"--map: {new}={old}: expected a column of {source}, found {', '.join(map(repr, columns))}")
         if new in columns and new not in new_names:
-            raise ValueError(
-                f"--map: {new}={old}: {source} has a column {new!r} already; rename it too, as other={new}"
-            )
+            raise UserError(f"--map: {new}={old}: {source} has a column {new!r} already; rename it too, as other={new}")
     return {new_names.get(name, name): kind for name, kind in columns.items()}
 
 
@@ -124,7 +127,7 @@ def _of_files(files: list[Path], source: str, split: str, new_names: dict[str, s
     kinds = {kind_of(file) for file in files}
     if len(kinds) > 1 or None in kinds:
         names = ", ".join(file.name for file in files)
-        raise ValueError(
+        raise UserError(
             f"{source}: expected files of one kind among {', '.join(READERS)}, each perhaps with {row_files.GZIP}, for "
             f"split {split!r}, found {names}"
         )
@@ -178,7 +181,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
             return splits[named[0]]
     names = sorted({name for splits in layouts for name in splits})
     there = f"the splits {', '.join(map(repr, names))}; give one of them with --split" if names else f"no {KINDS} file"
-    raise ValueError(f"{folder}: expected files of one split {split!r}, found {there}")
+    raise UserError(f"{folder}: expected files of one split {split!r}, found {there}")
 
 
 # Tables of `datasets`.
@@ -192,13 +195,13 @@ def _saved(folder: Path, split: str, source: str) -> datasets.Dataset:
         return found
     if split not in found:
         names = ", ".join(map(repr, found))
-        raise ValueError(f"{source}: expected split {split!r}, found the splits {names}; give one of them with --split")
+        raise UserError(f"{source}: expected split {split!r}, found the splits {names}; give one of them with --split")
     return found[split]
 
 
 def _of_table(table: datasets.Dataset, source: str, new_names: dict[str, str]) -> RawRows:
     if not len(table):
-        raise ValueError(f"{source}: expected rows, found none")
+        raise UserError(f"{source}: expected rows, found none")
     unread = table_columns(table.features.arrow_schema)
     columns = _renamed(unread, new_names, source)
     table = table.with_format(None).select_columns([name for name, kind in unread.items() if kind is None])
@@ -216,3 +219,65 @@ def _texts_of_table(
 ) -> Iterator[Row]:
     for row in table:
         yield {"row": _text(row, new_names)}
+
+
+# The hub.
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether a name could be that of a data set on the hub (`owner/name`, or one of the old ones without an owner)."""
+    return len(name) <= 96 and HUB_ID.fullmatch(name) is not None and not name.startswith((".", "-", "~"))
+
+
+def load_from_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
+    """A split of a data set that is on the hub, or was fetched from it before.
+
+    Raises:
+        UserError: the hub has no such data set, or cannot be reached and it was not fetched before.
+        ValueError: it has no such split or configuration.
+    """
+    fault = unreachable()
+    try:
+        with _offline() if fault else nullcontext():
+            return datasets.load_dataset(name, config, split=split)
+    except FileNotFoundError as error:
+        raise UserError(f"found no local file or folder and no hub data set {name!r}") from error
+    except ConnectionError as error:
+        raise UserError(
+            f"found no local file or folder {name!r}, and no data set of that name could be fetched from the hub "
+            f"({fault or error}); correct the path, or check the network"
+        ) from error
+    except ValueError as error:  # an unknown split or configuration: the library's message, on one line
+        raise UserError(f"hub data set {name!r}: {' '.join(str(error).split())}") from error
+
+
+def unreachable() -> str | None:
+    """Why the hub cannot be reached, known within `PROBE_SECONDS`; None if it answers, whatever it says."""
+    if huggingface_hub.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    faults: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+        except Exception as error:  # noqa: BLE001 (what the hub's client raises without a network has no public class)
+            faults.append(f"{constants.ENDPOINT} does not answer: {' '.join(str(error).split())[:80]}")
+        else:
+            faults.append(None)
+
+    # Looking up a host's name has no time limit of its own: a daemon asks, and is left behind.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return faults[0] if faults else f"{constants.ENDPOINT} did not answer within {PROBE_SECONDS:g} s"
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """The libraries look into the local cache alone: they would ask again and again, for half a minute."""
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before

@@ -13,6 +13,8 @@ from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from ...cache.errors import UserError
+
 # The one name by which a template can read the clock, and those by which it can draw at random.
 CLOCK = "strftime_now"
 RANDOM = ("lipsum", "random")
@@ -78,10 +80,10 @@ class Renderer:
         """Takes the special tokens from the tokenizer; no `date` is today.
 
         Raises:
-            ValueError: the template draws at random.
+            UserError: the template draws at random.
         """
         if found := sorted(_words(template) & set(RANDOM)):
-            raise ValueError(
+            raise UserError(
                 f"expected a chat template that renders a conversation always alike, found {found[0]!r} in it; give "
                 "another one by a file"
             )

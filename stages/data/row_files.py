@@ -17,6 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ...cache.errors import UserError
+
 Row = dict[str, Any]
 
 GZIP = ".gz"
@@ -55,7 +57,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a file, in order. Of Parquet only the columns of text, lists, structs and numbers are read.
 
     Raises:
-        ValueError: the file is damaged, in another format than its name says, or holds something that is no row.
+        UserError: the file is damaged, in another format than its name says, or holds something that is no row.
         OSError: it cannot be opened.
     """
     kind = kind_of(path)
@@ -69,7 +71,7 @@ def columns_of(path: Path) -> dict[str, str | None]:
     JSON and CSV are read to their end.
 
     Raises:
-        ValueError: as `read_rows`; or there is no row.
+        UserError: as `read_rows`; or there is no row.
     """
     check_packing(path)
     columns: dict[str, str | None] = {}
@@ -83,7 +85,7 @@ def columns_of(path: Path) -> dict[str, str | None]:
             columns |= dict.fromkeys(row)
             count += 1
     if not count:
-        raise ValueError("expected rows in every file, found none")
+        raise UserError("expected rows in every file, found none")
     return columns
 
 
@@ -91,10 +93,10 @@ def table_columns(schema: pa.Schema) -> dict[str, str | None]:
     """The same of an Arrow table.
 
     Raises:
-        ValueError: a column is there twice.
+        UserError: a column is there twice.
     """
     if len(set(schema.names)) < len(schema.names):
-        raise ValueError(f"expected every column once, found {', '.join(map(repr, schema.names))}")
+        raise UserError(f"expected every column once, found {', '.join(map(repr, schema.names))}")
     return {field.name: None if _is_plain(field.type) else str(field.type) for field in schema}
 
 
@@ -102,7 +104,7 @@ def check_packing(path: Path) -> None:
     """Refuses a file that is packed otherwise than its name says, or unpacks to more than is allowed.
 
     Raises:
-        ValueError: saying which, and what to do.
+        UserError: saying which, and what to do.
     """
     with path.open("rb") as file:
         begins = file.read(8)
@@ -110,7 +112,7 @@ def check_packing(path: Path) -> None:
     if packed != ("gzip" if path.suffix.lower() == GZIP else None):
         expected = f"a file packed by gzip, as its name ends in {GZIP}" if path.suffix.lower() == GZIP else "plain rows"
         advice = f"name it {path.name}{GZIP}" if packed == "gzip" else "unpack it" if packed else "rename it"
-        raise ValueError(f"expected {expected}, found {packed or 'another format'}; {advice}")
+        raise UserError(f"expected {expected}, found {packed or 'another format'}; {advice}")
     if packed is None:
         return
     size = path.stat().st_size
@@ -120,7 +122,7 @@ def check_packing(path: Path) -> None:
         while chunk := stream.read(CHUNK):
             unpacked += len(chunk)
             if unpacked > limit:
-                raise ValueError(f"expected at most {limit} bytes once it is unpacked, found more; unpack it yourself")
+                raise UserError(f"expected at most {limit} bytes once it is unpacked, found more; unpack it yourself")
 
 
 def _opened(path: Path) -> "io.BufferedReader[Any]":
@@ -153,7 +155,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 def _json_array(content: bytes) -> Iterator[Row]:
     rows = _parsed(content, 1)
     if not isinstance(rows, list):
-        raise ValueError(f"expected an array of objects, found {type(rows).__name__}")
+        raise UserError(f"expected an array of objects, found {type(rows).__name__}")
     for number, row in enumerate(rows):
         yield _object(row, f"row {number}")
 
@@ -165,14 +167,14 @@ def _parsed(content: bytes, line: int) -> Any:
         if "\\ud" in text or "\\uD" in text:
             json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no character
     except RecursionError:
-        raise ValueError(f"line {line}: expected JSON, found it nested too deep") from None
+        raise UserError(f"line {line}: expected JSON, found it nested too deep") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"line {line}: expected UTF-8, found {error}") from None
+        raise UserError(f"line {line}: expected UTF-8, found {error}") from None
     except json.JSONDecodeError as error:
         where = f"line {line + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"{where}: expected JSON, found none ({error.msg})") from None
+        raise UserError(f"{where}: expected JSON, found none ({error.msg})") from None
     except ValueError as error:
-        raise ValueError(f"line {line}: expected JSON, found {error}") from None
+        raise UserError(f"line {line}: expected JSON, found {error}") from None
     return found
 
 
@@ -180,14 +182,14 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice")
+        raise UserError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice")
     return made
 
 
 def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         found = "null" if value is None else type(value).__name__
-        raise ValueError(f"{where}: expected a JSON object, found {found} in its place")
+        raise UserError(f"{where}: expected a JSON object, found {found} in its place")
     return value
 
 
@@ -203,19 +205,19 @@ def _table_rows(delimiter: str, path: Path) -> Iterator[Row]:
         try:
             header = next(reader, [])
             if len(set(header)) < len(header):
-                raise ValueError(f"expected every column once, found {', '.join(map(repr, header))}")
+                raise UserError(f"expected every column once, found {', '.join(map(repr, header))}")
             for number, values in enumerate(reader):
                 if not values:  # a blank line
                     continue
                 if len(values) != len(header):
-                    raise ValueError(
+                    raise UserError(
                         f"row {number}: expected {len(header)} values, as in the header, found {len(values)}"
                     )
                 yield dict(zip(header, values, strict=True))
         except csv.Error as error:
-            raise ValueError(f"line {reader.line_num}: {error}") from None
+            raise UserError(f"line {reader.line_num}: {error}") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"line {reader.line_num + 1}: expected UTF-8, found {error}") from None
+            raise UserError(f"line {reader.line_num + 1}: expected UTF-8, found {error}") from None
 
 
 # Parquet.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .boundary import bare, before, common_beginning, join, split_dialogues
+from ...cache.errors import UserError
 from .chat import Example, Message, Text, Turns
 from .column_names import (
     PARTS,
@@ -23,7 +23,7 @@ from .column_names import (
     suggested_name,
     unknown_columns,
 )
-from .turns import from_json, parsed, read_text, read_tools
+from .turns import bare, before, common_beginning, from_json, join, parsed, read_text, read_tools, split_dialogues
 
 Row = Mapping[str, Any]
 Tools = tuple[Mapping[str, Any], ...]
@@ -63,7 +63,7 @@ def of_instruction(row: Row) -> Turns:
     """Alpaca's `instruction`, with `input` on a line below it where there is one, after `history`."""
     instruction, given = (read_text(row.get(name), name) for name in ("instruction", "input"))
     if not (isinstance(instruction, str) and isinstance(given, str)):
-        raise ValueError("expected text in 'instruction' and 'input', found messages")
+        raise UserError("expected text in 'instruction' and 'input', found messages")
     return _history(row) + _asked("\n".join(part for part in (instruction, given) if part.strip()))
 
 
@@ -84,7 +84,7 @@ def of_input(row: Row) -> Turns:
         return _history(row) + _asked(read_text(from_json(value, "input"), "input"))
     for key in sorted(set(value) - {"messages", "tools", "parallel_tool_calls"}):
         if value[key]:
-            raise ValueError(f"expected 'messages', 'tools' and 'parallel_tool_calls' in 'input', found {key!r}")
+            raise UserError(f"expected 'messages', 'tools' and 'parallel_tool_calls' in 'input', found {key!r}")
     return _turns(value["messages"], "input")
 
 
@@ -113,13 +113,13 @@ def shape_of(columns: Collection[str]) -> Shape:
     """The shape of a data set with these columns.
 
     Raises:
-        ValueError: none has them; names the nearest one.
+        UserError: none has them; names the nearest one.
     """
     if all(name in columns or other in columns for name, other in SIDES.items()):
         return next(shape for shape in SHAPES if not shape.columns or shape.columns[0] in columns)
     firsts = [shape.columns[0] for shape in SHAPES if shape.columns]
     prompt = next((name for name in firsts if known_as(name, columns) is not None), "prompt")
-    raise ValueError(unknown_columns((prompt, *SIDES), columns))
+    raise UserError(unknown_columns((prompt, *SIDES), columns))
 
 
 def check_readable(columns: Mapping[str, str | None]) -> None:
@@ -129,15 +129,15 @@ def check_readable(columns: Mapping[str, str | None]) -> None:
         columns: with each column its type, if that is it.
 
     Raises:
-        ValueError: naming the column.
+        UserError: naming the column.
     """
     for name, kind in columns.items():
         if kind is None:
             continue
         if name in {*SIDES, *SIDES.values(), *SCORES}:
-            raise ValueError(f"expected text, messages or numbers in {name!r}, found {kind}; store it so")
+            raise UserError(f"expected text, messages or numbers in {name!r}, found {kind}; store it so")
         if plain_name(name) in PARTS:
-            raise ValueError(
+            raise UserError(
                 f"expected text or messages in {name!r}, found {kind}; leave it out with --map {option('unused', name)}"
             )
 
@@ -150,7 +150,7 @@ def read_pair(row: Row, columns: Collection[str]) -> Read:
         columns: the names of the data set's columns; the row may lack some.
 
     Raises:
-        ValueError: a value of a wrong type, or a part of the conversation that cannot be used.
+        UserError: a value of a wrong type, or a part of the conversation that cannot be used.
     """
     shape = shape_of(columns)
     prompt = shape.prompt(row)
@@ -181,19 +181,19 @@ def conversation_column(columns: Collection[str]) -> str:
     """The column that holds the conversations of a data set for fine-tuning.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     for name in ("messages", "conversations"):
         if name in columns:
             return name
-    raise ValueError(unknown_columns(("messages",), columns))
+    raise UserError(unknown_columns(("messages",), columns))
 
 
 def read_conversation(row: Row, columns: Collection[str]) -> tuple[Turns, Tools]:
     """A raw row as a conversation, and the tools that it may call.
 
     Raises:
-        ValueError: as `read_pair`.
+        UserError: as `read_pair`.
     """
     name = conversation_column(columns)
     turns = _with_system(_turns(row.get(name), name), row)
@@ -213,7 +213,7 @@ def _sides(row: Row) -> tuple[Text, Text]:
     chosen, rejected = (read_text(value, name) for name, value in zip(SIDES, values, strict=True))
     for text, other in ((chosen, rejected), (rejected, chosen)):
         if isinstance(text, str) and text and isinstance(other, tuple) and other:
-            raise ValueError("expected 'chosen' and 'rejected' of one kind, found text beside messages")
+            raise UserError("expected 'chosen' and 'rejected' of one kind, found text beside messages")
     return chosen, rejected
 
 
@@ -221,7 +221,7 @@ def _turns(value: Any, name: str) -> Turns:
     found = read_text(from_json(value, name), name)
     if isinstance(found, str):
         if found.strip():
-            raise ValueError(f"expected messages in {name!r}, found text {found!r:.80}")
+            raise UserError(f"expected messages in {name!r}, found text {found!r:.80}")
         return ()
     return found
 
@@ -246,7 +246,7 @@ def _history(row: Row) -> Turns:
     value = (isinstance(value, str) and parsed(value)) or value
     if isinstance(value, list) and value and all(isinstance(pair, list) for pair in value):
         if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in value):
-            raise ValueError(f"expected pairs of text in 'history', found {value!r:.80}")
+            raise UserError(f"expected pairs of text in 'history', found {value!r:.80}")
         return tuple(
             Message(role, text) for pair in value for role, text in zip(("user", "assistant"), pair, strict=True)
         )
@@ -259,13 +259,13 @@ def _with_system(turns: Turns, row: Row) -> Turns:
     if not system or not turns:
         return turns
     if not isinstance(system, str):
-        raise ValueError("expected text in 'system', found messages")
+        raise UserError("expected text in 'system', found messages")
     if not system.strip():
         return turns
     if turns[0].role != "system":
         return (Message("system", system), *turns)
     if turns[0].content.strip() != system.strip():
-        raise ValueError("expected one system turn, found one in 'system' and another one in the conversation")
+        raise UserError("expected one system turn, found one in 'system' and another one in the conversation")
     return turns
 
 
@@ -283,7 +283,7 @@ def _score(row: Row, name: str) -> float | None:
     except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"expected a finite number or null in {name!r}, found {value!r:.80}")
+        raise UserError(f"expected a finite number or null in {name!r}, found {value!r:.80}")
     return number
 
 
@@ -296,12 +296,12 @@ def _guessed(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
         if not value or name in {*SIDES, *SIDES.values()}:
             continue
         if name in ("system", "tools"):
-            raise ValueError(
+            raise UserError(
                 f"expected a column with the prompt beside {name!r}, found none; name it with --map prompt=…"
             )
         several_words = isinstance(value, str) and len(value.split()) > 1
         if plain_name(name) in PARTS or (several_words and not is_no_prompt(name)):
-            raise ValueError(
+            raise UserError(
                 f"expected a column with the prompt, found none, and {name!r}, which may be it; say so with "
                 f"--map {option('prompt', name)}, or leave it out with --map {option('unused', name)}"
             )
@@ -316,7 +316,7 @@ def _check_said(row: Row, prompt: Text, chosen: Text, used: set[str]) -> None:
         better = suggested_name(name)
         rename = f"say what it is with --map {option(better, name)}" if better else "put it into one of those"
         read = sorted(used - {"system", "tools"}) or [*SIDES]
-        raise ValueError(
+        raise UserError(
             f"expected the conversation in {', '.join(map(repr, read))}, found another part of it in {name!r}; "
             f"{rename}, or leave it out with --map {option('unused', name)}"
         )

@@ -28,7 +28,7 @@ from ...cache.errors import UserError
 from ...cache.files import canonical_json, decode, parse_json, write_atomically
 from ...cache.schema import Int32
 from ..data.chat import ChatFormat, Message, Turns
-from ..model.models import check_tokens
+from ..model.tokenizer import check_tokens
 from .generate import Sampling, check_room, generate
 
 Benchmark = Literal["alpaca-eval", "arena-hard", "mt-bench"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...cache.reader import Cache
 from ...cache.schema import SIDES
 from ..model.models import Recipe
-from ..model.sites import SiteSAE
+from ..model.sae import SiteSAE
 from ..scoring.batches import RowBatch, RowCollator
 from ..scoring.forward import live_reference, row_layout, score_row
 from ..scoring.packing import named

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...cache.schema import Float32, Pair
 from ..model.models import Recipe, autocast
-from ..model.sites import SiteSAE
+from ..model.sae import SiteSAE
 from ..scoring.features import CHUNK_ENTRIES
 from ..scoring.forward import head_weight, logit_scale, reference_state, row_layout, run_body, run_head
 from ..scoring.packing import pack

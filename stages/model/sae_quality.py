@@ -1,6 +1,6 @@
-"""How good an SAE is on the activations that it is given: how many features fire, and what they explain.
+"""How well an SAE fits the activations that it is given: how many features fire, and what they explain.
 
-In: an SAE and activations, or a reference with the first pairs of its data. Out: its `SAEFit`, and one line about an
+In: an SAE and activations, or a reference model with the first pairs of its data. Out: an `SAEFit`, or an error for an
 SAE that is of no use there.
 
 Shapes: N activations, D hidden size, M SAE width.
@@ -14,36 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...cache.errors import UserError
 from ...cache.schema import Pair
 from ..data.chat import ChatFormat
 from ..data.preferences import Preferences
-from ..data.tokenized import Limits, tokenize_pair
+from ..data.tokenize import Limits, tokenize_pair
 from ..scoring.features import CHUNK_ENTRIES
 from ..scoring.forward import causal_lm, row_layout, run_body
 from ..scoring.packing import pack
 from .models import Recipe, autocast
-from .sites import SiteSAE
+from .sae import SiteSAE
 
-# Stage one looks at so many prediction positions before it starts: enough to tell a dead SAE from a sparse one.
+# Prediction positions that stage one looks at before it starts: enough to tell a dead SAE from a sparse one.
 POSITIONS = 1024
-
-# Of fewer positions than this the variance is not known well enough to hold it against an SAE.
+# Below this many positions the variance is too uncertain to refuse an SAE by it.
 LEAST_POSITIONS = 128
-
-# With fewer features than this firing at a position, pooled features are empty for much of the data.
+# With fewer features firing at a position, pooled features are empty for much of the data.
 LEAST_L0 = 1.0
 
 
 @dataclass(frozen=True)
 class SAEFit:
-    """What an SAE does on some activations.
+    """How well an SAE fits some activations.
 
     Attributes:
-        l0: features that fire per activation, mean.
-        explained_variance: 1 - squared error / variance of the activations; 1 is perfect, 0 as good as their mean; NaN
-            where they do not vary.
+        l0: mean number of features that fire on an activation; NaN if an activation is not finite.
+        explained_variance: 1 - squared error / variance of the activations; 1 is perfect, 0 as good as their mean, NaN
+            if they do not vary.
         dead: share of the features that fire on none of them.
-        tokens: how many activations.
+        tokens: number of activations.
     """
 
     l0: float
@@ -52,7 +51,7 @@ class SAEFit:
     tokens: int
 
     def __str__(self) -> str:
-        """For the terminal."""
+        """One line for the terminal."""
         return (
             f"L0 {self.l0:.1f}, explained variance {self.explained_variance:.3f}, dead features {self.dead:.1%}, on "
             f"{self.tokens} positions"
@@ -60,10 +59,9 @@ class SAEFit:
 
 
 class FitSums:
-    """Adds up what `SAEFit` is made of, some activations at a time."""
+    """The sums that `SAEFit` is computed from, over activations that come in parts; `sae` is a `sae_lens.SAE`."""
 
     def __init__(self, sae: Any) -> None:
-        """Starts with nothing; `sae` is a SAELens SAE."""
         self._sae, self._count, self._fired_total = sae, 0, 0
         self._error, self._squares = 0.0, 0.0
         self._total = torch.zeros(sae.cfg.d_in, dtype=torch.float64, device=sae.device)
@@ -71,10 +69,8 @@ class FitSums:
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """Adds activations [N, D] in the SAE's dtype.
-
-        What `encode` noted of their scale `decode` puts back, so that the two follow each other.
-        """
+        """Adds activations [N, D] in the SAE's dtype."""
+        # `decode` restores the scale that the last `encode` took off.
         features = self._sae.encode(x)
         self._error += float((x - self._sae.decode(features)).double().square().sum())
         self._squares += float(x.double().square().sum())
@@ -84,7 +80,7 @@ class FitSums:
         self._count += len(x)
 
     def fit(self) -> SAEFit:
-        """Of all that was added; NaN of activations that are not finite, where nothing fires."""
+        """The fit on all that was added."""
         variance = self._squares - float(self._total.square().sum()) / self._count
         return SAEFit(
             l0=self._fired_total / self._count if math.isfinite(self._squares) else math.nan,
@@ -98,7 +94,7 @@ class FitSums:
 def fit_on_pairs(
     model: nn.Module, pairs: Sequence[Pair], saes: Sequence[SiteSAE], recipe: Recipe, *, token_budget: int
 ) -> list[SAEFit]:
-    """Fit of each SAE at the positions that predict the responses of some pairs, where features are pooled."""
+    """The fit of each SAE at the positions that predict the responses of some pairs, where features are pooled."""
     device = next(model.parameters()).device
     sums = [FitSums(site.sae) for site in saes]
     for row in pack(pairs, token_budget, *row_layout(model)):
@@ -112,27 +108,24 @@ def fit_on_pairs(
 
 
 def first_pairs(model: nn.Module, preferences: Preferences, chat: ChatFormat, limits: Limits) -> list[Pair]:
-    """The first pairs of the data, until they have `POSITIONS` positions; not those of tokens unknown to the model."""
+    """The first pairs of the data, `POSITIONS` positions in all, without those with a token unknown to the model."""
     known = len(causal_lm(model).get_input_embeddings().weight)
     pairs, positions = [], 0
     for raw_row in range(len(preferences)):
         if positions >= POSITIONS:
             break
         pair = tokenize_pair(preferences.example(raw_row), raw_row, chat, limits).pair
-        if (
-            pair is not None
-            and max(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)) < known
-        ):
+        if pair and max(int(ids.max()) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)) < known:
             pairs.append(pair)
             positions += len(pair.chosen_ids) + len(pair.rejected_ids)
     return pairs
 
 
 def check_fit(sae: SiteSAE, fit: SAEFit) -> None:
-    """Refuses an SAE that has nothing to say about a model; what is not finite is named later, with its pair.
+    """Refuses an SAE that is dead or explains nothing; scoring refuses numbers that are not finite, and names the pair.
 
     Raises:
-        ValueError: it is dead, or explains nothing.
+        UserError: the SAE is of no use for this model.
     """
     if fit.l0 < LEAST_L0:
         fault = f"{fit.l0:.2g} features fire at a position"
@@ -140,7 +133,7 @@ def check_fit(sae: SiteSAE, fit: SAEFit) -> None:
         fault = f"its reconstruction explains none of the variance ({fit.explained_variance:.3g})"
     else:
         return
-    raise ValueError(
+    raise UserError(
         f"--sae: expected an SAE of this model's activations at {sae.site.name}, found that with {sae.spec} {fault}, "
         f"over {fit.tokens} positions; give one that was trained on this model and site, or pass --allow-poor-sae"
     )

@@ -1,7 +1,8 @@
-"""Whether a model is supported: the one place that decides it, by trying the model itself.
+"""Whether a model is supported, decided by trying the model itself.
 
-In: a causal LM as it was loaded. Out: nothing, or one line that says what would be wrong. Packed rows are held against
-plain transformers on each of their sequences alone: log-probabilities, hidden states and the activations at every site.
+In: a causal LM. Out: nothing, or one line that says what would be wrong. Packed rows are compared with plain
+transformers on each of their sequences alone (log-probabilities, hidden states, activations at every site), and a
+policy in training mode with itself under another random seed.
 
 Shapes: T response tokens, L positions of a sequence, D hidden size, V vocabulary.
 """
@@ -18,80 +19,85 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...cache.errors import UserError
 from ...cache.schema import Pair, pair_id
 from ..scoring.forward import causal_lm, row_layout, run_body, run_head
 from ..scoring.packing import PackedRow, pack
-from .anatomy import anatomy, decoder_layers, probe_ids, quiet
+from .anatomy import anatomy, decoder_layers, first_tensor, not_supported, probe_ids, quiet
 from .rotary import forget_lengths, frequencies_of, of_same_frequencies, unknown_scaling
-from .sites import Site, capture_sites
+from .sae import Site, capture_sites
 
-# What rounding explains in fp32: nats of a token's log-probability, and the part of a position's activations (their
-# norm) that may differ. What architectures get wrong is a hundred times as much.
+# What rounding explains in fp32: nats of a token's log-probability; the part of an activation's norm that may differ.
+# What architectures get wrong is a hundred times as much.
 LOGP_TOLERANCE = 1e-3
 ACTS_TOLERANCE = 1e-3
-# Prompt, chosen and rejected: longer than the windows are made for the purpose, and of one token.
+# Prompt, chosen and rejected: longer than `WINDOW`, and of one token.
 SHORT = ((7, 12, 6), (1, 5, 13))
 WINDOW = 4
 WINDOWS = re.compile(r"window(_size)?$")  # `sliding_window`, Doge's `keep_window_size`
-# For what acts beyond a distance that no configuration names (GPT-Neo's 256): through the first layers alone.
+# For effects beyond a distance that no configuration names (GPT-Neo's 256); through the first layers alone.
 LONG = (9, 300, 10)
-# A router that two roundings send to two experts differs in one draw of tokens, a fault in all.
+# A router that rounding sends to another expert differs in one draw of tokens, a fault in all.
 DRAWS = 3
+# The dropout of an adapter, which its user asked for.
+ADAPTER_DROPOUT = "lora_dropout"
 
-# Of the models that were found right, under which attention.
+# The attention under which models were found right.
 _RIGHT: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def check_model(model: nn.Module) -> None:
-    """Checks that packed rows mean to this model what sequences do, and that log-probabilities and sites are its own.
+    """Checks that packed rows mean the same to this model as separate sequences, and that scoring reads all it trains.
 
-    Tried on the model as it is, attention and masks included; a model that was found right is not tried again.
+    The model is tried as it is, attention and masks included; one that was found right is not tried again.
 
     Args:
         model: a causal LM, or a PEFT model around one, on its device.
 
     Raises:
-        ValueError: if the architecture is not supported, or something is trained that scoring does not read.
+        UserError: the architecture is not supported, or an adapter is on the output head.
     """
     inner = causal_lm(model)
-    _check_head(inner)
+    head = inner.get_output_embeddings()
+    read = {id(getattr(head, name, None)) for name in ("weight", "bias")}
+    if unread := [name for name, part in head.named_parameters() if id(part) not in read]:
+        raise UserError(
+            f"expected an output head of its own weight alone, found an adapter on it ({unread[0]}), which "
+            "is not supported; leave the head out of the adapter's target modules"
+        )
     attention = inner.config._attn_implementation
     if _RIGHT.get(inner) == attention:
         return
     try:
         fault = _fault(inner)
-    except torch.OutOfMemoryError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
-        fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if isinstance(error, ValueError) and "not supported" in fault:
-            raise
+    except Exception as error:  # noqa: BLE001 (any error of a model's own code means that it does not run packed rows)
+        fault = f"an error in its own code ({type(error).__name__}: {' '.join(str(error).split())})"
     if fault:
-        raise ValueError(
-            f"model {inner.config.model_type}: expected packed rows (attention: {attention}) to score as separate "
-            f"sequences, found {fault}; this architecture is not supported"
-        )
+        expected = f"packed rows (attention: {attention}) to score as separate sequences"
+        raise not_supported(inner, expected, fault)
     _RIGHT[inner] = attention
 
 
 def load_supported(
     load: Callable[..., Any], attentions: Sequence[str], tell: Callable[[str], None] | None = None
 ) -> PreTrainedModel:
-    """Loads a model under the first of some attention implementations that is right for it.
+    """Loads a model under the first attention implementation that is right for it.
 
     Args:
         load: called with `attention`, as `load_model`.
         attentions: from `attentions_to_try`, the fastest first.
-        tell: called with a line where the first is not the one.
+        tell: called with a line if it is not the first.
 
     Raises:
-        ValueError: as `load`; if the model is right under none.
+        UserError: as `load`, or because the model is right under none.
     """
     model: PreTrainedModel | None = None
     reasons = []
     for attention in attentions:
         try:
-            if model is None:  # a class may lack what its flags promise, and is loaded again under another
+            if model is None:  # a class may lack an attention that its flags promise
                 model = load(attention=attention)
             else:
                 model.set_attn_implementation(attention)
@@ -108,10 +114,10 @@ def load_supported(
 
 
 def check_length(model: Any, max_length: int) -> None:
-    """Checks that a model that learnt its positions one by one (GPT-2, OPT) has learnt as many as texts may have.
+    """Checks that a model with learnt position embeddings (GPT-2, OPT) has one for each position of the longest text.
 
     Raises:
-        ValueError: it has not.
+        UserError: it has not.
     """
     config, words = model.config.get_text_config(decoder=True), model.get_input_embeddings()
     longest = getattr(config, "max_position_embeddings", None)
@@ -121,21 +127,9 @@ def check_length(model: Any, max_length: int) -> None:
         if isinstance(part, nn.Embedding) and part is not words
     ]
     if longest is not None and max_length > longest and any(0 <= rows - longest <= 2 for rows in tables):
-        raise ValueError(
+        raise UserError(
             f"--max-length: expected at most {longest}, the positions that the model has learnt, found {max_length}; "
             "lower it"
-        )
-
-
-def _check_head(inner: Any) -> None:
-    """Refuses adapters on the output head: its own weight and bias are what scoring reads, and what gets gradients."""
-    head = inner.get_output_embeddings()
-    read = {id(part) for part in (getattr(head, "weight", None), getattr(head, "bias", None)) if part is not None}
-    unread = [name for name, part in head.named_parameters() if id(part) not in read]
-    if unread:
-        raise ValueError(
-            f"expected an output head of its own weight alone, found an adapter on it ({unread[0]}), which "
-            "is not supported; leave the head out of the adapter's target modules"
         )
 
 
@@ -153,17 +147,15 @@ def _fault(inner: Any) -> str | None:
         found = anatomy(inner)
         sites = [Site(layer, "resid_post") for layer, known in enumerate(found.resid_post) if known]
         sites += [Site(layer, "mlp_out") for layer, part in enumerate(found.mlp_out) if part is not None]
-        return _fault_of(lambda seed: _try_whole(inner, sites, seed)) or _fault_of(lambda seed: _try_long(inner, seed))
-
-
-def _fault_of(attempt: Callable[[int], str | None]) -> str | None:
-    """What is wrong with all of some draws."""
-    faults = []
-    for seed in range(DRAWS):
-        if (fault := attempt(seed)) is None:
-            return None
-        faults.append(fault)
-    return faults[0]
+        for attempt in (partial(_try_whole, inner, sites), partial(_try_long, inner)):
+            first: str | None = None
+            for seed in range(DRAWS):
+                if (fault := attempt(seed)) is None:
+                    break
+                first = first or fault
+            else:
+                return first
+    return None
 
 
 def _try_whole(inner: Any, sites: Sequence[Site], seed: int) -> str | None:
@@ -181,14 +173,12 @@ def _try_whole(inner: Any, sites: Sequence[Site], seed: int) -> str | None:
                 expected_logps.append(logits_LV.log_softmax(-1).gather(1, ids[predicting.start + 1 :, None]).squeeze(1))
                 expected_acts.append({site: values[0, predicting] for site, values in captured.items()})
     expected_T = torch.cat(expected_logps)
-    if not expected_T.isfinite().all():  # which is named with its pairs, when they are scored
+    if not expected_T.isfinite().all():  # scoring names the pair
         return None
-    if not float((logps_T - expected_T).abs().max()) <= LOGP_TOLERANCE:
-        return f"log-probs that differ by {float((logps_T - expected_T).abs().max()):.2g} nats"
-    for site in sites:
-        if fault := _differs(acts[site], torch.cat([part[site] for part in expected_acts]), site.name):
-            return fault
-    return None
+    if not (worst := float((logps_T - expected_T).abs().max())) <= LOGP_TOLERANCE:
+        return f"log-probs that differ by {worst:.2g} nats"
+    faults = (_differs(acts[site], torch.cat([own[site] for own in expected_acts]), site.name) for site in sites)
+    return next(filter(None, faults), None)
 
 
 def _try_long(inner: Any, seed: int) -> str | None:
@@ -214,28 +204,26 @@ def _try_long(inner: Any, seed: int) -> str | None:
 
 
 class _ReachedError(Exception):
-    """A forward pass has come as far as it was wanted."""
+    """A forward pass has reached the layer whose output, its argument, was wanted."""
 
 
 def _up_to(layer: nn.Module, call: Callable[[], Any]) -> Tensor:
     """The output [L, D] of a layer; nothing after it is computed."""
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
-        raise _ReachedError(output[0] if isinstance(output, tuple) else output)
+        raise _ReachedError(first_tensor(output))
 
-    handle = layer.register_forward_hook(stop)
-    try:
-        call()
-    except _ReachedError as reached:
-        hidden_1LD: Tensor = reached.args[0]
-        return hidden_1LD[0]
-    finally:
-        handle.remove()
+    with layer.register_forward_hook(stop):
+        try:
+            call()
+        except _ReachedError as reached:
+            hidden_1LD: Tensor = reached.args[0]
+            return hidden_1LD[0]
     raise ValueError("layers that are not run")
 
 
 def _differs(found: Tensor, expected: Tensor, what: str) -> str | None:
-    """What differs by more than rounding, relative to the norm of each position."""
+    """Says by how much `found` differs, relative to the norm of each position, if rounding does not explain it."""
     if found.shape != expected.shape:
         return f"{what} of shape {list(found.shape)}, expected {list(expected.shape)}"
     if not expected.isfinite().all():
@@ -260,7 +248,7 @@ def _row(inner: Any, shapes: Sequence[Sequence[int]], seed: int) -> tuple[Packed
 
 @contextmanager
 def _window(inner: Any, tokens: int) -> Iterator[None]:
-    """Makes windows this long, wherever a model looks them up: the same masks, without thousands of tokens."""
+    """Shortens every attention window to `tokens`: the same masks without thousands of tokens."""
     places: dict[int, Any] = {id(part): part for part in inner.modules()}
     places |= {id(part.config): part.config for part in inner.modules() if hasattr(part, "config")}
     held = [
@@ -269,9 +257,9 @@ def _window(inner: Any, tokens: int) -> Iterator[None]:
         for name, value in list(vars(place).items())
         if WINDOWS.search(name) and isinstance(value, int) and value > tokens
     ]
-    for place, name, _ in held:
-        setattr(place, name, tokens)
     try:
+        for place, name, _ in held:
+            setattr(place, name, tokens)
         yield
     finally:
         for place, name, value in held:
@@ -280,10 +268,65 @@ def _window(inner: Any, tokens: int) -> Iterator[None]:
 
 @contextmanager
 def _plain_attention(inner: Any) -> Iterator[None]:
-    """Runs what it encloses under transformers' own eager attention."""
+    """Switches to transformers' own eager attention."""
     attention = inner.config._attn_implementation
     inner.set_attn_implementation("eager")
     try:
         yield
     finally:
         inner.set_attn_implementation(attention)
+
+
+def policy_mode(model: nn.Module, *, checkpointing: bool) -> None:
+    """Puts a policy into the mode that training uses: evaluation, in which noise and skipped layers are off.
+
+    Only what must train does: an adapter's dropout, and modules that ask whether they train before they save memory.
+
+    Args:
+        model: the policy, perhaps wrapped.
+        checkpointing: whether the backward will compute activations again, even if the model is not yet set to.
+    """
+    model.eval()
+    for name, module in model.named_modules():
+        saves_memory = getattr(module, "gradient_checkpointing", None)
+        if ADAPTER_DROPOUT in name or saves_memory or (checkpointing and saves_memory is not None):
+            module.training = True
+
+
+@torch.no_grad()
+def check_repeats(model: nn.Module, score: Callable[[], Tensor], *, checkpointing: bool) -> None:
+    """Checks that training computes the same whatever the random seed, as evaluation does.
+
+    Args:
+        model: the policy, perhaps wrapped; its mode is restored. An adapter's dropout is left out.
+        score: runs it and gives log-probabilities, nats.
+        checkpointing: as in `policy_mode`.
+
+    Raises:
+        UserError: it does not.
+    """
+    before = model.training
+    policy_mode(model, checkpointing=checkpointing)
+    for name, module in model.named_modules():
+        if ADAPTER_DROPOUT in name:
+            module.eval()
+    try:
+        first, other = _seeded(score, 0), _seeded(score, 1)
+        if torch.equal(first, other):
+            return
+        # Some GPU kernels add up in any order, so that they differ from themselves under one seed too.
+        found, own = (float((values - first).abs().max()) for values in (other, _seeded(score, 0)))
+    finally:
+        model.train(before)
+    if found > 8 * own:  # False for NaN, which the first step names with its pair
+        raise UserError(
+            f"model: expected one that computes the same in training as in evaluation, found log-probs that differ by "
+            f"{found:.3g} nats from one seed to another; set what makes it random to 0 in its config.json"
+        )
+
+
+def _seeded(score: Callable[[], Tensor], seed: int) -> Tensor:
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        return score().detach().clone()

@@ -19,12 +19,13 @@ from ...cache.identity import Meaning, Numerics, SiteMeaning
 from ...cache.schema import FORMAT_VERSION
 from ..data.chat import ChatFormat
 from ..data.preferences import Preferences
-from ..data.tokenized import SKIP_REASONS, Limits
+from ..data.tokenize import SKIP_REASONS, Limits
 from ..model.anatomy import decoder_layers
-from ..model.body import are_compiled
-from ..model.models import ModelSource, Recipe, tokenizer_sha256
+from ..model.compile import are_compiled
+from ..model.models import ModelSource, Recipe
+from ..model.sae import SiteSAE
 from ..model.sae_quality import SAEFit
-from ..model.sites import SiteSAE
+from ..model.tokenizer import tokenizer_sha256
 
 
 @dataclass(frozen=True, eq=False)

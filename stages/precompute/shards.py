@@ -18,9 +18,9 @@ from typing import Any
 from ...cache.manifest import Manifest, ShardReport
 from ...cache.remote import open_writer
 from ..data.preferences import Preferences
-from ..data.tokenized import Limits, tokenize_pair
-from ..model.frozen import freeze
-from ..model.models import check_tokens
+from ..data.tokenize import Limits, tokenize_pair
+from ..model.compile import freeze
+from ..model.tokenizer import check_tokens
 from ..scoring.measure import measure_pairs
 from ..scoring.packing import PackedRow
 from ..scoring.parity import check_packings, difference

@@ -1,7 +1,6 @@
-"""Cached pairs, and conversations, to batches of packed rows.
+"""Batches of packed rows, as the Trainer's collators return them.
 
-In: rows of a cache, or conversations. Out: packed rows as the Trainer's collator hands them on, those of a cache with
-what the reference said about them.
+In: cached pairs, or conversations. Out: packed rows; those of a cache with the reference's log-probs and features.
 
 Shapes: L positions of a row, R responses of a row (two a pair).
 """
@@ -9,12 +8,10 @@ Shapes: L positions of a row, R responses of a row (two a pair).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ...cache.schema import CachedPair, Pair
+from ...cache.schema import CachedPair
 from .features import CachedFeatures
 from .packing import Conversation, PackedRow, pack, pack_conversations
 
@@ -43,18 +40,6 @@ class RowBatch:
         """The `pair_id` of each pair."""
         return self.packed.names
 
-    def pairs(self) -> list[Pair]:
-        """The pairs of the row."""
-        row = self.packed
-        ids_L, pair_L, part_L = (t.cpu().numpy() for t in (row.input_ids_L, row.pair_L, row.part_L))
-        sources = iter(row.sources_T.cpu().split(list(row.lengths)))
-        pairs = []
-        for number, name in enumerate(row.names):
-            prompt, *sides = (((pair_L == number) & (part_L == part)).nonzero()[0] for part in range(3))
-            learnt = [_spans(next(sources).numpy(), side, int(prompt[-1])) for side in sides]
-            pairs.append(Pair(name, *(ids_L[where].astype("int32") for where in (prompt, *sides)), *learnt))
-        return pairs
-
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "RowBatch":
         """The same on `device`; accelerate's loader calls it."""
         cached = tuple(features.to(device) for features in self.cached)
@@ -65,13 +50,6 @@ class RowBatch:
         """The same in memory that a GPU copies from while it computes; the loader calls it where there is one."""
         cached = tuple(features.pin_memory() for features in self.cached)
         return RowBatch(self.packed.pin_memory(), cached, self.ref_logps_R.pin_memory())
-
-
-def _spans(sources: NDArray[np.int64], positions: NDArray[np.int64], last_prompt: int) -> NDArray[np.int32]:
-    """Which tokens of a response are learnt, as in the cache: those that are predicted from `sources`."""
-    before = np.concatenate(([last_prompt], positions[:-1]))
-    edges = np.diff(np.isin(before, sources).astype(np.int8), prepend=0, append=0)
-    return edges.nonzero()[0].astype(np.int32)
 
 
 @dataclass(frozen=True)

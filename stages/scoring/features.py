@@ -54,11 +54,11 @@ class CachedFeatures:
         return CachedFeatures(ids_RF, values_RF, torch.tensor([response.floor for response in features]))
 
     def to(self, device: torch.device | str) -> "CachedFeatures":
-        """The same with its tensors on `device`."""
+        """A copy with its tensors on `device`."""
         return CachedFeatures(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
     def pin_memory(self) -> "CachedFeatures":
-        """The same in memory that a GPU copies from while it computes."""
+        """A copy in pinned memory, from which a GPU copies while it computes."""
         return CachedFeatures(*(tensor.pin_memory() for tensor in vars(self).values()))
 
 
@@ -83,7 +83,7 @@ def _sae_in(sae: Any, acts_TD: Tensor) -> Tensor:
 
 
 def _encode(sae: Any, acts_CD: Tensor) -> Tensor:
-    """`sae.encode`, without gradient; where features do not compete, in one array instead of the five that it takes."""
+    """`sae.encode` without gradient; where features do not compete, in one array of its size instead of five."""
     if sae.cfg.architecture() not in COLUMNWISE:
         return sae.encode(acts_CD)  # type: ignore[no-any-return]
     acts_CM: Tensor = (_sae_in(sae, acts_CD) @ sae.W_enc).add_(sae.b_enc)
@@ -134,7 +134,7 @@ def largest_features(values_RN: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LargestFeatures:
-    """The features of several responses as the cache will store them, where they were computed.
+    """The features of several responses that the cache will store, on the device that computed them.
 
     Attributes:
         ids_RK: int64, ascending, padded with the SAE's width; None where `values_RK` are those of all features.
@@ -150,11 +150,11 @@ class LargestFeatures:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """In their order."""
+        """The tensors, in the order of the attributes."""
         return [tensor for tensor in vars(self).values() if tensor is not None]
 
     def stored(self, width: int) -> list[SparseFeatures]:
-        """One entry a response; ids are uint16, or uint32 above 65,536 features. To be called on the host."""
+        """One entry a response; ids are uint16, or uint32 above 65,536 features. Call it on the host."""
         dtype = "uint16" if width <= 2**16 else "uint32"
         made, floors, counts = [], self.floor_R.tolist(), self.nnz_R.tolist()
         for number, values_K in enumerate(self.values_RK.numpy()):

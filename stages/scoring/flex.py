@@ -1,36 +1,148 @@
 """Attention over packed rows by one compiled kernel, for GPUs.
 
-In: queries, keys and values of a row, and its `RowBlocks`. Out: what every position attends to, as under the masks of
-`packing.visible`, without the scores ever being stored.
+In: queries, keys and values of a row, and its `RowBlocks`: which ranges of positions each position attends to, and
+which blocks of keys each block of queries needs. Out: the attention that `attention.visible` allows, without storing
+the scores.
 
-torch compiles `flex_attention` anew for whatever its arguments hold but tensors. Here they hold nothing else: window,
-scale and soft-cap are tensors, and the lengths are unknown to the compiler. What is left is with and without gradient,
-with and without soft-cap, and the dtype. There is no falling back to a kernel that stores all scores.
+torch compiles `flex_attention` again for every new value among its arguments that is not a tensor. So window, scale and
+soft-cap are passed as tensors and the lengths are dynamic. It still compiles once for each combination of gradient,
+soft-cap and dtype. Nothing falls back to a kernel that stores all scores.
 
 Registered with transformers under the name `packed_flex`; without `RowBlocks` it is eager attention.
 
-Shapes: L positions of a row, N blocks of it, H heads, K heads of keys and values, D size of a head.
+Shapes: B sequences, L positions of a row, N blocks of a row (L = N · BLOCK), H heads, K heads of keys and values, D
+size of a head.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from .blocks import BLOCK, RowBlocks
+from ...cache.errors import UserError
 
 FLEX = "packed_flex"
 
-# Who compiles; tests take one that needs no GPU.
+# The compiler; tests choose one that needs no GPU.
 BACKEND = "inductor"
+# Positions of a block: the size that flex attention's kernels are tuned for.
+BLOCK = 128
+# A compiler takes sizes of 1 for constants, so that a row of one block would be compiled for itself.
+LEAST_BLOCKS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class RowBlocks:
+    """What attends to what in one kind of layer, without an L × L mask. Tensors are int32, made on the CPU.
+
+    Attributes:
+        window: tokens that the layer sees, the query's own included; None for all.
+        ranges_3L: position q attends to those from `ranges_3L[0, q]` to before `ranges_3L[1, q]`, which are of its
+            prompt, and to those from `ranges_3L[2, q]` to q, which are of its own part.
+        kv_num_blocks_11N: for each block of queries, how many blocks of keys it attends to in part.
+        kv_indices_11NN: the numbers of these blocks, then those of all others.
+        full_kv_num_blocks_11N: for each block of queries, how many blocks of keys it attends to in full.
+        full_kv_indices_11NN: their numbers first.
+        q_num_blocks_11N: for each block of keys, how many blocks of queries attend to it in part.
+        q_indices_11NN: their numbers first.
+        full_q_num_blocks_11N: for each block of keys, how many blocks of queries attend to it in full.
+        full_q_indices_11NN: their numbers first.
+    """
+
+    window: int | None
+    ranges_3L: Tensor
+    kv_num_blocks_11N: Tensor
+    kv_indices_11NN: Tensor
+    full_kv_num_blocks_11N: Tensor
+    full_kv_indices_11NN: Tensor
+    q_num_blocks_11N: Tensor
+    q_indices_11NN: Tensor
+    full_q_num_blocks_11N: Tensor
+    full_q_indices_11NN: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, in the order of the attributes."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "RowBlocks":
+        """A copy with `change` applied to every tensor."""
+        changed: dict[str, Any] = {name: change(value) for name, value in self.tensors.items()}
+        return replace(self, **changed)
+
+
+def row_blocks(
+    position_ids_L: NDArray[Any], pair_L: NDArray[Any], part_L: NDArray[Any], window: int | None
+) -> RowBlocks:
+    """The `RowBlocks` of a row by the rule of `attention.visible`, for one kind of layer.
+
+    Args:
+        position_ids_L: as in `PackedRow`; L is a multiple of `BLOCK`.
+        pair_L: as in `PackedRow`.
+        part_L: as in `PackedRow`.
+        window: tokens that the layer sees, the query's own included; None for all.
+    """
+    size = len(position_ids_L)
+    assert size % BLOCK == 0, f"expected whole blocks of {BLOCK}, found {size} positions"
+    index_L = np.arange(size)
+    new_pair_L = np.append(True, pair_L[1:] != pair_L[:-1])
+    new_run_L = new_pair_L | np.append(True, part_L[1:] != part_L[:-1])
+    pair_start_L = np.maximum.accumulate(np.where(new_pair_L, index_L, 0))
+    run_start_L = np.maximum.accumulate(np.where(new_run_L, index_L, 0))
+    # An answer's first position id is the length of its prompt; a prompt's own is 0.
+    prompt_stop_L = pair_start_L + position_ids_L[run_start_L]
+    prompt_start_L = pair_start_L
+    if window is not None:
+        prompt_start_L = np.maximum(prompt_start_L, pair_start_L + position_ids_L - window + 1)
+        run_start_L = np.maximum(run_start_L, index_L - window + 1)
+
+    partial_NN, full_NN = _blocks_seen(prompt_start_L, prompt_stop_L, run_start_L, index_L)
+    listed = [*_listed(partial_NN), *_listed(full_NN), *_listed(partial_NN.T), *_listed(full_NN.T)]
+    ranges_3L = torch.from_numpy(np.stack([prompt_start_L, prompt_stop_L, run_start_L]).astype(np.int32))
+    return RowBlocks(window, ranges_3L, *listed)
+
+
+def _blocks_seen(
+    prompt_start_L: NDArray[Any], prompt_stop_L: NDArray[Any], own_start_L: NDArray[Any], index_L: NDArray[Any]
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which blocks of keys a block of queries attends to in part, and which in full; bool [N, N] each."""
+    # Where a part follows its prompt, both are one range, which may fill a block that neither does.
+    joined_L = prompt_stop_L == own_start_L
+    starts_2L = np.stack([prompt_start_L, np.where(joined_L, np.minimum(prompt_start_L, own_start_L), own_start_L)])
+    stops_2L = np.stack([np.where(joined_L, prompt_start_L, prompt_stop_L), index_L + 1])
+    touched = _counted(starts_2L // BLOCK, -(-stops_2L // BLOCK), stops_2L > starts_2L)
+    filled = _counted(-(-starts_2L // BLOCK), stops_2L // BLOCK, stops_2L > starts_2L)
+    full_NN = filled == BLOCK
+    return (touched > 0) & ~full_NN, full_NN
+
+
+def _counted(first_2L: NDArray[Any], stop_2L: NDArray[Any], valid_2L: NDArray[Any]) -> NDArray[Any]:
+    """For each block of queries, how many of its ranges of blocks [first, stop) contain each block; [N, N]."""
+    size = first_2L.shape[1] // BLOCK
+    row_2L = np.broadcast_to(np.arange(first_2L.shape[1]) // BLOCK * (size + 1), first_2L.shape)
+    valid_2L = valid_2L & (stop_2L > first_2L)
+    begins, ends = (
+        np.bincount((row_2L + bound_2L)[valid_2L], minlength=size * (size + 1)) for bound_2L in (first_2L, stop_2L)
+    )
+    return np.asarray((begins - ends).reshape(size, size + 1).cumsum(1)[:, :size])
+
+
+def _listed(blocks_NN: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+    """How many blocks each row of `blocks_NN` marks, and all block numbers with the marked ones first."""
+    order_NN = np.argsort(~blocks_NN, axis=1, kind="stable").astype(np.int32)
+    return torch.from_numpy(blocks_NN.sum(1, dtype=np.int32))[None, None], torch.from_numpy(order_NN)[None, None]
 
 
 class RowMask(BlockMask):
-    """`RowBlocks` in the form in which models hand on a mask."""
+    """`RowBlocks` as the mask that a transformers model passes on to its layers."""
 
     def __init__(self, blocks: RowBlocks) -> None:
         ranges_3L, *listed = blocks.tensors.values()
@@ -53,7 +165,7 @@ def _attend(
 ) -> Tensor:
     """Attention, [1, H, L, D]; `listed` are the tensors of `RowBlocks` after the ranges."""
     if not torch.compiler.is_compiling():
-        raise RuntimeError("attention: expected to be compiled, found that compiling is switched off (torch._dynamo)")
+        raise RuntimeError("attention: expected compiled code, found compilation switched off (torch._dynamo)")
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         in_prompt = (key >= ranges_3L[0, query]) & (key < ranges_3L[1, query])
@@ -73,7 +185,7 @@ def _attend(
 
 @cache
 def _compiled(backend: str) -> Any:
-    # A graph that is whole, or an error: also once torch has compiled it as often as it allows.
+    # fullgraph: an error, not uncompiled code, also when torch reaches its limit of recompilations.
     return torch.compile(_attend, backend=backend, fullgraph=True)
 
 
@@ -100,29 +212,32 @@ def packed_flex_attention(
 
     Args:
         module: the layer's attention.
-        query_1HLD: of a row.
-        key_1KLD: likewise.
-        value_1KLD: likewise.
-        attention_mask: a `RowMask`; or what eager attention takes, for sequences that are not packed.
-        scaling: of the scores; the heads' size to the power of -1/2 by default.
-        softcap: of the scores, `c·tanh(score/c)`; None for none.
-        dropout: of the weights; 0.
-        s_aux: None.
-        position_bias: None.
-        kwargs: the interface's other arguments. They are not looked at: among them is the layer's window, which the
-            mask holds, and for which a layer would be compiled once more.
+        query_1HLD: the row's queries.
+        key_1KLD: the row's keys.
+        value_1KLD: the row's values.
+        attention_mask: a `RowMask`; or an additive mask, for sequences that are not packed.
+        scaling: factor of the scores; D^-1/2 by default.
+        softcap: soft-capping of the scores, `c·tanh(score/c)`; None for none.
+        dropout: must be 0.
+        s_aux: attention sinks; must be None.
+        position_bias: must be None.
+        kwargs: the interface's other arguments, ignored. Among them is the layer's window: the mask has it already,
+            and to read it would compile the layer once more.
 
     Returns:
         [1, L, H, D].
 
     Raises:
-        ValueError: if the layer needs what is not computed here.
+        UserError: the layer needs dropout, sinks or biases.
     """
     if dropout or s_aux is not None or position_bias is not None:
-        raise ValueError(f"--attention: {FLEX} has no dropout, attention sinks or biases of positions; take eager")
+        raise UserError(
+            f"--attention: {FLEX} computes no dropout, attention sinks or position biases, which this model "
+            "has; choose eager"
+        )
     scaling = query_1HLD.shape[-1] ** -0.5 if scaling is None else scaling
     device = query_1HLD.device
-    # Rotary positions are fp32 under autocast, the values are not: a kernel takes one dtype.
+    # Under autocast queries and keys leave the rotary embedding in fp32, values are bf16: the kernel takes one dtype.
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query_1HLD.dtype
     rows = query_1HLD.to(dtype), key_1KLD.to(dtype), value_1KLD.to(dtype)
     if not isinstance(attention_mask, RowMask):

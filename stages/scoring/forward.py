@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...cache.errors import UserError
 from ..model.anatomy import anatomy
 from ..model.models import Recipe, autocast
 from ..model.rotary import forget_lengths, of_same_frequencies
-from ..model.sites import Site, SiteSAE, capture_sites
-from .attention import PACKED, sequences_of
+from ..model.sae import Site, SiteSAE, capture_sites
+from .attention import PACKED, layout_for, masks_for, sequences_of
 from .features import CachedFeatures, FeatureDrift, feature_drift, pooled_features
 from .logprobs import token_scores
-from .masks import layout_for, masks_for
 from .packing import PackedRow, RowLayout
 
 
@@ -73,7 +73,7 @@ def softcap(model: nn.Module) -> float | None:
 
 
 def logit_scale(model: nn.Module) -> float:
-    """What the head's output is multiplied with to be logits (Cohere: 0.0625)."""
+    """Factor from the head's output to the logits (Cohere: 0.0625)."""
     return anatomy(causal_lm(model)).scale
 
 
@@ -84,7 +84,7 @@ def head_weight(model: nn.Module) -> Tensor:
 
 
 def row_layout(model: nn.Module) -> RowLayout:
-    """What the model's attention asks of rows."""
+    """The row layout that the model's attention needs."""
     return layout_for(causal_lm(model).get_decoder().config)  # of the text model, where the causal LM wraps several
 
 
@@ -98,13 +98,16 @@ def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[T
 
     Returns:
         Hidden states after the final norm [T, D], and the activations of each site [T, D].
+
+    Raises:
+        UserError: under FSDP, sequences of the row need different rotary frequencies.
     """
     inner = causal_lm(model)
     parts = of_same_frequencies(inner.get_decoder(), row, row_layout(model))
     if len(parts) == 1:
         return _run_decoder(inner, row, sites)
     if any(hasattr(weight, "full_tensor") for weight in inner.parameters()):  # all ranks must run as many passes
-        raise ValueError(
+        raise UserError(
             f"pairs {', '.join(row.names[:3])}: expected one set of rotary frequencies for all sequences, found some "
             "above the length from which this model scales them, which is not supported under FSDP; lower --max-length"
         )
@@ -115,7 +118,7 @@ def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[T
 
 
 def _run_decoder(inner: Any, row: PackedRow, sites: Sequence[Site]) -> tuple[Tensor, dict[Site, Tensor]]:
-    """`run_body` of a row whose sequences have the same rotary frequencies."""
+    """`run_body` for a row whose sequences share one set of rotary frequencies."""
     decoder = inner.get_decoder()
     forget_lengths(decoder)
     config = decoder.config  # of the text model, where the causal LM wraps several
@@ -136,7 +139,7 @@ def _run_decoder(inner: Any, row: PackedRow, sites: Sequence[Site]) -> tuple[Ten
 def run_head(
     model: nn.Module, hidden_TD: Tensor, targets_T: Tensor, reference: LiveReference | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`token_scores` of the model's head, inside the head's own forward: where weights are sharded, it is whole there.
+    """`token_scores` of the model's head, run inside the head's own forward, where FSDP has gathered its weight.
 
     Args:
         model: the causal LM.
@@ -216,9 +219,9 @@ def score_row(
 
 @contextmanager
 def _sae_products(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """Lets a GPU round the operands of the SAEs' products to TF32 where activations come out of bf16 anyway.
+    """Allows TF32 in the SAEs' products on a GPU under bf16, where the activations have been rounded to bf16 anyway.
 
-    For these alone: models compute angles of positions in fp32 products.
+    Not in the model: it computes rotary angles by fp32 products.
     """
     if recipe != "bf16" or device.type != "cuda":
         yield
@@ -244,7 +247,7 @@ def live_reference(model: nn.Module, row: PackedRow, recipe: Recipe) -> LiveRefe
 
 
 def reference_state(model: nn.Module, hidden_TD: Tensor) -> LiveReference:
-    """What the KL needs of a reference whose hidden states at the prediction positions are these."""
+    """What the KL needs of a reference, from its hidden states [T, D] at the prediction positions."""
     return LiveReference(hidden_TD, head_weight(model), causal_lm(model).get_output_embeddings().bias)
 
 

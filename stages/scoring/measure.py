@@ -1,7 +1,7 @@
 """Pairs measured as the cache holds them: stage one's use of the forward pass.
 
-In: a frozen causal LM, pairs and SAEs. Out: of each response its log-probability and its largest pooled features, on
-the host. Nothing in a row waits for the device: its results are copied while the next row is under way.
+In: a frozen causal LM, pairs and SAEs. Out: each response's log-probability and largest pooled features, on
+the host. Nothing waits for the device inside a row: its results are copied while the next row is computed.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...cache.schema import CachedPair, Pair, ReferenceResponse
 from ..model.models import Recipe
-from ..model.sites import SiteSAE
+from ..model.sae import SiteSAE
 from .features import LargestFeatures, select_largest
 from .forward import RowScores, row_layout, score_row
 from .packing import PackedRow, named, packed_rows
@@ -55,7 +55,7 @@ def measure_pairs(
         if on_row:
             on_row(row)
 
-    # What a row gave is read when the next one is under way, so that the device never waits for the host.
+    # A row's results are read after the next row has been launched, so that the device never waits for the host.
     before: tuple[PackedRow, _RowResult] | None = None
     for row in packed_rows(pairs, token_budget, row_layout(model)):
         pinned = row.pin_memory() if device.type == "cuda" else row
@@ -69,7 +69,7 @@ def measure_pairs(
 
 
 class _RowResult:
-    """What the cache holds of a row's responses, on its way to the host."""
+    """What the cache stores of a row's responses, while it is copied to the host."""
 
     def __init__(self, scores: RowScores, keep_features: int | None) -> None:
         self._sites = [select_largest(pooled_RM, keep_features) for pooled_RM in scores.pooled]
@@ -102,8 +102,8 @@ class HostCopy:
     """Tensors of 4 or 8 bytes an entry, copied to the host while the device goes on."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """Starts the copy."""
-        # Those of 8 bytes an entry first, so that each begins where its dtype may.
+        """Starts one copy of all tensors, into pinned memory, without waiting."""
+        # 8-byte dtypes first, so that every tensor is aligned.
         self._order = sorted(range(len(tensors)), key=lambda number: -tensors[number].element_size())
         self._kinds = [(tensors[number].dtype, tensors[number].shape) for number in self._order]
         flat = torch.cat([tensors[number].contiguous().flatten().view(torch.int32) for number in self._order])
@@ -116,7 +116,7 @@ class HostCopy:
             self._done.record(torch.cuda.current_stream(flat.device))
 
     def read(self) -> list[Tensor]:
-        """The tensors, on the host; waits for the copy, not for what the device was given after it."""
+        """The tensors, on the host; waits for the copy, not for later work of the device."""
         if self._done is not None:
             self._done.synchronize()
         found: dict[int, Tensor] = {}

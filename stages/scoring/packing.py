@@ -1,7 +1,7 @@
 """Pairs to packed rows that share the prompt, and conversations to packed rows.
 
 In: tokenised pairs and a token budget. Out: rows `prompt · chosen · rejected · prompt · chosen · …` with position ids
-that restart after each prompt, the attention masks that keep pairs and responses apart, and the positions from which
+that restart after each prompt, and the positions from which
 every response token is predicted. Packing is a pure function of (pairs, token budget). Conversations are packed end to
 end by the same rules; there the assistant's tokens are the ones that are predicted.
 
@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...cache.errors import UserError
 from ...cache.schema import Pair
-from .blocks import BLOCK, LEAST_BLOCKS, RowBlocks, row_blocks
+from .flex import BLOCK, LEAST_BLOCKS, RowBlocks, row_blocks
 
 PADDING = -1
 # So many pairs of a row are named in a message; the others are counted.
@@ -47,14 +48,15 @@ class RowLayout(NamedTuple):
 
     Attributes:
         pad_to: row lengths are padded to a multiple of this, to bound the number of shapes that a compiler sees.
-        windows: of the kinds of layers whose `RowBlocks` a row is to have, None for full attention.
+        windows: sliding windows of the model's kinds of layers, None for full attention; a row gets the `RowBlocks` of
+            each.
     """
 
     pad_to: int = 1
     windows: tuple[int | None, ...] = ()
 
     def padding(self, tokens: int) -> int:
-        """How many positions follow so many tokens."""
+        """How many padding positions a row of `tokens` tokens gets."""
         return max(-tokens % self.pad_to, LEAST_BLOCKS * BLOCK - tokens if self.windows else 0)
 
     def blocks(
@@ -64,7 +66,7 @@ class RowLayout(NamedTuple):
         part_L: NDArray[np.int64],
         device: torch.device | str = "cpu",
     ) -> tuple[RowBlocks, ...]:
-        """Of every window, what `row_blocks` makes of a row."""
+        """The `RowBlocks` of a row for each window."""
         made = (row_blocks(position_ids_L, pair_L, part_L, window) for window in self.windows)
         return tuple(blocks.with_tensors(lambda tensor: tensor.to(device)) for blocks in made)
 
@@ -133,10 +135,10 @@ def plan_rows(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
         Rows of indices into `lengths`, ascending inside a row; every index once.
 
     Raises:
-        ValueError: if the budget is not positive.
+        UserError: the budget is not positive.
     """
     if token_budget < 1:
-        raise ValueError(f"token budget: expected at least 1, found {token_budget}; see --token-budget")
+        raise UserError(f"token budget: expected at least 1, found {token_budget}; see --token-budget")
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -160,19 +162,19 @@ def pack(
         pairs: the pairs, each with a non-empty prompt and non-empty responses.
         token_budget: tokens a row may hold, prompts counted once; a longer pair has a row of its own.
         pad_to: as in `RowLayout`.
-        windows: likewise.
+        windows: as in `RowLayout`.
 
     Returns:
         The rows; each pair is in exactly one.
 
     Raises:
-        ValueError: if the budget is not positive.
+        UserError: the budget is not positive.
     """
     return list(packed_rows(pairs, token_budget, RowLayout(pad_to, tuple(windows))))
 
 
 def packed_rows(pairs: Sequence[Pair], token_budget: int, layout: RowLayout) -> Iterator[PackedRow]:
-    """As `pack`, one row at a time, made when it is asked for."""
+    """`pack` as a generator: each row is built only when it is needed."""
     lengths = [pair.prompt_ids.size + pair.chosen_ids.size + pair.rejected_ids.size for pair in pairs]
     for row in plan_rows(lengths, token_budget):
         yield _pack_row([pairs[i] for i in row], row, layout)
@@ -193,7 +195,7 @@ def pack_conversations(
         The rows, `PROMPT` everywhere, one response a conversation; each conversation is in exactly one.
 
     Raises:
-        ValueError: if the budget is not positive.
+        UserError: the budget is not positive.
     """
     rows = plan_rows([conversation.ids.size for conversation in conversations], token_budget)
     layout = RowLayout(pad_to, tuple(windows))
@@ -273,7 +275,7 @@ def _row(
     sources: Sequence[Any],
     targets: Sequence[Any],
 ) -> PackedRow:
-    """Joins the arrays of a row's parts, and pads those that have an entry a position."""
+    """Joins the arrays of a row's parts and pads those with one entry a position."""
     size = sum(part.size for part in tokens)
     padding = layout.padding(size)
 
@@ -296,41 +298,3 @@ def _row(
         tokens=size,
         blocks=layout.blocks(*structure),
     )
-
-
-def visible(row: PackedRow, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Whether position `query` may attend to position `key`: the one rule behind every mask.
-
-    Same pair, not later in the row, and the key is in the prompt or in the query's own response; a sliding window
-    counts position ids, so that the rejected response keeps the window it has as a sequence of its own. Padding sees
-    padding, so that no softmax is over nothing.
-
-    Args:
-        row: the packed row.
-        query: int64 row positions, any shape.
-        key: int64 row positions, broadcast with `query`.
-        window: tokens a sliding-window layer sees, the query's own included; None for full attention.
-
-    Returns:
-        bool, the broadcast shape.
-    """
-    same_pair = row.pair_L[query] == row.pair_L[key]
-    same_part = (row.part_L[key] == PROMPT) | (row.part_L[key] == row.part_L[query])
-    allowed = same_pair & same_part & (key <= query)
-    if window is not None:
-        allowed = allowed & (row.position_ids_L[query] - row.position_ids_L[key] < window)
-    return allowed
-
-
-def attention_mask(row: PackedRow, window: int | None) -> Tensor:
-    """The mask of one kind of layer as eager attention takes it: additive, float32 [1, 1, L, L].
-
-    Args:
-        row: the packed row, on the model's device.
-        window: as in `visible`.
-    """
-    size = row.input_ids_L.numel()
-    index = torch.arange(size, device=row.input_ids_L.device)
-    allowed_LL = visible(row, index[:, None], index[None, :], window)
-    blocked = torch.finfo(torch.float32).min
-    return torch.zeros(1, 1, size, size, device=index.device).masked_fill(~allowed_LL, blocked)

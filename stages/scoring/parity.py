@@ -2,7 +2,7 @@
 
 In: two lists of measured pairs. Out: the largest difference of log-probabilities and of features. Stage one measures a
 sample twice, with two packings, and stores the difference as the cache's noise; stage two measures a sample with the
-policy and compares it with the cache, within a tolerance that stands on that noise.
+policy and compares it with the cache, within a tolerance derived from that noise.
 
 Noise is bounded: two packings of a response of T tokens may differ by what rounding explains. More is a model whose
 values depend on what it is packed with, and stops stage one; whatever noise a cache states, stage two allows no more.
@@ -36,11 +36,12 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
+from ...cache.errors import UserError
 from ...cache.manifest import Noise
 from ...cache.reader import Cache
 from ...cache.schema import CachedPair, ReferenceResponse, SparseFeatures
 from ..model.models import Recipe
-from ..model.sites import SiteSAE
+from ..model.sae import SiteSAE
 from .measure import measure_pairs
 
 # k of the D_F in which feature differences are stated; a run's own --top-k may be another.
@@ -63,7 +64,7 @@ def feature_mse(first: SparseFeatures, second: SparseFeatures, top_k: int = TOP_
 
 
 def apart(first: Sequence[CachedPair], second: Sequence[CachedPair]) -> list[Noise]:
-    """The differences between two measurements of the same pairs.
+    """Differences between two measurements of the same pairs.
 
     Args:
         first: one measurement.
@@ -82,7 +83,7 @@ def apart(first: Sequence[CachedPair], second: Sequence[CachedPair]) -> list[Noi
 
 
 def difference(first: Sequence[CachedPair], second: Sequence[CachedPair]) -> Noise:
-    """The largest of the differences `apart`, of log-probs and by site."""
+    """The largest difference between two measurements: of log-probs, and of features by site."""
     found = apart(first, second)
     by_site = zip(*(noise.feature_mse for noise in found), strict=True)
     return Noise(max(noise.logp for noise in found), tuple(max(site) for site in by_site))
@@ -93,7 +94,7 @@ def _responses(rows: Sequence[CachedPair]) -> list[ReferenceResponse]:
 
 
 def bound(recipe: Recipe, sample: Sequence[CachedPair]) -> list[Noise]:
-    """The largest differences that rounding explains.
+    """The largest differences that rounding can explain.
 
     Args:
         recipe: the compute recipe.
@@ -113,7 +114,7 @@ def bound(recipe: Recipe, sample: Sequence[CachedPair]) -> list[Noise]:
 
 
 def tolerance(noise: Noise, recipe: Recipe, sample: Sequence[CachedPair]) -> list[Noise]:
-    """The largest differences that are still taken for noise.
+    """The largest differences that count as noise.
 
     Args:
         noise: of the cache, at the sample's sites.
@@ -139,7 +140,7 @@ def tolerance(noise: Noise, recipe: Recipe, sample: Sequence[CachedPair]) -> lis
 
 
 def _sizes(responses: Sequence[ReferenceResponse]) -> list[np.ndarray]:
-    """By site, D_F of each response against no feature at all."""
+    """D_F of each response to an empty set of features, [R] for each site."""
     sites = zip(*(response.features for response in responses), strict=True)
     return [np.array([feature_mse(features, NO_FEATURES) for features in of_site]) for of_site in sites]
 
@@ -153,7 +154,7 @@ def check_packings(first: Sequence[CachedPair], second: Sequence[CachedPair], re
         recipe: the compute recipe of both.
 
     Raises:
-        ValueError: they differ by more; names the pairs, with both numbers of the one that is farthest off.
+        UserError: they differ by more; names the pairs, with both numbers of the one that is farthest off.
     """
     names = [f"{row.pair.pair_id} {side}" for row in first for side in ("chosen", "rejected")]
     logps = [(one.logp, other.logp) for one, other in zip(_responses(first), _responses(second), strict=True)]
@@ -170,7 +171,7 @@ def check_packings(first: Sequence[CachedPair], second: Sequence[CachedPair], re
     if wrong:
         worst, *others = sorted(wrong, key=lambda name: -wrong[name][0])
         more = f", and {', '.join(others[:3])}{' …' if len(others) > 3 else ''}" if others else ""
-        raise ValueError(
+        raise UserError(
             f"expected a pair to mean the same in two packings, found {worst}: {wrong[worst][1]}{more}; what this "
             "model computes depends on what it is packed with: give --attention eager, or another model"
         )
@@ -186,32 +187,32 @@ def check_cache(cache: Cache, saes: Sequence[SiteSAE], recipe: Recipe, top_k: in
         top_k: k of D_F.
 
     Raises:
-        ValueError: if the recipe, a site or an SAE is another, or the cache keeps fewer than `top_k` features.
+        UserError: if the recipe, a site or an SAE is another, or the cache keeps fewer than `top_k` features.
     """
     meaning = cache.manifest.meaning
     if meaning.recipe != recipe:
-        raise ValueError(
+        raise UserError(
             f"--dtype: cache {cache.folder} was made with {meaning.recipe}, found {recipe}; policy and reference must "
             "be measured under one recipe"
         )
     sites = [sae.site.name for sae in saes]
     if sites and sites != list(cache.sites):
-        raise ValueError(f"cache {cache.folder}: expected sites {', '.join(sites)}, found {', '.join(cache.sites)}")
+        raise UserError(f"cache {cache.folder}: expected sites {', '.join(sites)}, found {', '.join(cache.sites)}")
     hashes = {site.site: site.sae for site in meaning.sites}
     for sae in saes:
         if sae.sha256 != hashes[sae.site.name]:
-            raise ValueError(
+            raise UserError(
                 f"--sae: the cache's features at {sae.site.name} are of another SAE than {sae.spec} (hashes "
                 f"{hashes[sae.site.name][:12]} and {sae.sha256[:12]}); give the one it was made with"
             )
     if saes and meaning.keep_features is not None and top_k > meaning.keep_features:
-        raise ValueError(
+        raise UserError(
             f"--top-k: the cache keeps {meaning.keep_features} features a response, found {top_k}; choose fewer"
         )
 
 
 def _noise_of(cache: Cache) -> Noise:
-    """The cache's noise at the sites that it was opened with."""
+    """The cache's noise at the sites for which it was opened."""
     noise = cache.manifest.noise
     assert noise is not None, "a cache that holds pairs holds their noise"
     numbers = [[site.site for site in cache.manifest.meaning.sites].index(name) for name in cache.sites]
@@ -243,7 +244,7 @@ def check_parity(
         The largest differences, `parity/logps` in nats and with SAEs `parity/mse` (D_F), and their tolerances.
 
     Raises:
-        ValueError: if a difference is larger than the cache's noise explains, unless that is allowed.
+        UserError: if a difference is larger than the cache's noise explains, unless that is allowed.
     """
     count = min(pairs, len(cache))
     sample = [cache[round(i * (len(cache) - 1) / max(1, count - 1))] for i in range(count)]
@@ -268,7 +269,7 @@ def check_parity(
     report: dict[str, float] = {}
     for what, unit, value, limit in checks:
         if not value <= limit and not allow_different_start:
-            raise ValueError(
+            raise UserError(
                 f"policy and cache differ before the first step: {what} by {value:.3g} {unit} over {count} pairs, "
                 f"expected at most {limit:.3g}; margins and constraint would measure against another model: start from "
                 "the model that the cache was made with, or pass --allow-different-start"

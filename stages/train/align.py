@@ -18,10 +18,11 @@ from transformers import TrainerCallback
 from ...cache.identity import Meaning
 from ...cache.reader import Cache
 from ..model.anatomy import decoder_layers
-from ..model.frozen import freeze
-from ..model.models import attentions_to_try, check_tokens, find_model, load_model, load_tokenizer, tokenizer_sha256
-from ..model.sites import SiteSAE
+from ..model.compile import freeze
+from ..model.models import attentions_to_try, find_model, load_model
+from ..model.sae import SiteSAE
 from ..model.supported import load_supported
+from ..model.tokenizer import check_tokens, load_tokenizer, tokenizer_sha256
 from ..scoring.batches import RowBatch, RowCollator
 from ..scoring.forward import RowScores, causal_lm, live_reference, row_layout
 from ..scoring.parity import check_cache, check_parity

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..data.conversations import Conversations
-from ..model.models import check_tokens
+from ..model.tokenizer import check_tokens
 from ..scoring.batches import ConversationCollator
 from ..scoring.forward import RowScores, causal_lm, row_layout
 from ..scoring.packing import Conversation, PackedRow

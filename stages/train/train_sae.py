@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..model.rotary import forget_lengths, frequencies_of
+from ..model.sae import Site, capture_sites, load_sae
 from ..model.sae_quality import FitSums, SAEFit
-from ..model.sites import Site, capture_sites, load_sae
 from .checkpoints import check_weights, saving
 
 TokenIds = NDArray[np.int32]

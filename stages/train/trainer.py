@@ -22,11 +22,9 @@ from transformers import Trainer, TrainerCallback
 
 from ...cache.errors import UserError, reading
 from ..model.anatomy import decoder_layers
-from ..model.body import CheckpointEvery, compile_layers
-from ..model.model_card import is_adapter, model_card, training_facts
-from ..model.randomness import check_repeats, policy_mode
-from ..model.sites import Site
-from ..model.supported import check_model
+from ..model.compile import CheckpointEvery, compile_layers
+from ..model.sae import Site
+from ..model.supported import check_model, check_repeats, policy_mode
 from ..scoring.forward import RowScores, attach_scoring, causal_lm
 from ..scoring.packing import named
 from .callbacks import MetricsFile, PairMeans
@@ -34,6 +32,7 @@ from .checkpoints import check_state, check_weights, copy_processor, move_model,
 from .config import RowConfig
 from .distributed import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
 from .memory import PeakMemory
+from .model_card import is_adapter, model_card, training_facts
 from .rehearsal import rehearse
 from .schedules import check_rates, own_length
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 from fpo.cache.schema import Pair
-from fpo.stages.model.models import find_model, load_tokenizer
+from fpo.stages.model.models import find_model
+from fpo.stages.model.tokenizer import load_tokenizer
 from tiny_setting import tiny_setting
 
 from benchmarks.pairs import amounts, attended, choose, padded, random_pairs, real_pairs, size

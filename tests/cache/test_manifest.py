@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from cache_rows import MEANING, NUMERICS, write_cache
+from fpo.cache.errors import MissingError
 from fpo.cache.files import canonical_json
 from fpo.cache.manifest import Manifest, Noise, ShardRecord, ShardReport, shard_name
 
@@ -116,7 +117,7 @@ def test_a_changed_byte_is_noticed_wherever_it_is(tmp_path: Path):
 
 
 def test_without_a_manifest_the_user_is_told_to_finish(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="finish `fpo precompute`"):
+    with pytest.raises(MissingError, match="finish `fpo precompute`"):
         Manifest.load(tmp_path)
 
 

@@ -10,6 +10,7 @@ import pytest
 from cache_rows import MEANING, NUMERICS, SITES, assert_same, assert_same_array, random_rows, shard, write_cache
 from fpo.cache import reader
 from fpo.cache.columns import rows_to_table
+from fpo.cache.errors import MissingError
 from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache, verify
 from fpo.cache.shard import encode_shard, read_footer
@@ -79,7 +80,8 @@ def test_chosen_sites_come_in_the_order_asked_for(tmp_path: Path, home: Path):
 def test_a_site_that_the_cache_lacks_is_told_with_those_it_has(tmp_path: Path):
     write_cache(tmp_path / "cache")
     with pytest.raises(
-        ValueError, match=r"blocks\.9: the cache has blocks\.1\.hook_resid_post, blocks\.2\.hook_mlp_out"
+        ValueError,
+        match=r"blocks\.9: expected a site of the cache \(blocks\.1\.hook_resid_post, blocks\.2\.hook_mlp_out",
     ):
         open_cache(tmp_path / "cache", sites=["blocks.9"])
     with pytest.raises(ValueError, match="expected each once"):
@@ -117,7 +119,7 @@ def test_an_unfinished_cache_is_refused(tmp_path: Path):
     writer = CacheWriter(tmp_path / "cache", MEANING, NUMERICS, 10)
     writer.write_shard(*shard(writer, 0))
     assert writer.finish() is None
-    with pytest.raises(FileNotFoundError, match="finish `fpo precompute`"):
+    with pytest.raises(MissingError, match="finish `fpo precompute`"):
         open_cache(tmp_path / "cache")
     assert len(verify(tmp_path / "cache")) == 1
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cache_rows import MEANING, NUMERICS, shard, with_damaged_pages, write_cache
+from fpo.cache.errors import MissingError, UserError
 from fpo.cache.identity import IdentityError
 from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache, verify
@@ -108,7 +109,7 @@ for index in writer.missing():
 """
     killed = subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(TESTS)}, check=False)
     assert killed.returncode == -signal.SIGKILL
-    with pytest.raises(FileNotFoundError, match="finish `fpo precompute`"):
+    with pytest.raises(MissingError, match="finish `fpo precompute`"):
         open_cache(url)
     machine("second")
     assert writer_of(url).missing() == ([1, 2] if place == "before" else [2])
@@ -212,12 +213,12 @@ def test_a_store_out_of_reach_is_not_taken_for_an_empty_one(url: str, monkeypatc
         raise RuntimeError("down")
 
     monkeypatch.setattr(type(writer_of(url)._store._files), "open", refuse)
-    with pytest.raises(OSError, match=r"data/train-00000.*found RuntimeError: down"):
+    with pytest.raises(UserError, match=r"data/train-00000.*found RuntimeError: down"):
         read_any_footer(url)
 
 
 def test_any_shard_says_what_an_unfinished_cache_is(url: str):
-    with pytest.raises(FileNotFoundError, match="expected a shard, found none"):
+    with pytest.raises(MissingError, match="expected a shard, found none"):
         read_any_footer(url)
     writer = writer_of(url)
     finish(url)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from cache_rows import assert_same, upload, write_cache
 from fpo.cache import store as store_module
+from fpo.cache.errors import MissingError, UserError
 from fpo.cache.files import as_place, canonical_json
 from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache, verify
@@ -94,7 +95,7 @@ def test_a_fetch_that_was_stopped_goes_on(local: Path, url: str, monkeypatch: py
 def test_without_a_manifest_the_user_is_told_to_finish(local: Path, url: str):
     (local / "manifest.json").unlink()
     upload(local, url)
-    with pytest.raises(FileNotFoundError, match=rf"{url}/manifest\.json: not found.*finish `fpo precompute`"):
+    with pytest.raises(MissingError, match=rf"{url}/manifest\.json: not found.*finish `fpo precompute`"):
         open_cache(url)
     (fault,) = verify(url)
     assert fault.startswith("manifest.json: ")
@@ -164,12 +165,12 @@ def test_a_store_that_does_not_answer_is_named(url: str, monkeypatch: pytest.Mon
 
     store = Store(url)
     monkeypatch.setattr(store._files, "find", refuse)
-    with pytest.raises(OSError, match=rf"^{url}: expected the store to answer, found RuntimeError: no credentials"):
+    with pytest.raises(UserError, match=rf"^{url}: expected the store to answer, found RuntimeError: no credentials"):
         store.sizes()
 
 
 def test_a_missing_bucket_is_named(s3):
-    with pytest.raises(FileNotFoundError, match="s3://none-of-that-name/uf/x: not found"):
+    with pytest.raises(MissingError, match="s3://none-of-that-name/uf/x: not found"):
         Store("s3://none-of-that-name/uf").write("x", b"1")
 
 
@@ -195,5 +196,5 @@ def test_a_cache_may_be_all_that_is_in_a_bucket(local: Path, url: str):
 
 
 def test_a_protocol_that_nobody_knows_is_refused():
-    with pytest.raises(ValueError, match=r"^nowhere://uf: expected a folder, or a URL"):
+    with pytest.raises(ValueError, match=r"^nowhere://uf: expected a folder or a URL"):
         Store("nowhere://uf")

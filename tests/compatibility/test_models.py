@@ -18,7 +18,7 @@ import torch
 import transformers
 from fpo.stages.model.anatomy import anatomy
 from fpo.stages.model.models import attentions_to_try, find_model, load_model
-from fpo.stages.model.sites import Site, capture_sites, module_at
+from fpo.stages.model.sae import Site, capture_sites, module_at
 from fpo.stages.model.supported import load_supported
 from fpo.stages.scoring.forward import run_body, run_head
 from fpo.stages.scoring.packing import pack

@@ -16,8 +16,9 @@ import torch
 import trl
 from fpo.stages.data.chat import ChatFormat, Example, Message, Turns
 from fpo.stages.data.rendering import ANEW, LEFT_OUT, OPENING, REFUSED, SHARED
-from fpo.stages.data.tokenized import Limits, tokenize_pair
-from fpo.stages.model.models import ModelSource, load_tokenizer
+from fpo.stages.data.tokenize import Limits, tokenize_pair
+from fpo.stages.model.models import ModelSource
+from fpo.stages.model.tokenizer import load_tokenizer
 from fpo.stages.scoring.measure import measure_pairs
 from pairs import calm_llama
 from tiny_tokenizers import _train

@@ -12,7 +12,7 @@ from fpo.pipeline.commands import train_sae as run_train_sae
 from fpo.pipeline.config import COMMANDS, AlignConfig
 from fpo.pipeline.config_files import load_config
 from fpo.pipeline.errors import user_errors
-from fpo.stages.model.sites import load_sae
+from fpo.stages.model.sae import load_sae
 from tiny_world import SITES, files, fpo, ran, rows, to_arguments, write_rows
 from typer.testing import CliRunner
 
@@ -119,7 +119,7 @@ def test_an_sae_is_trained_that_a_cache_can_be_made_with(world, tmp_path):
     result = ran(fpo("train-sae", *to_arguments(options), "--out", tmp_path / "sae"))
     assert "explained variance" in result.stdout
     sae = load_sae(str(tmp_path / "sae"))
-    assert (sae.site, sae.width, sae.d_in) == (SITES[0], 96, 32)
+    assert (sae.site, sae.width, sae.sae.cfg.d_in) == (SITES[0], 96, 32)
     assert yaml.safe_load((tmp_path / "sae" / "run.yaml").read_text())["tokens"] == 600
     ran(world.precompute(tmp_path / "cache", sae=tmp_path / "sae"))
     before = files(tmp_path / "sae")

@@ -8,7 +8,8 @@ from cache_rows import forge
 from fpo.cache.schema import CachedPair
 from fpo.stages.data.chat import GEMMA_TURNS, ChatFormat
 from fpo.stages.data.conversations import load_conversations
-from fpo.stages.model.models import find_model, load_tokenizer
+from fpo.stages.model.models import find_model
+from fpo.stages.model.tokenizer import load_tokenizer
 from tiny_world import SITES, World, files, fpo, rows, write_rows
 from wrong_starts import named
 
@@ -43,7 +44,7 @@ def assert_refused(result: Any, *parts: str) -> None:
 
 def test_stage_one_stops_before_it_runs_the_shard(world, model, data, tmp_path):
     result = world.precompute(tmp_path / "out", model=model, dataset=data)
-    assert_refused(result, "row 6", repr(ODD), "take the token out of the text")
+    assert_refused(result, "row 6", repr(ODD), "a text without this token")
     shards = [name for name in files(tmp_path / "out") if name.startswith("data/")]
     assert shards == ["data/train-00000-of-00003.parquet"]
 

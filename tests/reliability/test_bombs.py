@@ -40,7 +40,7 @@ for argument in map(Path, sys.argv[1:]):
 """
 OPEN = RUN.format(imports="from fpo.cache.reader import open_cache", call="open_cache(argument)")
 VERIFY = RUN.format(imports="from fpo.cache.reader import verify", call="['refused:', *verify(argument)]")
-UNPACK = RUN.format(imports="from fpo.stages.model.npz import read_npz", call="len(read_npz(argument))")
+UNPACK = RUN.format(imports="from fpo.stages.model.sae import read_npz", call="len(read_npz(argument))")
 READ = RUN.format(
     imports="from fpo.stages.data.preferences import load_preferences",
     call="load_preferences(str(argument), split='train').content_hash",

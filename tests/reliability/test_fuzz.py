@@ -26,7 +26,7 @@ from fpo.pipeline.config_files import load_config, to_yaml
 from fpo.stages.data.chat import GEMMA_TURNS, ChatFormat
 from fpo.stages.data.conversations import load_conversations
 from fpo.stages.data.preferences import load_preferences
-from fpo.stages.data.tokenized import Limits, tokenize_pair
+from fpo.stages.data.tokenize import Limits, tokenize_pair
 from fpo.stages.train.methods import METHODS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

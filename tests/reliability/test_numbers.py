@@ -16,7 +16,8 @@ from cache_rows import forge
 from click.testing import Result
 from fpo.cache.reader import open_cache
 from fpo.cache.schema import CachedPair, SparseFeatures, pair_id
-from fpo.stages.model.models import find_model, load_tokenizer
+from fpo.stages.model.models import find_model
+from fpo.stages.model.tokenizer import load_tokenizer
 from fpo.stages.train.align import FPOTrainer
 from safetensors.torch import load_file, save_file
 from tiny_world import LIMITS, SITES, World, files, fpo, ran, to_arguments, write_rows

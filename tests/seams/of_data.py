@@ -217,7 +217,7 @@ def model(lab: Lab, command: str) -> None:
 
 @effect("precompute", "sae")
 def sae(lab: Lab, command: str) -> None:
-    from fpo.stages.model.sites import load_sae
+    from fpo.stages.model.sae import load_sae
 
     folder = lab.folder / "sae-of-its-own"
     save_tiny_sae(folder, 32, 40, 5, "standard", SITES[1])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.stages.model.sites import load_sae
+from fpo.stages.model.sae import load_sae
 from seams.lab import Lab, Run, bracket_template, lines_of, plain_model
 from seams.options import effect
 from seams.oracle import DEFAULTS, Objective, losses

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fpo.stages.model.sites import load_sae, parse_site
+from fpo.stages.model.sae import load_sae, parse_site
 from pairs import score_alone
 from safetensors.torch import load_file, save_file
 from seams.lab import Lab, Run, by_hand, plain_model

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from fpo.cache.schema import Pair
-from fpo.stages.model.sites import SiteSAE
+from fpo.stages.model.sae import SiteSAE
 from pairs import Alone, dense_drift, score_alone
 from torch import Tensor
 from torch.nn.functional import logsigmoid

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fpo.cache.schema import CachedPair
-from fpo.stages.model.sites import Site
+from fpo.stages.model.sae import Site
 from fpo.stages.scoring.batches import RowCollator
 from fpo.stages.scoring.forward import RowScores, live_reference, score_row
 from fpo.stages.scoring.measure import measure_pairs

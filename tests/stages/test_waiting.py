@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from fpo.stages.model.anatomy import anatomy
-from fpo.stages.model.sites import Site
+from fpo.stages.model.sae import Site
 from fpo.stages.scoring.measure import HostCopy, measure_pairs
 from pairs import calm_gemma2, random_pairs
 from tiny import tiny_sae

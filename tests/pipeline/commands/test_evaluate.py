@@ -18,7 +18,7 @@ from fpo.pipeline.commands.evaluate import run_evaluate
 from fpo.pipeline.config import EvaluateConfig
 from fpo.pipeline.config_files import load_config
 from fpo.stages.model.models import find_model, load_model
-from fpo.stages.model.sites import Site
+from fpo.stages.model.sae import Site
 from pairs import calm_gemma2, score_alone
 from tiny import save_tiny_sae
 from tiny_tokenizers import gemma

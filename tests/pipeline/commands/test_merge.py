@@ -14,7 +14,7 @@ import pytest
 import torch
 from fpo.cache.reader import open_cache
 from fpo.stages.model.adapters import AdapterSource, find_policy
-from fpo.stages.model.model_card import model_card
+from fpo.stages.train.model_card import model_card
 from huggingface_hub import ModelCard
 from pairs import calm_gemma2, score_alone
 from peft import AutoPeftModelForCausalLM

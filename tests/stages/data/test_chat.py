@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from chats import BARE, FORMATS, answer, example, prompts, texts, user
+from fpo.cache.errors import UserError
 from fpo.stages.data.chat import GEMMA_TURNS, ChatFormat, Example, Message, Turns, load_template
 from fpo.stages.data.preferences import load_preferences
 from hypothesis import given, settings
@@ -123,7 +124,7 @@ def test_the_template_comes_from_a_file_the_tokenizer_or_this_project(tmp_path: 
     file.write_text(BARE)
     assert ChatFormat(chatml(), load_template(file)).template == BARE
     assert load_template(None) is None
-    with pytest.raises(FileNotFoundError, match="expected a chat template"):
+    with pytest.raises(UserError, match="expected a chat template"):
         load_template(tmp_path / "none.jinja")
 
 

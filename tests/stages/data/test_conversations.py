@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chats import FORMATS
+from fpo.cache.errors import UserError
 from fpo.stages.data import conversations
 from fpo.stages.data.chat import ChatFormat, Example, Message, Turns
 from fpo.stages.data.conversations import (
@@ -17,7 +18,7 @@ from fpo.stages.data.conversations import (
     tokenize_conversation,
 )
 from fpo.stages.data.rendering import LEFT_OUT, SHARED
-from fpo.stages.data.tokenized import Limits, tokenize_pair
+from fpo.stages.data.tokenize import Limits, tokenize_pair
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import Template
@@ -308,7 +309,7 @@ def test_a_column_of_another_type_is_an_error(tmp_path, value):
 
 
 def test_mistakes_in_the_source_are_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"\Aexpected conversations at [^\n]*none.jsonl[^\n]*\Z"):
+    with pytest.raises(UserError, match=r"\Aexpected conversations at [^\n]*none.jsonl[^\n]*\Z"):
         load(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match=r"\A[^\n]*found columns 'chosen', 'rejected', expected 'messages'[^\n]*\Z"):
         load(write(tmp_path / "a.jsonl", [{"chosen": "a", "rejected": "b"}]))

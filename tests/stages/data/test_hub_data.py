@@ -7,9 +7,10 @@ import datasets
 import huggingface_hub
 import pytest
 from fake_hub import serve
+from fpo.cache.errors import UserError
 from fpo.stages.data.chat import Example
-from fpo.stages.data.hub_data import PROBE_SECONDS, may_be_hub_id
 from fpo.stages.data.preferences import load_preferences
+from fpo.stages.data.raw_rows import PROBE_SECONDS, may_be_hub_id
 from huggingface_hub import constants
 
 SOON = PROBE_SECONDS + 1  # seconds
@@ -39,7 +40,7 @@ def silent() -> Iterator[str]:
 
 def refused(source: str) -> str:
     start = time.monotonic()
-    with pytest.raises(FileNotFoundError, match=r"\A[^\n]+\Z") as caught:
+    with pytest.raises(UserError, match=r"\A[^\n]+\Z") as caught:
         load_preferences(source, split="train")
     assert time.monotonic() - start < SOON
     return str(caught.value)

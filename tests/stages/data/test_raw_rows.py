@@ -285,7 +285,7 @@ def test_what_is_no_table_is_refused_with_its_line(tmp_path: Path, content: byte
 
 
 def test_mistakes_in_the_source_are_one_line(tmp_path: Path) -> None:
-    assert refused(tmp_path / "nothing.jsonl").startswith("FileNotFoundError: expected preference data at ")
+    assert refused(tmp_path / "nothing.jsonl").startswith("UserError: expected preference data at ")
     path = write(tmp_path / "a.jsonl", [{"a": 1}])
     assert "no configurations, found 'default'" in refused(path, config="default")
     assert "at least 1 row, found 0" in refused(path, limit=0)

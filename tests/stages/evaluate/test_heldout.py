@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fpo.stages.evaluate.heldout import estimate, measure_policy, pair_metrics
-from fpo.stages.model.sites import Site
+from fpo.stages.model.sae import Site
 from fpo.stages.scoring.measure import measure_pairs
 from hypothesis import given
 from hypothesis import strategies as st

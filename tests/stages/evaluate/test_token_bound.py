@@ -5,7 +5,7 @@ import pytest
 import torch
 from fpo.stages.evaluate import token_bound as module
 from fpo.stages.evaluate.token_bound import TokenBound, product_norm, token_bound
-from fpo.stages.model.sites import Site
+from fpo.stages.model.sae import Site
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import calm_gemma2, many_examples, random_pairs, score_alone

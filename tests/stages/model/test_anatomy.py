@@ -6,7 +6,7 @@ import pytest
 import torch
 from fpo.stages.evaluate.token_bound import token_bound
 from fpo.stages.model.anatomy import anatomy, decoder_layers
-from fpo.stages.model.sites import Site, capture_sites
+from fpo.stages.model.sae import Site, capture_sites
 from fpo.stages.model.supported import check_model
 from fpo.stages.scoring.forward import live_reference, score_row
 from fpo.stages.scoring.measure import measure_pairs
@@ -112,7 +112,8 @@ def test_the_kl_knows_bias_and_scale_of_both_models():
 def test_a_head_that_changes_what_it_takes_in_is_refused():
     model = made(BertConfig(**SIZES, is_decoder=True))
     with pytest.raises(
-        ValueError, match=r"\Amodel bert: expected logits that are its head's output[^\n]*not supported\Z"
+        ValueError,
+        match=r"\Amodel bert: expected logits that are its head's output[^\n]*not supported: give a model of another\Z",
     ):
         check_model(model)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fpo.cache.schema import Pair
 from fpo.stages.model.rotary import forget_lengths, of_same_frequencies, unknown_scaling
-from fpo.stages.model.sites import Site
+from fpo.stages.model.sae import Site
 from fpo.stages.model.supported import check_model
 from fpo.stages.scoring.forward import run_body, run_head, score_row
 from fpo.stages.scoring.packing import Conversation, RowLayout, pack, pack_conversations

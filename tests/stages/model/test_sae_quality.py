@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from fpo.cache.reader import open_cache
-from fpo.stages.data.tokenized import tokenize_pair
+from fpo.stages.data.tokenize import tokenize_pair
+from fpo.stages.model.sae import load_sae
 from fpo.stages.model.sae_quality import FitSums, SAEFit, check_fit, first_pairs, fit_on_pairs
-from fpo.stages.model.sites import load_sae
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import score_alone

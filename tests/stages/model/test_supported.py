@@ -124,7 +124,7 @@ def test_what_scores_as_separate_sequences_passes_and_is_left_as_it_was(make):
     ],
 )
 def test_what_would_be_wrong_is_refused_in_one_line(make, reason):
-    with pytest.raises(ValueError, match=rf"\Amodel [^\n]*{reason}[^\n]*not supported\Z"):
+    with pytest.raises(ValueError, match=rf"\Amodel [^\n]*{reason}[^\n]*not supported: give a model of another\Z"):
         check_model(make())
 
 

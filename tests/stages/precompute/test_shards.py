@@ -15,8 +15,8 @@ from fpo.cache.identity import IdentityError
 from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache, verify
 from fpo.cache.writer import CacheWriter
-from fpo.stages.data.tokenized import Limits
-from fpo.stages.model.sites import Site
+from fpo.stages.data.tokenize import Limits
+from fpo.stages.model.sae import Site
 from fpo.stages.precompute.reference import Reference
 from fpo.stages.precompute.shards import precompute
 from fpo.stages.scoring.parity import apart, tolerance

@@ -1,14 +1,12 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from fpo.stages.model.sites import Site
+from fpo.stages.model.sae import Site
 from fpo.stages.scoring.batches import RowBatch, RowCollator
 from fpo.stages.scoring.measure import measure_pairs
 from hypothesis import given
 from hypothesis import strategies as st
-from pairs import calm_gemma2, many_examples, random_pairs, with_context
+from pairs import calm_gemma2, many_examples, random_pairs
 from tiny import tiny_sae
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -44,17 +42,6 @@ def test_rows_hold_every_pair_of_the_batch_once_with_what_the_cache_says_of_it(c
                 expected[response.features[site].ids] = response.features[site].values
                 np.testing.assert_array_equal(dense, expected)
                 assert float(features.floor_R[number]) == response.features[site].floor
-
-
-@many_examples
-@given(seed=st.integers(0, 99), budget=st.integers(1, 400), pad_to=st.sampled_from([1, 128]))
-def test_a_row_gives_its_pairs_back(seed, budget, pad_to):
-    pairs = [replace(row, pair=with_context(row.pair, seed + i) if i % 2 else row.pair) for i, row in enumerate(CACHED)]
-    for row in RowCollator(budget, pad_to, ())(pairs)["rows"]:
-        for found, index in zip(row.pairs(), row.packed.pairs, strict=True):
-            for name, value in vars(pairs[index].pair).items():
-                np.testing.assert_array_equal(getattr(found, name), value)
-                assert getattr(found, name) == value if name == "pair_id" else getattr(found, name).dtype == np.int32
 
 
 def test_a_method_without_features_carries_none():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.stages.model.sites import Site
+from fpo.stages.model.sae import Site
 from fpo.stages.scoring import features, logprobs
 from fpo.stages.scoring.features import CachedFeatures, keep_largest
 from fpo.stages.scoring.forward import attach_scoring, live_reference, run_body, score_row

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 from fpo.cache.schema import Pair
-from fpo.stages.scoring.packing import PADDING, PackedRow, attention_mask, pack, plan_rows, visible
+from fpo.stages.scoring.attention import attention_mask, visible
+from fpo.stages.scoring.packing import PADDING, PackedRow, pack, plan_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import (

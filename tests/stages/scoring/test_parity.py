@@ -11,7 +11,7 @@ from fpo.cache.manifest import Noise, ShardReport
 from fpo.cache.reader import Cache, open_cache
 from fpo.cache.schema import CachedPair
 from fpo.cache.writer import CacheWriter
-from fpo.stages.model.sites import Site
+from fpo.stages.model.sae import Site
 from fpo.stages.scoring.features import CachedFeatures, feature_drift, keep_largest, pooled_features
 from fpo.stages.scoring.measure import measure_pairs
 from fpo.stages.scoring.parity import LOGP_FLOOR, check_packings, check_parity, difference, feature_mse, tolerance

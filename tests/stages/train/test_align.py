@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from fpo.cache.reader import Cache
-from fpo.stages.model.sites import SiteSAE
+from fpo.stages.model.sae import SiteSAE
 from fpo.stages.train.align import FPOTrainer
 from fpo.stages.train.config import FPOConfig
 from fpo.stages.train.methods import METHODS

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fpo.stages.model.sites import Site, capture_sites, load_sae
+from fpo.stages.model.sae import Site, capture_sites, load_sae
 from fpo.stages.train.train_sae import SAEQuality, _split, train_sae
 from hypothesis import assume, given
 from hypothesis import strategies as st

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from fpo.stages.model.anatomy import anatomy
-from fpo.stages.model.body import cast_weights, compile_layers
-from fpo.stages.model.sites import Site
+from fpo.stages.model.compile import cast_weights, compile_layers
+from fpo.stages.model.sae import Site
 from fpo.stages.scoring import flex
 from fpo.stages.scoring.flex import FLEX
 from fpo.stages.scoring.forward import row_layout, score_row

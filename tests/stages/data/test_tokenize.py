@@ -4,7 +4,7 @@ from chats import FORMATS, Scores, answer, example, prompts, texts, user
 from fpo.cache.schema import Pair, pair_id
 from fpo.stages.data.chat import ChatFormat, Example, Message, Turns
 from fpo.stages.data.rendering import ANEW, EMPTY, LEFT_OUT, SHARED
-from fpo.stages.data.tokenized import SKIP_REASONS, WHITE_SPACE, Limits, Tokenized, tokenize_pair
+from fpo.stages.data.tokenize import SKIP_REASONS, WHITE_SPACE, Limits, Tokenized, tokenize_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import CHATML, chatml

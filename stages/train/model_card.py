@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ..train.config import RowConfig
-from .adapters import AdapterSource
+from ..model.adapters import AdapterSource
+from .config import RowConfig
 
 VERSIONS = ("fpo", "torch", "transformers", "peft")
 

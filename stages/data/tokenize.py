@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...cache.errors import UserError
 from ...cache.schema import Int32, Pair, pair_id
 from .chat import ChatFormat, Example, Response, Text, Turned, is_blank
 from .rendering import ANEW, EMPTY, LEFT_OUT, OPENING, REFUSED, SHARED, SkipError
@@ -40,7 +41,7 @@ class Limits:
         turns: which assistant turns of a response of several are learnt.
 
     Raises:
-        ValueError: the prompt could fill the whole length, or has no room for BOS and one token.
+        UserError: the prompt could fill the whole length, or has no room for BOS and one token.
     """
 
     max_length: int
@@ -50,7 +51,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not 2 <= self.max_prompt_length < self.max_length:
-            raise ValueError(
+            raise UserError(
                 "expected 2 <= max_prompt_length < max_length, so that there is room for a response, "
                 f"found {self.max_prompt_length} and {self.max_length}"
             )
@@ -85,7 +86,7 @@ def tokenize_pair(example: Example, raw_row: int, chat: ChatFormat, limits: Limi
         limits: the lengths to cut to, what is learnt, and what to do with ties.
 
     Raises:
-        ValueError: the chat template does not close every answer alike; the message has the row's number.
+        UserError: the chat template does not close every answer alike; the message has the row's number.
     """
     skipped = _reason_to_skip(example, limits)
     if skipped is not None:
@@ -95,7 +96,7 @@ def tokenize_pair(example: Example, raw_row: int, chat: ChatFormat, limits: Limi
     except SkipError as error:
         return Tokenized(None, error.reason, example.tie)
     except ValueError as error:
-        raise ValueError(f"row {raw_row}: {error}") from error
+        raise UserError(f"row {raw_row}: {error}") from error
     if responses[0] == responses[1]:
         return Tokenized(None, "identical responses", example.tie)
 

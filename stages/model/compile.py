@@ -1,0 +1,116 @@
+"""How a decoder's layers run: compiled one by one, some of them checkpointed, frozen ones with weights cast once.
+
+In: a causal LM or its layers, changed in place. Compiled code runs where a whole sequence passes through the layers;
+generation, token by token, runs them as they are.
+
+Shapes: L positions of a row, D hidden size.
+"""
+
+import types
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ..scoring import flex
+from ..scoring.forward import causal_lm
+from .anatomy import decoder_layers
+from .models import Recipe
+from .sae import Site
+from .supported import check_model
+
+
+def freeze(model: Any, recipe: Recipe, *, compiled: bool, sites: Sequence[Site] = ()) -> None:
+    """Checks a model that will only be read and makes it as fast as it can be; a second call does nothing.
+
+    Args:
+        model: a causal LM with fp32 weights, on its device.
+        recipe: the compute recipe.
+        compiled: whether its layers are compiled.
+        sites: those that will be read.
+
+    Raises:
+        UserError: the model is not supported.
+    """
+    model.requires_grad_(False).eval()
+    layers = decoder_layers(causal_lm(model))
+    cast = any(weight.dtype == torch.bfloat16 for weight in layers.parameters())
+    if are_compiled(layers) or cast:
+        return
+    check_model(model)  # while its weights are fp32
+    cast_weights(layers, recipe)
+    if compiled:
+        compile_layers(layers, sites)
+
+
+def cast_weights(layers: Iterable[nn.Module], recipe: Recipe) -> None:
+    """Casts to bf16, once, the weights that autocast would cast in every pass: the results are the same.
+
+    Args:
+        layers: of a frozen decoder, whose linear layers are nn.Linear.
+        recipe: the compute recipe; nothing is cast under "fp32".
+    """
+    if recipe != "bf16":
+        return
+    for layer in layers:
+        for module in layer.modules():
+            if type(module) is nn.Linear:
+                for weight in module.parameters():
+                    weight.data = weight.data.to(torch.bfloat16)
+
+
+def compile_layers(layers: Iterable[nn.Module], sites: Sequence[Site] = ()) -> None:
+    """Compiles decoder layers one by one: one graph with gradient and one without, for all layers and lengths.
+
+    Activation checkpointing and hooks on layers stay outside what is compiled. A layer with a site inside it is left
+    as it is, because the hook would have to be compiled with it.
+
+    Args:
+        layers: of a decoder.
+        sites: those that will be read.
+    """
+    inside = {site.layer for site in sites if site.kind != "resid_post"}
+    for number, layer in enumerate(layers):
+        if number not in inside:
+            layer.forward = types.MethodType(_forward, layer)
+
+
+def are_compiled(layers: Iterable[nn.Module]) -> bool:
+    """Whether any of them is."""
+    return any(getattr(layer.forward, "__func__", None) is _forward for layer in layers)
+
+
+def _forward(self: Any, hidden_1LD: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A compiled layer's forward, by the interface of transformers."""
+    if kwargs.get("past_key_values") is not None:
+        return type(self).forward(self, hidden_1LD, *args, **kwargs)
+    for tensor in (hidden_1LD, kwargs.get("position_ids"), *(kwargs.get("position_embeddings") or ())):
+        if isinstance(tensor, Tensor):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+    # transformers wraps a layer's forward in checkpointing; what is compiled is inside.
+    plain = getattr(type(self).forward, "__wrapped__", type(self).forward)
+    run = partial(_compiled(plain, flex.BACKEND), self, **kwargs)
+    if self.training and getattr(self, "gradient_checkpointing", False):
+        return self._gradient_checkpointing_func(run, hidden_1LD, *args)
+    return run(hidden_1LD, *args)
+
+
+@cache
+def _compiled(function: Callable[..., Any], backend: str) -> Any:
+    return torch.compile(function, backend=backend)
+
+
+class CheckpointEvery(TrainerCallback):
+    """With activation checkpointing, lets only every n-th layer compute its activations again in the backward."""
+
+    def __init__(self, layers: Iterable[Any], every: int) -> None:
+        self._layers, self._every = layers, every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Runs after the Trainer has switched checkpointing on for all layers."""
+        if args.activation_checkpointing:
+            for number, layer in enumerate(self._layers):
+                layer.gradient_checkpointing = number % self._every == 0
