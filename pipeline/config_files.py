@@ -146,7 +146,7 @@ def _read(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[st
     content = read_yaml(data, name)
     if "for" in content:
         raise UserError(
-            f"{name}: 'for' is a key no more; move its commands to the top of the file, and its methods under 'methods'"
+            f"{name}: 'for' is no longer a key; move its commands to the top level, and its methods under 'methods'"
         )
     shared = {key: value for key, value in content.items() if key not in RECORD_KEYS}
     sections = {

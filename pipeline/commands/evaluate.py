@@ -55,10 +55,10 @@ from .inputs import (
     tokenizer_of_cache,
 )
 
-# What is written, but for the record.
+# The files that an evaluation writes beside its record.
 OUTPUTS = ("answers-*.json*", "pairs.parquet", "tokens.parquet", "samples.jsonl", "metrics.json")
 
-# Appendix B's bound is measured on so many pairs: tens of thousands of tokens.
+# The pairs on which Appendix B's bound is measured: tens of thousands of tokens.
 BOUND_PAIRS = 64
 
 
@@ -66,7 +66,7 @@ BOUND_PAIRS = 64
 class _Inputs:
     """What was opened and checked; `cache` is None where only answers are written.
 
-    `prompts` holds a pair of each prompt that is to be sampled from.
+    `prompts` holds one pair for each prompt that is sampled from.
     """
 
     source: ModelSource | AdapterSource
@@ -89,7 +89,7 @@ def run_evaluate(config: EvaluateConfig) -> None:
     sampled = config.cache is not None and config.prompts
     if questions and not sampled and config.temperature is None and not any(q.temperature for q in questions):
         config.refuse("at temperature 0, which is the benchmark's, nothing is drawn", "top_p", "seed")
-    _check_out(config, out, {})  # once more below, with the hashes of what is measured
+    _check_out(config, out, {})  # checked again below, with the hashes of what is measured
     inputs = _prepare(config)
     if inputs.is_reference:
         config.refuse(

@@ -37,13 +37,13 @@ def run_sft(config: SFTConfig) -> None:
     """`fpo sft`."""
     args = RowConfig(**trainer_settings(config))
     config = _on_recorded_day(config)
-    check_resume(config, {})  # once more below: tokenising takes its time
+    check_resume(config, {})  # checked again below: tokenising takes a while
     template = load_template(config.chat_template)
     source = find_model(config.model)
     tokenizer = load_tokenizer(source)
     chat = chat_format(tokenizer, template, config.date)
     if chat.date is not None:
-        (day,) = broadcast_object_list([chat.date.isoformat()])  # it may be midnight between two ranks
+        (day,) = broadcast_object_list([chat.date.isoformat()])  # two ranks may start on either side of midnight
         config, chat = config.model_copy(update={"date": day}), chat.on(datetime.date.fromisoformat(day))
     with args.main_process_first(desc="tokenising"):
         conversations = load_conversations(

@@ -26,7 +26,7 @@ from .inputs import RECORD, check_folder, load_causal_lm, load_data, record_of, 
 def run_train_sae(config: TrainSAEConfig) -> None:
     """`fpo train-sae`."""
     out = config.out
-    _check_out(out)  # once more below: others may have come meanwhile
+    _check_out(out)  # checked again below: another run may have started meanwhile
     site = parse_site(config.site[0])
     source, preferences, chat, limits = load_data(config)
     model = load_causal_lm(config, source)

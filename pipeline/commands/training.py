@@ -34,8 +34,8 @@ from .inputs import (
     sole_writer,
 )
 
-# What a resumed run may change: where things are and what it tells meanwhile; its length too,
-# unless the learning rates depend on it.
+# The settings that a resumed run may change: paths, logging and saving; its length too, unless the learning rates
+# depend on it.
 RESUME_MAY_CHANGE = (
     *("resume", "cache", "eval_cache", "trust_hashes"),
     *("logging_steps", "save_steps", "eval_steps", "snapshot_steps", "report_to", "push_to_hub"),
@@ -119,7 +119,7 @@ def check_resume(config: TrainingConfig, identity: Mapping[str, str]) -> None:
 def is_finished(config: TrainingConfig) -> bool:
     """Whether the run that is to go on has nothing left to do; if so, says it.
 
-    That is what `finish` wrote into `run.yaml`, unless the run is to be longer now. Every rank looks for itself.
+    `finish` has marked it so in `run.yaml`, and the run is not to be longer now. Every rank looks for itself.
 
     Raises:
         UserError: it is to be longer and has no checkpoint to go on from, or is to be uploaded only now.
@@ -145,9 +145,9 @@ def is_finished(config: TrainingConfig) -> bool:
 
 
 def finish(trainer: Any, out: Path) -> None:
-    """Saves what was trained and, once that is on disk, writes into `run.yaml` that the run is finished.
+    """Saves what was trained and, once it is on disk, marks the run as finished in `run.yaml`.
 
-    A run that goes on writes its `run.yaml` anew before anything else, without that.
+    A run that goes on first writes `run.yaml` anew, without the mark.
     """
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
