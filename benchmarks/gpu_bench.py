@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from fpo.cache.reader import open_cache
 from fpo.cache.schema import Pair
+from fpo.stages.model.flex import FLEX
 from fpo.stages.model.sae import SiteSAE, load_sae
-from fpo.stages.scoring.flex import FLEX
 from fpo.stages.scoring.measure import measure_pairs
 from fpo.stages.train.align import FPOTrainer
 from fpo.stages.train.config import FPOConfig

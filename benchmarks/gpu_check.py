@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fpo.stages.scoring import flex
+from fpo.stages.model import flex
 from fpo.stages.train import memory
 
 from . import gpu_speed, gpu_values

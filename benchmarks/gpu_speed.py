@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from fpo.cache.schema import Pair
-from fpo.stages.model.compile import freeze
+from fpo.stages.model.flex import FLEX
 from fpo.stages.model.sae import SiteSAE
-from fpo.stages.scoring.flex import FLEX
 from fpo.stages.scoring.measure import measure_pairs
+from fpo.stages.scoring.supported import freeze
 from transformers import TrainerCallback
 
 from .gpu_bench import Bench, make_cache, make_sae, make_trainer, tiny_config

@@ -10,7 +10,7 @@ import statistics
 from typing import Any
 
 import torch
-from fpo.stages.scoring.flex import FLEX
+from fpo.stages.model.flex import FLEX
 from fpo.stages.scoring.forward import row_layout, score_row
 from fpo.stages.scoring.packing import pack
 from torch import Tensor

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from fpo.cache.schema import Pair
+from fpo.stages.model.attention import PACKED
+from fpo.stages.model.flex import FLEX
 from fpo.stages.model.models import Recipe, find_model, is_hub_id
 from fpo.stages.model.sae import Site, SiteSAE
-from fpo.stages.scoring.attention import PACKED
 from fpo.stages.scoring.features import CachedFeatures, keep_largest
-from fpo.stages.scoring.flex import FLEX
 from fpo.stages.scoring.forward import row_layout, score_row
 from fpo.stages.scoring.packing import PackedRow, pack
 

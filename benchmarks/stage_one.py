@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from fpo.cache.schema import Pair
-from fpo.stages.model.compile import freeze
 from fpo.stages.model.models import autocast
 from fpo.stages.model.sae import capture_sites, load_sae
 from fpo.stages.scoring.measure import measure_pairs
+from fpo.stages.scoring.supported import freeze
 from torch import Tensor
 
 from .contestants import CONTESTANTS, common, dpo_trainer, token_ids

@@ -1,7 +1,7 @@
 """Commands of `fpo` in processes of their own, killed at any moment or at an exact point of what they write.
 
 In: arguments of the command line. Out: how the process ended; what it left is the caller's to judge. The processes are
-forked from a server that has made the slow imports, as the steps of `pipeline/report/jobs.py` are, and compute on one
+forked from a server that has made the slow imports, as the steps of `pipeline/commands/jobs.py` are, and compute on one
 thread.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fpo.pipeline.cli import app
-from fpo.pipeline.report.jobs import COMMANDS, SLOW_IMPORTS
+from fpo.pipeline.commands.jobs import COMMANDS, SLOW_IMPORTS
 
 PRELOAD = [f"fpo.pipeline.commands.{name}" for name in COMMANDS] + SLOW_IMPORTS
 KILLED = -signal.SIGKILL

@@ -17,13 +17,14 @@ from ...cache.files import sha256_text
 from ...cache.identity import Meaning, differences
 from ...cache.reader import Cache, open_cache
 from ...stages.data.chat import ChatFormat, load_template
+from ...stages.model.anatomy import causal_lm
 from ...stages.model.models import ModelSource, find_model, load_model
 from ...stages.model.sae import check_fits
-from ...stages.model.supported import load_supported
 from ...stages.model.tokenizer import check_vocabulary
-from ...stages.scoring.forward import causal_lm
 from ...stages.scoring.parity import check_cache
+from ...stages.scoring.supported import load_supported
 from ...stages.train.align import FPOTrainer
+from ...stages.train.callbacks import summary
 from ...stages.train.config import FPOConfig
 from ...stages.train.methods import METHODS
 from ...stages.train.rehearsal import outside_decoder
@@ -99,7 +100,9 @@ def run_align(config: AlignConfig, callbacks: Sequence[TrainerCallback] = ()) ->
     if config.merge and trainer.is_fsdp_enabled:
         raise UserError("--merge: an adapter whose model is sharded by FSDP cannot be merged; leave one of them out")
     with sole_run(config, identity):
-        trainer.train(resume_from_checkpoint=last_checkpoint(config))
+        checkpoint = last_checkpoint(config)
+        args.eval_on_start = eval_cache is not None and checkpoint is None  # what the summary calls "before"
+        trainer.train(resume_from_checkpoint=checkpoint)
         last_step = [line for line in trainer.state.log_history if line["step"] == trainer.state.global_step]
         if eval_cache is not None and not any("eval_loss" in line for line in last_step):
             trainer.evaluate()
@@ -107,8 +110,10 @@ def run_align(config: AlignConfig, callbacks: Sequence[TrainerCallback] = ()) ->
             trainer.model = trainer.model.merge_and_unload()  # type: ignore[union-attr, operator]
         finish(trainer, out)
     if trainer.is_world_process_zero():
+        typer.echo("\n".join(summary(trainer.state.log_history)))
         kept = "adapter" if config.lora_r and not config.merge else "model"
         typer.echo(f"{out}: the {kept}, run.yaml, metrics.jsonl")
+        typer.echo(f"next: fpo evaluate --model {out} --cache {config.eval_cache or 'CACHE'} --out {out}-evaluation")
 
 
 def _training_arguments(config: AlignConfig) -> FPOConfig:

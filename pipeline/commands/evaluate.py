@@ -31,9 +31,9 @@ from ...stages.evaluate.token_bound import token_bound
 from ...stages.model.adapters import AdapterSource, load_adapter
 from ...stages.model.models import ModelSource, attentions_to_try, autocast, load_model
 from ...stages.model.sae import SiteSAE, check_fits
-from ...stages.model.supported import load_supported
 from ...stages.model.tokenizer import check_tokens, check_vocabulary, load_tokenizer
 from ...stages.scoring.parity import check_cache
+from ...stages.scoring.supported import load_supported
 from ...stages.train.methods import METHODS
 from ..config import EvaluateConfig
 from .inputs import (

@@ -24,11 +24,11 @@ from ...cache.remote import open_writer, read_any_footer
 from ...stages.data.preferences import Preferences
 from ...stages.data.tokenize import Limits
 from ...stages.model.sae import check_fits
-from ...stages.model.sae_quality import check_fit, first_pairs, fit_on_pairs
-from ...stages.model.supported import check_length
 from ...stages.model.tokenizer import check_vocabulary
 from ...stages.precompute.reference import Reference
 from ...stages.precompute.shards import ShardWorker, precompute, repair
+from ...stages.scoring.sae_quality import check_fit, first_pairs, fit_on_pairs
+from ...stages.scoring.supported import check_length
 from ..config import PrecomputeConfig
 from ..config_files import to_yaml
 from ..errors import is_expected

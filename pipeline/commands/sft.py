@@ -15,8 +15,9 @@ from ...cache.errors import UserError
 from ...stages.data.chat import load_template
 from ...stages.data.conversations import load_conversations
 from ...stages.model.models import find_model
-from ...stages.model.supported import check_length
 from ...stages.model.tokenizer import check_vocabulary, load_tokenizer
+from ...stages.scoring.supported import check_length
+from ...stages.train.callbacks import summary
 from ...stages.train.config import RowConfig
 from ...stages.train.sft import SFTTrainer
 from ..config import SFTConfig
@@ -89,7 +90,9 @@ def run_sft(config: SFTConfig) -> None:
         trainer.train(resume_from_checkpoint=last_checkpoint(config))
         finish(trainer, config.out)
     if args.process_index == 0:
+        typer.echo("\n".join(summary(trainer.state.log_history)))
         typer.echo(f"{config.out}: the model, run.yaml, metrics.jsonl")
+        typer.echo(f"next: fpo precompute --model {config.out} --dataset PAIRS --sae SAE --out CACHE")
 
 
 def _on_recorded_day(config: SFTConfig) -> SFTConfig:

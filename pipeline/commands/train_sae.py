@@ -15,8 +15,8 @@ from ...cache.errors import UserError
 from ...cache.files import write_atomically
 from ...stages.data.tokenize import tokenize_pair
 from ...stages.model.sae import parse_site
-from ...stages.model.supported import check_length
 from ...stages.model.tokenizer import check_tokens, check_vocabulary
+from ...stages.scoring.supported import check_length
 from ...stages.train.checkpoints import move_model
 from ...stages.train.train_sae import train_sae
 from ..config import TrainSAEConfig

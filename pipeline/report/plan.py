@@ -14,10 +14,10 @@ from typing import Any
 
 from ...cache.files import canonical_json
 from ...stages.train.methods import METHODS
+from ..commands.jobs import Step
 from ..config import COMMANDS, AlignConfig, ComparisonConfig, Config, SFTConfig
 from ..config_files import has_section, load_config
 from ..world.world import in_the_world, located, world_folder
-from .jobs import Step
 from .style import LABELS
 
 # The rows of the paper's comparison, and one that it lacks: α = 0. The reference itself has no options.

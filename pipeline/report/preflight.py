@@ -22,8 +22,8 @@ from ...stages.data.row_files import kind_of
 from ...stages.model.models import find_model, is_hub_id
 from ...stages.train.methods import METHODS
 from ..commands.inputs import device_of
+from ..commands.jobs import Step
 from .hub import Repo, missing_repos
-from .jobs import Step
 from .page import markdown
 
 # Bytes of optimiser state a trained parameter, in fp32: Adam's two moments, RMSprop's one.

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ...cache.files import write_atomically
 from ...cache.reader import open_cache
 from ...stages.train.methods import METHODS
-from .jobs import Step
+from ..commands.jobs import Step
 from .plan import Plan, Run
 
 Record = dict[str, Any]

@@ -12,12 +12,12 @@ import typer
 from matplotlib.figure import Figure
 
 from ...cache.files import write_atomically
+from ..commands.jobs import Step, run_steps, seconds_of
 from ..config import TableConfig
 from ..world.world import begin, in_the_world, is_made, provide, world_folder, world_steps
 from . import figures
 from .claims import Claim, ablation_claims, comparison_claims
 from .facts import facts_of, note_of, short_note
-from .jobs import Step, run_steps, seconds_of
 from .page import Page, PageFigure, Table, write_page
 from .paper import paper_columns, win_rates
 from .plan import Plan, Run, make_plan

@@ -8,7 +8,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from matplotlib import rc_context
@@ -18,39 +18,18 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ...cache.files import write_atomically
+from ...stages.train.methods import METHODS, Look
 
-# Rows of the comparison as they are called in tables and figures.
-LABELS = {
-    "sft": "SFT",
-    "dpo": "DPO",
-    "tdpo1": "TDPO-1",
-    "tdpo2": "TDPO-2",
-    "simpo": "SimPO",
-    "simpo-kl": "SimPO+KL",
-    "fpo": "FPO",
-    "fpo-alpha0": "FPO α=0",
+# Rows of the comparison, in the order of its table, and what is drawn there but is no method.
+_ROWS = ("sft", "dpo", "tdpo1", "tdpo2", "simpo", "simpo-kl", "fpo", "fpo-alpha0")
+_OTHERS = {
+    "sft": ("SFT", Look("#808080", "X", (0, (1, 2)))),
+    "fpo-alpha0": ("FPO α=0", Look("#009E73", "*", (0, (8, 2)))),
 }
-
-
-class Look(NamedTuple):
-    """How a method is drawn: colour, marker and line (matplotlib's)."""
-
-    colour: str
-    marker: str
-    line: Literal["-", "--", "-.", ":"] | tuple[float, tuple[float, ...]]
-
-
-# Colours of Okabe and Ito, which colour-blind readers tell apart; their yellow is too faint on white, so grey is here.
-LOOKS = {
-    "sft": Look("#808080", "X", (0, (1, 2))),
-    "dpo": Look("#000000", "s", "--"),
-    "tdpo1": Look("#56B4E9", "^", "-."),
-    "tdpo2": Look("#0072B2", "v", (0, (5, 1, 1, 1, 1, 1))),
-    "simpo": Look("#E69F00", "D", ":"),
-    "simpo-kl": Look("#CC79A7", "P", (0, (3, 1))),
-    "fpo": Look("#D55E00", "o", "-"),
-    "fpo-alpha0": Look("#009E73", "*", (0, (8, 2))),
-}
+_SHOWN = {name: (method.label, method.look) for name, method in METHODS.items()} | _OTHERS
+# Methods that the table does not order yet come last.
+LABELS = {name: _SHOWN[name][0] for name in dict.fromkeys((*_ROWS, *_SHOWN))}
+LOOKS = {name: _SHOWN[name][1] for name in LABELS}
 BLUE, GREY = LOOKS["tdpo2"].colour, LOOKS["sft"].colour
 
 # Highest over lowest value from which a linear axis would hide the lowest.

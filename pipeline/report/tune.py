@@ -12,9 +12,9 @@ import typer
 
 from ...cache.files import write_atomically
 from ...stages.train.methods import METHODS
+from ..commands.jobs import run_steps
 from ..config import TuneConfig
 from ..world.world import provide
-from .jobs import run_steps
 from .plan import Plan, Run, make_plan
 from .records import Record, read_record
 

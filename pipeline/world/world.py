@@ -21,9 +21,9 @@ import typer
 
 from ...cache.files import canonical_json, user_folder, write_atomically
 from ...cache.locks import locked
+from ..commands.jobs import Step, run_steps
 from ..config import Config, SFTConfig, TrainSAEConfig
 from ..config_files import load_config
-from ..report.jobs import Step, run_steps
 from . import language as embedded_tasks
 
 C = TypeVar("C", bound=Config)

@@ -20,7 +20,6 @@ import pyarrow.compute as pc
 from ...cache.errors import UserError
 from ...cache.files import canonical_json, sha256_file, sha256_text
 from ..model.tokenizer import tokenizer_sha256
-from ..scoring.packing import Conversation
 from . import chat as chat_file
 from . import cutting, rendering, shapes
 from . import turns as turns_file
@@ -28,6 +27,7 @@ from .chat import ChatFormat, Turns, is_blank
 from .raw_rows import load_rows, parse_row
 from .rendering import ANEW, EMPTY, LEFT_OUT, OPENING, REFUSED, SHARED, SkipError, Tools
 from .shapes import check_readable, conversation_column, read_conversation
+from .tokenize import Conversation
 
 CONVERSATION_SKIP_REASONS = (
     "no messages",

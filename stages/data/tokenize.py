@@ -1,4 +1,4 @@
-"""From a preference example to a tokenised pair.
+"""Tokenised conversations, and from a preference example to a tokenised pair.
 
 In: an `Example`, a chat format, and limits of length. Out: the pair, cut to the limits, or why there is none.
 """
@@ -6,6 +6,7 @@ In: an `Example`, a chat format, and limits of length. Out: the pair, cut to the
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...cache.errors import UserError
 from ...cache.schema import Int32, Pair, pair_id
@@ -28,6 +29,21 @@ SKIP_REASONS = (
     "no learnt token after truncation",
     REFUSED,
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Conversation:
+    """A tokenised conversation.
+
+    Attributes:
+        ids: int32 [length], token ids.
+        learnt: bool [length], which of them are the assistant's; the first never is.
+        raw_row: its row in the raw data; None if it is of no data set.
+    """
+
+    ids: NDArray[np.int32]
+    learnt: NDArray[np.bool_]
+    raw_row: int | None = None
 
 
 @dataclass(frozen=True)

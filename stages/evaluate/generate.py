@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from ...cache.errors import UserError
 from ...cache.schema import Int32
-from ..scoring.flex import FLEX
+from ..model.flex import FLEX
 from ..scoring.packing import named
 
 

@@ -23,6 +23,12 @@ TOLERANCE = 1e-4
 PROBE_TOKENS = 8
 
 
+def causal_lm(model: nn.Module) -> Any:
+    """The causal LM inside whatever wraps it (PEFT)."""
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
 @dataclass(frozen=True, eq=False)
 class Anatomy:
     """How a model is built.

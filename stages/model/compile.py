@@ -15,35 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..scoring import flex
-from ..scoring.forward import causal_lm
-from .anatomy import decoder_layers
+from . import flex
 from .models import Recipe
 from .sae import Site
-from .supported import check_model
-
-
-def freeze(model: Any, recipe: Recipe, *, compiled: bool, sites: Sequence[Site] = ()) -> None:
-    """Checks a model that will only be read and makes it as fast as it can be; a second call does nothing.
-
-    Args:
-        model: a causal LM with fp32 weights, on its device.
-        recipe: the compute recipe.
-        compiled: whether its layers are compiled.
-        sites: those that will be read.
-
-    Raises:
-        UserError: the model is not supported.
-    """
-    model.requires_grad_(False).eval()
-    layers = decoder_layers(causal_lm(model))
-    cast = any(weight.dtype == torch.bfloat16 for weight in layers.parameters())
-    if are_compiled(layers) or cast:
-        return
-    check_model(model)  # while its weights are fp32
-    cast_weights(layers, recipe)
-    if compiled:
-        compile_layers(layers, sites)
 
 
 def cast_weights(layers: Iterable[nn.Module], recipe: Recipe) -> None:

@@ -21,8 +21,8 @@ from torch import nn
 from ...cache.errors import UserError, reading
 from ...cache.files import canonical_json, sha256_file, user_folder, write_atomically
 from ...cache.locks import locked
-from ..scoring.attention import PACKED
-from ..scoring.flex import FLEX
+from .attention import PACKED
+from .flex import FLEX
 from .gguf import check_tensors, settle_config
 
 if TYPE_CHECKING:

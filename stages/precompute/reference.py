@@ -24,8 +24,8 @@ from ..model.anatomy import decoder_layers
 from ..model.compile import are_compiled
 from ..model.models import ModelSource, Recipe
 from ..model.sae import SiteSAE
-from ..model.sae_quality import SAEFit
 from ..model.tokenizer import tokenizer_sha256
+from ..scoring.sae_quality import SAEFit
 
 
 @dataclass(frozen=True, eq=False)

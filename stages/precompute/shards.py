@@ -19,11 +19,11 @@ from ...cache.manifest import Manifest, ShardReport
 from ...cache.remote import open_writer
 from ..data.preferences import Preferences
 from ..data.tokenize import Limits, tokenize_pair
-from ..model.compile import freeze
 from ..model.tokenizer import check_tokens
 from ..scoring.measure import measure_pairs
 from ..scoring.packing import PackedRow
 from ..scoring.parity import check_packings, difference
+from ..scoring.supported import freeze
 from .reference import Reference, describe_meaning, describe_numerics, provenance
 
 # One pair for so many, and at least two a shard, are measured a second time in another packing, for the cache's noise.
@@ -74,7 +74,7 @@ class ShardWorker:
             on_pairs: called with (raw rows, scored tokens) after each piece of work, (rows, 0) for a finished shard.
 
         Raises:
-            ValueError: if the folder holds another cache (`IdentityError`), or the model is not supported.
+            UserError: if the folder holds another cache (`IdentityError`), or the model is not supported.
         """
         freeze(reference.model, reference.recipe, compiled=compiled, sites=[sae.site for sae in reference.saes])
         meaning = describe_meaning(reference, preferences, limits, keep_features=keep_features, limit=limit)
@@ -97,7 +97,7 @@ class ShardWorker:
 
         Raises:
             FloatingPointError: if a log-probability or a feature is not finite; names the pair and the site.
-            ValueError: if two packings differ by more than rounding explains (`check_packings`).
+            UserError: if two packings differ by more than rounding explains (`check_packings`).
         """
         if self.writer.is_done(index):
             self._advance(len(self.writer.spec.shard_range(index)), 0)
@@ -198,7 +198,7 @@ def precompute(
         The manifest; None if other workers still hold shards (whoever finishes last writes it).
 
     Raises:
-        ValueError: if the folder holds another cache (`IdentityError`), no pair is left to score, or two packings of
+        UserError: if the folder holds another cache (`IdentityError`), no pair is left to score, or two packings of
             a pair differ by more than rounding explains.
         OSError: if a store does not answer.
         FloatingPointError: if a log-probability or a feature is not finite; names the pair and the site.

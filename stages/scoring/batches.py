@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...cache.schema import CachedPair
+from ..data.tokenize import Conversation
 from .features import CachedFeatures
-from .packing import Conversation, PackedRow, pack, pack_conversations
+from .packing import PackedRow, pack, pack_conversations
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ...cache.errors import UserError
-from ..model.anatomy import anatomy
+from ..model.anatomy import anatomy, causal_lm
+from ..model.attention import PACKED
 from ..model.models import Recipe, autocast
-from ..model.rotary import forget_lengths, of_same_frequencies
 from ..model.sae import Site, SiteSAE, capture_sites
-from .attention import PACKED, layout_for, masks_for, sequences_of
 from .features import CachedFeatures, FeatureDrift, feature_drift, pooled_features
 from .logprobs import token_scores
+from .masks import layout_for, masks_for, sequences_of
 from .packing import PackedRow, RowLayout
+from .rotary import forget_lengths, of_same_frequencies
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +60,6 @@ class RowScores:
     kl_R: Tensor
     pooled: tuple[Tensor, ...]
     drifts: tuple[FeatureDrift, ...]
-
-
-def causal_lm(model: nn.Module) -> Any:
-    """The causal LM inside whatever wraps it (PEFT)."""
-    get_base_model: Any = getattr(model, "get_base_model", None)
-    return model if get_base_model is None else get_base_model()
 
 
 def softcap(model: nn.Module) -> float | None:

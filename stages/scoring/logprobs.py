@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import flex
+from ..model import flex
 
 # Logits that exist at once. CPU: 32 MiB in fp32; more is no faster. GPU: 512 MiB in bf16, 1,024 tokens of Gemma-2's
 # vocabulary, so that a chunk's products take longer than adding to the gradient of the head's weight.

@@ -20,27 +20,13 @@ from torch import Tensor
 
 from ...cache.errors import UserError
 from ...cache.schema import Pair
-from .flex import BLOCK, LEAST_BLOCKS, RowBlocks, row_blocks
+from ..data.tokenize import Conversation
+from ..model.flex import BLOCK, LEAST_BLOCKS, RowBlocks, row_blocks
 
 PADDING = -1
 # So many pairs of a row are named in a message; the others are counted.
 NAMED = 8
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
-
-
-@dataclass(frozen=True, eq=False)
-class Conversation:
-    """A tokenised conversation.
-
-    Attributes:
-        ids: int32 [length], token ids.
-        learnt: bool [length], which of them are the assistant's; the first never is.
-        raw_row: its row in the raw data; None if it is of no data set.
-    """
-
-    ids: NDArray[np.int32]
-    learnt: NDArray[np.bool_]
-    raw_row: int | None = None
 
 
 class RowLayout(NamedTuple):

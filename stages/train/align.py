@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ...cache.errors import UserError
 from ...cache.identity import Meaning
 from ...cache.reader import Cache
-from ..model.anatomy import decoder_layers
-from ..model.compile import freeze
+from ..model.anatomy import causal_lm, decoder_layers
 from ..model.models import attentions_to_try, find_model, load_model
 from ..model.sae import SiteSAE
-from ..model.supported import load_supported
 from ..model.tokenizer import check_tokens, load_tokenizer, tokenizer_sha256
 from ..scoring.batches import RowBatch, RowCollator
-from ..scoring.forward import RowScores, causal_lm, live_reference, row_layout
+from ..scoring.forward import RowScores, live_reference, row_layout
 from ..scoring.parity import check_cache, check_parity
+from ..scoring.supported import freeze, load_supported
 from .callbacks import ParityLog
 from .config import FPOConfig
 from .objectives import PairLosses, PairScores, pair_losses
@@ -48,7 +48,7 @@ class FPOTrainer(RowTrainer):
         callbacks: as the Trainer's.
 
     Raises:
-        ValueError: if the method lacks its SAEs or its reference, or was given one that it does not read; if weights
+        UserError: if the method lacks its SAEs or its reference, or was given one that it does not read; if weights
             are not fp32; if data are no cache; if a cache does not fit (`check_cache`, `with_template`); as
             `RowTrainer`.
     """
@@ -68,9 +68,9 @@ class FPOTrainer(RowTrainer):
     ) -> None:
         divergence = args.objective.rule.divergence
         if (divergence == "features") != bool(saes):
-            raise ValueError(f"method {args.method}: expected {'SAEs' if divergence == 'features' else 'no SAE'}")
+            raise UserError(f"method {args.method}: expected {'SAEs' if divergence == 'features' else 'no SAE'}")
         if (divergence == "kl") != (reference is not None):
-            raise ValueError(f"method {args.method}: expected {'a' if divergence == 'kl' else 'no'} live reference")
+            raise UserError(f"method {args.method}: expected {'a' if divergence == 'kl' else 'no'} live reference")
         for name, cache in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
             if cache is not None:
                 _check_is_cache(name, cache)
@@ -273,7 +273,7 @@ def _check_is_cache(name: str, data: Any) -> None:
     """Refuses what TRL's trainers take: pairs without what the reference said of them."""
     if not isinstance(data, Cache):
         found = f"{type(data).__module__.split('.')[0]}.{type(data).__name__}"
-        raise ValueError(
+        raise UserError(
             f"{name}: expected a cache, found {found}; a cache holds preference pairs and what the reference said of "
             "them: make it once with `fpo precompute --model … --dataset … --sae … --out CACHE` and open it with "
             "fpo.open_cache('CACHE', sites=[sae.site.name])"
@@ -284,18 +284,18 @@ def with_template(processing_class: Any, meaning: Meaning, allow_different_start
     """Gives a tokenizer the cache's chat template, in which the policy learns.
 
     Raises:
-        ValueError: if it is not the cache's tokenizer, or has a template of its own, unless that is allowed.
+        UserError: if it is not the cache's tokenizer, or has a template of its own, unless that is allowed.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)  # of a processor
     found = tokenizer_sha256(tokenizer)
     if found != meaning.tokenizer:
-        raise ValueError(
+        raise UserError(
             f"processing_class: expected the cache's tokenizer, found another (hashes {meaning.tokenizer[:12]} and "
             f"{found[:12]}); give that of the model that the cache was made with"
         )
     template = tokenizer.chat_template
     if template is not None and template != meaning.chat_template and not allow_different_start:
-        raise ValueError(
+        raise UserError(
             "processing_class: expected the cache's chat template, found another: the policy would learn in a format "
             "that it is not asked in; leave it to the trainer (chat_template = None), or make the cache with it"
         )

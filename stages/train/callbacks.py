@@ -7,14 +7,17 @@ In: a training that goes on. Out: `metrics.jsonl`, a line for every log line, ma
 import json
 import math
 import shutil
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import TrainerCallback
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
 
 from ...cache.files import naming, write_atomically
 from .checkpoints import check_weights, copy_processor, saving
@@ -131,3 +134,93 @@ class Snapshots(TrainerCallback):
 def snapshot_folder(out: Path, step: int) -> Path:
     """Where a run in `out` leaves its snapshot of a step."""
     return out / "snapshots" / f"step-{step:06d}"
+
+
+class LiveLine(ProgressCallback):
+    """Shows a training on rank 0: one live line on a terminal; elsewhere a line of text at each logging step.
+
+    An evaluation leaves a line of its own in both cases.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__()
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the line, at the step that a resumed run has reached."""
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            hidden = True if args.disable_tqdm else None  # None: where there is no terminal
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, disable=hidden
+            )
+            self._first, self._started = state.global_step, time.monotonic()
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Shows how far an evaluation is, on a terminal."""
+        if self.training_bar is not None and not self.training_bar.disable:
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Shows the metrics of a step or of an evaluation; other log lines are for the files."""
+        if self.training_bar is None or logs is None:
+            return
+        step = f"step {state.global_step}/{state.max_steps}"
+        if "eval_loss" in logs:
+            _say(f"{step}, held out: {metrics_text(logs, 'eval_')}")
+        elif "loss" in logs:
+            text = f"{metrics_text(logs)}, {self._trainer.tokens_per_second():,.0f} tokens/s"
+            if self.training_bar.disable:
+                _say(f"{step}: {text}, {self._time_left(state)} left")
+            else:
+                self.training_bar.set_postfix_str(text)
+
+    def _time_left(self, state: Any) -> str:
+        done = state.global_step - self._first
+        seconds = (time.monotonic() - self._started) * (state.max_steps - state.global_step) / max(1, done)
+        return str(tqdm.format_interval(seconds))
+
+
+def _say(line: str) -> None:
+    tqdm.write(line)  # above the live line, where there is one
+    sys.stdout.flush()
+
+
+# What the live line shows of a log line, and how.
+SHOWN = {
+    "loss": "loss {:.4g}",
+    "rewards/margins": "margin {:.4g}",
+    "rewards/accuracies": "accuracy {:.1%}",
+    "constraint/delta": "δ {:.3g}",
+}
+
+
+def metrics_text(logs: Mapping[str, float], prefix: str = "") -> str:
+    """Loss, margin, accuracy and δ of a log line, as far as it has them; `prefix` goes before the names of its keys."""
+    return ", ".join(form.format(logs[prefix + key]) for key, form in SHOWN.items() if prefix + key in logs)
+
+
+def summary(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a training changed and how fast it was, a line each.
+
+    Args:
+        log: the Trainer's `log_history`. Held-out metrics before training are those of an evaluation at step 0.
+    """
+    lines = []
+    held_out = [line for line in log if "eval_loss" in line]
+    for name, key, form in (("accuracy", "rewards/accuracies", "{:.1%}"), ("margin", "rewards/margins", "{:.4g}")):
+        found = {line["step"]: form.format(line[f"eval_{key}"]) for line in held_out if f"eval_{key}" in line}
+        if found:
+            before = f"{found[0]} before, " if 0 in found else ""
+            lines.append(f"held-out {name}: {before}{found[max(found)]} after")
+    for key, where in (("eval_features/mse", "held-out pairs"), ("features/mse", "the last logged steps")):
+        if drifts := [line for line in log if f"{key}_chosen" in line]:
+            chosen, rejected = (drifts[-1][f"{key}_{side}"] for side in ("chosen", "rejected"))
+            lines.append(f"feature drift D_F on {where}: {chosen:.3g} chosen, {rejected:.3g} rejected")
+            break
+    lines += [f"{line['train_tokens_per_second']:,.0f} tokens/s" for line in log if "train_tokens_per_second" in line][
+        -1:
+    ]
+    return lines

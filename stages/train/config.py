@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ...cache.errors import UserError
 from ..model.models import Recipe
 from .methods import make_objective
 from .schedules import check_name, check_settings
@@ -49,7 +50,7 @@ class RowConfig(TrainingArguments):
         """Checks what the Trainer cannot know.
 
         Raises:
-            ValueError: if reentrant checkpointing is asked for, or the schedule cannot be used (`schedules.py`).
+            UserError: if reentrant checkpointing is asked for, or the schedule cannot be used (`schedules.py`).
         """
         schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
         check_name(schedule)
@@ -57,7 +58,7 @@ class RowConfig(TrainingArguments):
         check_settings(schedule, self.schedule_settings)
         kwargs = self.activation_checkpointing_kwargs
         if isinstance(kwargs, dict) and kwargs.get("use_reentrant", True):
-            raise ValueError("activation_checkpointing_kwargs: expected use_reentrant=False; features need gradients")
+            raise UserError("activation_checkpointing_kwargs: expected use_reentrant=False; features need gradients")
 
     @property
     def schedule_settings(self) -> dict[str, Any]:
@@ -98,7 +99,7 @@ class FPOConfig(RowConfig):
         """Makes the objective.
 
         Raises:
-            ValueError: as `RowConfig`; if the objective's settings do not fit the method.
+            UserError: as `RowConfig`; if the objective's settings do not fit the method.
         """
         super().__post_init__()
         self.objective = make_objective(

@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import BatchSampler, Sampler
 
+from ...cache.errors import UserError
+
 
 class ShareOfBatches(BatchSampler):
     """Batches of all ranks, of which it yields one rank's share: perhaps fewer items than another's, perhaps none.
@@ -49,13 +51,13 @@ def check_fsdp(accelerator: Any) -> Any:
     """Accelerate's FSDP plugin, None where there is none.
 
     Raises:
-        ValueError: if accelerate would ignore it; if it is version 1; if the weights are to be loaded by one rank only,
+        UserError: if accelerate would ignore it; if it is version 1; if the weights are to be loaded by one rank only,
             or saved in pieces.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            raise ValueError("FSDP: expected GPUs, found none, where accelerate runs DDP instead; leave FSDP out")
+            raise UserError("FSDP: expected GPUs, found none, where accelerate runs DDP instead; leave FSDP out")
         return None
     found = {
         "fsdp_version": (plugin.fsdp_version, 2),
@@ -64,7 +66,7 @@ def check_fsdp(accelerator: Any) -> Any:
     }
     for name, (value, expected) in found.items():
         if value != expected:
-            raise ValueError(f"FSDP: expected {name}: {expected}, found {value}; set it in accelerate's configuration")
+            raise UserError(f"FSDP: expected {name}: {expected}, found {value}; set it in accelerate's configuration")
     return plugin
 
 

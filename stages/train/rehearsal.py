@@ -18,7 +18,7 @@ from torch import nn
 
 from ...cache.errors import reading
 from ...cache.files import temporary_folder
-from ..scoring.forward import causal_lm
+from ..model.anatomy import causal_lm
 from .checkpoints import copy_processor, saving
 
 NOTES = logging.getLogger("fpo")
@@ -42,7 +42,7 @@ def rehearse(trainer: Any, *, resumed: bool) -> None:
             then nothing is written.
 
     Raises:
-        ValueError: something could not be saved or read back, or a tracker could not be started.
+        UserError: something could not be saved or read back, or a tracker could not be started.
         OSError: the output folder cannot be written, or has too little space.
     """
     from transformers.trainer_utils import align_special_tokens
@@ -74,7 +74,7 @@ def settle_generation(model: Any) -> list[str]:
         What was changed, a line each.
 
     Raises:
-        ValueError: some are wrong in another way.
+        UserError: some are wrong in another way.
     """
     config = getattr(model, "generation_config", None)
     if config is None:

@@ -15,6 +15,8 @@ import torch
 from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
+from ...cache.errors import UserError
+
 # These follow a metric from evaluation to evaluation; the others are functions of the step.
 FOLLOW_A_METRIC = ("greedy", "reduce_lr_on_plateau")
 SCHEDULES = tuple(kind.value for kind in SchedulerType if kind.value not in FOLLOW_A_METRIC)
@@ -34,35 +36,35 @@ def check_name(name: str) -> None:
     """Checks the name of a schedule.
 
     Raises:
-        ValueError: there is no such schedule, or it follows a metric.
+        UserError: there is no such schedule, or it follows a metric.
     """
     if name in FOLLOW_A_METRIC:
-        raise ValueError(
+        raise UserError(
             f"--lr-scheduler: expected a schedule over steps, found {name}, which follows a metric between "
             f"evaluations; take one of {', '.join(SCHEDULES)}"
         )
     if name not in SCHEDULES:
-        raise ValueError(f"--lr-scheduler: expected one of {', '.join(SCHEDULES)}, found '{name}'")
+        raise UserError(f"--lr-scheduler: expected one of {', '.join(SCHEDULES)}, found '{name}'")
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     """Checks the names of a schedule's settings.
 
     Raises:
-        ValueError: the schedule does not take one of them, or lacks one.
+        UserError: the schedule does not take one of them, or lacks one.
     """
     function: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
     known = inspect.signature(function).parameters
     taken = {key: parameter for key, parameter in known.items() if key not in _GIVEN}
     if unknown := sorted(settings.keys() - taken):
-        raise ValueError(
+        raise UserError(
             f"--lr-scheduler-kwargs: {name} takes {', '.join(taken) or 'no settings'}, found {', '.join(unknown)}"
         )
     missing = [key for key, parameter in taken.items() if parameter.default is parameter.empty and key not in settings]
     if missing:
-        raise ValueError(f"--lr-scheduler-kwargs: {name} needs {', '.join(missing)}; add them")
+        raise UserError(f"--lr-scheduler-kwargs: {name} needs {', '.join(missing)}; add them")
     if (one_of := _ONE_OF.get(name)) and sum(settings.get(key) is not None for key in one_of) != 1:
-        raise ValueError(f"--lr-scheduler-kwargs: {name} needs {' or '.join(one_of)}, and not both")
+        raise UserError(f"--lr-scheduler-kwargs: {name} needs {' or '.join(one_of)}, and not both")
 
 
 def check_rates(name: str, settings: Mapping[str, Any], *, lr: float, warmup_steps: int, steps: int) -> None:
@@ -76,14 +78,14 @@ def check_rates(name: str, settings: Mapping[str, Any], *, lr: float, warmup_ste
         steps: steps of the run.
 
     Raises:
-        ValueError: a setting cannot be used, or a rate is negative, not finite, or 0 from some step on.
+        UserError: a setting cannot be used, or a rate is negative, not finite, or 0 from some step on.
     """
     if name == "warmup_stable_decay":
         parts = {"warm-up": warmup_steps, **{part: settings.get(f"num_{part}_steps") for part in ("stable", "decay")}}
         known = {part: count for part, count in parts.items() if isinstance(count, int)}
         if "stable" not in known and sum(known.values()) > steps:
             found = " and ".join(f"{part} of {count}" for part, count in known.items())
-            raise ValueError(
+            raise UserError(
                 f"--lr-scheduler-kwargs: expected {name} to fit the run's {steps} steps, found {found}; lower them"
             )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
@@ -96,16 +98,16 @@ def check_rates(name: str, settings: Mapping[str, Any], *, lr: float, warmup_ste
         tried = [*range(0, steps, max(1, steps // _TRIED_STEPS)), steps]
         rates = [lr * schedule.lr_lambdas[0](step) for step in tried]
     except (TypeError, ValueError, ArithmeticError, UnboundLocalError) as error:
-        raise ValueError(f"--lr-scheduler-kwargs: {name} cannot use {dict(settings)}: {error}") from error
+        raise UserError(f"--lr-scheduler-kwargs: {name} cannot use {dict(settings)}: {error}") from error
     for step, rate in zip(tried, rates, strict=True):
         if not math.isfinite(rate) or rate < 0:
-            raise ValueError(
+            raise UserError(
                 f"--lr-scheduler-kwargs: expected rates from 0, found {rate:.3g} at step {step} of {name} with "
                 f"{dict(settings)}"
             )
     learning = [step for step, rate in zip(tried[:-1], rates[:-1], strict=True) if rate > 0]
     if learning and len(tried) > 2 and learning[-1] < tried[-3]:  # in the last step some are at 0
-        raise ValueError(
+        raise UserError(
             f"--lr-scheduler-kwargs: {name} with {dict(settings)} has a rate of 0 from step {learning[-1] + 1} of "
             f"{steps} on, where nothing more would be learnt; change them, or the length of the run"
         )

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..data.conversations import Conversations
+from ..data.tokenize import Conversation
+from ..model.anatomy import causal_lm
 from ..model.tokenizer import check_tokens
 from ..scoring.batches import ConversationCollator
-from ..scoring.forward import RowScores, causal_lm, row_layout
-from ..scoring.packing import Conversation, PackedRow
+from ..scoring.forward import RowScores, row_layout
+from ..scoring.packing import PackedRow
 from .config import RowConfig
 from .trainer import RowTrainer
 
@@ -30,7 +32,7 @@ class SFTTrainer(RowTrainer):
         callbacks: as the Trainer's.
 
     Raises:
-        ValueError: as `RowTrainer`.
+        UserError: as `RowTrainer`.
     """
 
     noun = "conversation"

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..model.rotary import forget_lengths, frequencies_of
+from ...cache.errors import UserError
 from ..model.sae import Site, capture_sites, load_sae
-from ..model.sae_quality import FitSums, SAEFit
+from ..scoring.rotary import forget_lengths, frequencies_of
+from ..scoring.sae_quality import FitSums, SAEFit
 from .checkpoints import check_weights, saving
 
 TokenIds = NDArray[np.int32]
@@ -76,14 +77,14 @@ def train_sae(
         heldout_fraction: the share of the text, at most of `tokens`, that is measured on and never trained on.
 
     Raises:
-        ValueError: there are fewer than two sequences with a token after the first, or nothing to train on.
-        FileExistsError: `out` already holds an SAE.
+        UserError: there are fewer than two sequences with a token after the first, or nothing to train on;
+            `out` already holds an SAE.
         FloatingPointError: an activation or, in the end, the SAE is not finite; nothing is written.
     """
     if (out / "cfg.json").exists():
-        raise FileExistsError(f"{out} already holds an SAE: choose another folder or remove it")
+        raise UserError(f"--out: expected a folder without an SAE, found one in {out}; give another")
     if tokens < batch_tokens:
-        raise ValueError(f"expected at least one batch of {batch_tokens} tokens to train on, got tokens={tokens}")
+        raise UserError(f"expected at least one batch of {batch_tokens} tokens to train on, got tokens={tokens}")
     train, heldout = _split(sequences, heldout_fraction, tokens, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -103,7 +104,7 @@ def _split(
     """Splits the usable sequences, in random order, into training and held-out ones; at least one of each."""
     usable = [ids for ids in sequences if len(ids) > 1]
     if len(usable) < 2:
-        raise ValueError(f"expected two or more sequences of two or more tokens, got {len(usable)} of {len(sequences)}")
+        raise UserError(f"expected two or more sequences of two or more tokens, got {len(usable)} of {len(sequences)}")
     shuffled = [usable[i] for i in np.random.default_rng(seed).permutation(len(usable))]
     counts = np.cumsum([len(ids) - 1 for ids in shuffled])
     wanted = fraction * min(tokens, int(counts[-1]))

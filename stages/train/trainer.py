@@ -18,16 +18,16 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ...cache.errors import UserError, reading
-from ..model.anatomy import decoder_layers
+from ..model.anatomy import causal_lm, decoder_layers
 from ..model.compile import CheckpointEvery, compile_layers
 from ..model.sae import Site
-from ..model.supported import check_model, check_repeats, policy_mode
-from ..scoring.forward import RowScores, attach_scoring, causal_lm
+from ..scoring.forward import RowScores, attach_scoring
 from ..scoring.packing import named
-from .callbacks import MetricsFile, PairMeans
+from ..scoring.supported import check_model, check_repeats, policy_mode
+from .callbacks import LiveLine, MetricsFile, PairMeans
 from .checkpoints import check_state, check_weights, copy_processor, move_model, reading_checkpoint, saving
 from .config import RowConfig
 from .distributed import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
@@ -50,7 +50,7 @@ class RowTrainer(Trainer):
         callbacks: as the Trainer's.
 
     Raises:
-        ValueError: if weights are not fp32; if the architecture is not supported (`check_model`); if FSDP is asked for
+        UserError: if weights are not fp32; if the architecture is not supported (`check_model`); if FSDP is asked for
             in a way that would change what is computed or saved (`check_fsdp`).
     """
 
@@ -71,7 +71,7 @@ class RowTrainer(Trainer):
     ) -> None:
         dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad}
         if dtypes != {"torch.float32"}:
-            raise ValueError(f"model: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
+            raise UserError(f"model: expected float32 weights, found {', '.join(sorted(dtypes))}; load it so")
         check_model(model)
         layers = decoder_layers(causal_lm(model))
         if args.compile_layers:
@@ -91,6 +91,9 @@ class RowTrainer(Trainer):
             # The run's record goes before its log.
             callbacks=[*(callbacks or []), MetricsFile(), CheckpointEvery(layers, args.checkpoint_every)],
         )
+        for shown in (ProgressCallback, PrinterCallback):
+            self.remove_callback(shown)
+        self.add_callback(LiveLine(self))
         several = self.args.world_size > 1
         self._ranks = torch.distributed.new_group(backend="gloo") if several else None  # for counts alone
 
@@ -125,7 +128,7 @@ class RowTrainer(Trainer):
         """Makes the repository to upload to, when the Trainer is made.
 
         Raises:
-            ValueError: the hub does not answer, or does not know who asks.
+            UserError: the hub does not answer, or does not know who asks.
         """
         with reading("--push-to-hub: expected a hub to upload to, log in with `hf auth login` or leave it out"):
             super().init_hf_repo(token, private)
@@ -173,7 +176,7 @@ class RowTrainer(Trainer):
         """Trains; see `Trainer.train`.
 
         Raises:
-            ValueError: the model is random in training mode (`check_repeats`), or the end of the run would fail
+            UserError: the model is random in training mode (`check_repeats`), or the end of the run would fail
                 (`rehearse`).
         """
         model: Any = self.model
@@ -266,6 +269,20 @@ class RowTrainer(Trainer):
         memory = self._memory or (PeakMemory() if self.args.device.type == "cuda" else None)  # a GPU counts anyway
         measured = memory.read(self.args.device) if memory else {}
         return {"train_tokens_per_second": round(tokens / seconds, 1), **measured}
+
+    def tokens_per_second(self) -> float:
+        """Tokens of all ranks over the time of training so far, taking the other ranks to be as fast as this one."""
+        return float(self._tokens * self.args.world_size / (time.monotonic() - self._started))
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates; before the first step, without a trace in the random numbers or the speed of training."""
+        if self.state.global_step:
+            return super()._evaluate(*args, **kwargs)
+        begun = time.monotonic()
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            metrics = super()._evaluate(*args, **kwargs)
+        self._started += time.monotonic() - begun
+        return metrics
 
     @property
     def _memory(self) -> PeakMemory | None:

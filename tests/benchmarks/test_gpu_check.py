@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.stages.scoring import flex
+from fpo.stages.model import flex
 from fpo.stages.train import memory
 from torch.nn.attention import flex_attention
 

@@ -19,9 +19,9 @@ import transformers
 from fpo.stages.model.anatomy import anatomy
 from fpo.stages.model.models import attentions_to_try, find_model, load_model
 from fpo.stages.model.sae import Site, capture_sites, module_at
-from fpo.stages.model.supported import load_supported
 from fpo.stages.scoring.forward import run_body, run_head
 from fpo.stages.scoring.packing import pack
+from fpo.stages.scoring.supported import load_supported
 from pairs import random_pair
 from tiny_architectures import ARCHITECTURES, tiny_config, tiny_model
 from torch import Tensor

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fpo.stages.model.models import find_model, load_model
-from fpo.stages.model.supported import policy_mode
+from fpo.stages.scoring.supported import policy_mode
 from tiny_architectures import ARCHITECTURES, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 

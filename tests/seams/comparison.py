@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
+from fpo.pipeline.commands.jobs import Step
 from fpo.pipeline.config import AlignConfig, EvaluateConfig
 from fpo.pipeline.report import run as table
 from fpo.pipeline.report import tune
-from fpo.pipeline.report.jobs import Step
 from matplotlib.figure import Figure
 from seams.lab import Lab
 from tiny_profile import tiny_profile

@@ -172,7 +172,8 @@ def eval_cache(lab: Lab, command: str) -> None:
     made = lab.run("precompute", dataset=lab.world.heldout, split="test", limit=None).folder
     held = lines_of(lab.world.heldout)
     run = lab.run(command, method="fpo", eval_cache=made, max_steps=2, lr=1e-2, beta=0.5, alpha=3.0)
-    (line,) = (line for line in run.log if "eval_loss" in line)
+    before, line = (line for line in run.log if "eval_loss" in line)
+    assert before["step"] == 0
     with torch.no_grad():
         values = losses(
             Objective("fpo", {"beta": 0.5, "alpha": 3.0}),
@@ -191,7 +192,7 @@ def eval_cache(lab: Lab, command: str) -> None:
 @effect("align", "eval_steps")
 def eval_steps(lab: Lab, command: str) -> None:
     run = lab.run(command, eval_cache=lab.small_cache, eval_steps=2, max_steps=5)
-    assert [line["step"] for line in run.log if "eval_loss" in line] == [2, 4, 5]
+    assert [line["step"] for line in run.log if "eval_loss" in line] == [0, 2, 4, 5]
     assert "--eval-steps" in lab.refused(command, eval_steps=2)
 
 

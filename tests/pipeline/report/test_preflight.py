@@ -5,11 +5,11 @@ import psutil
 import pytest
 import torch
 import yaml
+from fpo.pipeline.commands.jobs import DONE, Step
 from fpo.pipeline.config import COMMANDS, AlignConfig, TableConfig
 from fpo.pipeline.config_files import load_config, profile_names
 from fpo.pipeline.report import preflight
 from fpo.pipeline.report.hub import Repo
-from fpo.pipeline.report.jobs import DONE, Step
 from fpo.pipeline.report.plan import make_plan, make_step
 from fpo.pipeline.report.preflight import free_memory, missing, needed_repos
 from transformers import AutoModelForCausalLM

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fpo.pipeline.commands.jobs import Step
 from fpo.pipeline.config import COMMANDS
-from fpo.pipeline.report.jobs import Step
 from fpo.pipeline.report.page import markdown
 from fpo.pipeline.report.plan import Run
 from fpo.pipeline.report.records import (

@@ -7,10 +7,10 @@ import torch
 from fpo.stages.evaluate.token_bound import token_bound
 from fpo.stages.model.anatomy import anatomy, decoder_layers
 from fpo.stages.model.sae import Site, capture_sites
-from fpo.stages.model.supported import check_model
 from fpo.stages.scoring.forward import live_reference, score_row
 from fpo.stages.scoring.measure import measure_pairs
 from fpo.stages.scoring.packing import pack
+from fpo.stages.scoring.supported import check_model
 from pairs import assert_same_gradients, calm_gemma2, calm_llama, gradients, random_pairs
 from tiny import randomize, tiny_gemma2, tiny_llama, tiny_sae
 from torch import Tensor

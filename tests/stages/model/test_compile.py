@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from fpo.stages.model import flex
 from fpo.stages.model.anatomy import anatomy
 from fpo.stages.model.compile import cast_weights, compile_layers
+from fpo.stages.model.flex import FLEX
 from fpo.stages.model.sae import Site
-from fpo.stages.scoring import flex
-from fpo.stages.scoring.flex import FLEX
 from fpo.stages.scoring.forward import row_layout, score_row
 from fpo.stages.scoring.packing import pack
 from fpo.stages.train import memory

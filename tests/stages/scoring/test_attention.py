@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fpo.stages.scoring.attention import packed_attention, sequences_of, visible
-from fpo.stages.scoring.packing import PADDING, Conversation, PackedRow, pack, pack_conversations
+from fpo.stages.data.tokenize import Conversation
+from fpo.stages.model.attention import packed_attention
+from fpo.stages.scoring.masks import sequences_of, visible
+from fpo.stages.scoring.packing import PADDING, PackedRow, pack, pack_conversations
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import many_examples, pair_lists

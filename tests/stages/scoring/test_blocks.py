@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fpo.stages.scoring.attention import visible
-from fpo.stages.scoring.flex import BLOCK
-from fpo.stages.scoring.packing import PADDING, Conversation, PackedRow, pack, pack_conversations
+from fpo.stages.data.tokenize import Conversation
+from fpo.stages.model.flex import BLOCK
+from fpo.stages.scoring.masks import visible
+from fpo.stages.scoring.packing import PADDING, PackedRow, pack, pack_conversations
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import few_examples, random_pair

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from fpo.cache.schema import Pair
-from fpo.stages.scoring.attention import attention_mask, visible
+from fpo.stages.scoring.masks import attention_mask, visible
 from fpo.stages.scoring.packing import PADDING, PackedRow, pack, plan_rows
 from hypothesis import given
 from hypothesis import strategies as st

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.stages.train.callbacks import MetricsFile, PairMeans, RunRecord
+from fpo.stages.train.callbacks import LiveLine, MetricsFile, PairMeans, RunRecord, summary
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import many_examples
@@ -114,3 +114,36 @@ def test_a_run_that_begins_makes_no_file_before_it_logs_and_other_processes_neve
 def test_the_record_is_written_when_training_begins(tmp_path):
     RunRecord("a: 1\n").on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), state(), None)
     assert (tmp_path / "run.yaml").read_text() == "a: 1\n"
+
+
+def test_a_summary_says_what_changed_and_omits_what_was_not_measured():
+    before = {"step": 0, "eval_loss": 0.69, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0}
+    after = {"step": 9, "eval_loss": 0.5, "eval_rewards/accuracies": 0.75, "eval_rewards/margins": 1.25}
+    after |= {"eval_features/mse_chosen": 0.001, "eval_features/mse_rejected": 0.002}
+    speed = {"step": 9, "train_tokens_per_second": 1234.5}
+    assert summary([before, after, speed]) == [
+        "held-out accuracy: 50.0% before, 75.0% after",
+        "held-out margin: 0 before, 1.25 after",
+        "feature drift D_F on held-out pairs: 0.001 chosen, 0.002 rejected",
+        "1,234 tokens/s",
+    ]
+    assert summary([after])[0] == "held-out accuracy: 75.0% after"  # a resumed run without its step 0
+    assert summary([{"step": 9, "loss": 0.5}, speed]) == ["1,234 tokens/s"]
+
+
+def test_without_a_terminal_each_logging_step_is_one_plain_line(capfd):
+    line = LiveLine(SimpleNamespace(tokens_per_second=lambda: 1234.4))
+    args = SimpleNamespace(disable_tqdm=False)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=20)
+    line.on_train_begin(args, state, None)
+    state.global_step = 10
+    line.on_step_end(args, state, None)
+    line.on_log(args, state, None, logs={"loss": 0.5, "rewards/accuracies": 0.75, "constraint/delta": 0.001})
+    line.on_log(args, state, None, logs={"eval_loss": 0.4, "eval_rewards/margins": 2.0})
+    line.on_log(args, state, None, logs={"parity/logps": 0.0})
+    line.on_train_end(args, state, None)
+    found = capfd.readouterr()
+    first, second = found.out.splitlines()
+    assert first.startswith("step 10/20: loss 0.5, accuracy 75.0%, δ 0.001, 1,234 tokens/s, 00:0")
+    assert second == "step 10/20, held out: loss 0.4, margin 2"
+    assert not found.err

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fpo.stages.scoring.packing import Conversation, pack_conversations
+from fpo.stages.data.tokenize import Conversation
+from fpo.stages.scoring.packing import pack_conversations
 from fpo.stages.train.config import RowConfig
 from fpo.stages.train.sft import SFTTrainer
 from hypothesis import given

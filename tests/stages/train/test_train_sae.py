@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fpo.cache.errors import UserError
 from fpo.stages.model.sae import Site, capture_sites, load_sae
 from fpo.stages.train.train_sae import SAEQuality, _split, train_sae
 from hypothesis import assume, given
@@ -131,7 +132,7 @@ def test_an_mlp_site_of_another_architecture_is_trained_alike(tmp_path):
 
 
 def test_mistakes_are_said(trained, tmp_path):
-    with pytest.raises(FileExistsError, match="already holds an SAE"):
+    with pytest.raises(UserError, match="--out: expected a folder without an SAE"):
         train(trained[0])
     with pytest.raises(ValueError, match="at least one batch of 64 tokens"):
         train(tmp_path, tokens=63)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.stages.model import supported
 from fpo.stages.model.models import attentions_to_try, find_model, load_model
-from fpo.stages.model.supported import check_length, check_model, load_supported
+from fpo.stages.scoring import supported
+from fpo.stages.scoring.supported import check_length, check_model, load_supported
 from pairs import calm_gemma2, calm_llama
 from tiny import randomize, tiny_family, tiny_gemma2, tiny_llama
 from transformers import (

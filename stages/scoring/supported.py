@@ -21,11 +21,13 @@ from transformers import PreTrainedModel
 
 from ...cache.errors import UserError
 from ...cache.schema import Pair, pair_id
-from ..scoring.forward import causal_lm, row_layout, run_body, run_head
-from ..scoring.packing import PackedRow, pack
-from .anatomy import anatomy, decoder_layers, first_tensor, not_supported, probe_ids, quiet
+from ..model.anatomy import anatomy, causal_lm, decoder_layers, first_tensor, not_supported, probe_ids, quiet
+from ..model.compile import are_compiled, cast_weights, compile_layers
+from ..model.models import Recipe
+from ..model.sae import Site, capture_sites
+from .forward import row_layout, run_body, run_head
+from .packing import PackedRow, pack
 from .rotary import forget_lengths, frequencies_of, of_same_frequencies, unknown_scaling
-from .sae import Site, capture_sites
 
 # What rounding explains in fp32: nats of a token's log-probability; the part of an activation's norm that may differ.
 # What architectures get wrong is a hundred times as much.
@@ -330,3 +332,26 @@ def _seeded(score: Callable[[], Tensor], seed: int) -> Tensor:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         return score().detach().clone()
+
+
+def freeze(model: Any, recipe: Recipe, *, compiled: bool, sites: Sequence[Site] = ()) -> None:
+    """Checks a model that will only be read and makes it as fast as it can be; a second call does nothing.
+
+    Args:
+        model: a causal LM with fp32 weights, on its device.
+        recipe: the compute recipe.
+        compiled: whether its layers are compiled.
+        sites: those that will be read.
+
+    Raises:
+        UserError: the model is not supported.
+    """
+    model.requires_grad_(False).eval()
+    layers = decoder_layers(causal_lm(model))
+    cast = any(weight.dtype == torch.bfloat16 for weight in layers.parameters())
+    if are_compiled(layers) or cast:
+        return
+    check_model(model)  # while its weights are fp32
+    cast_weights(layers, recipe)
+    if compiled:
+        compile_layers(layers, sites)

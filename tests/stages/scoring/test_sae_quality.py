@@ -11,7 +11,7 @@ import torch
 from fpo.cache.reader import open_cache
 from fpo.stages.data.tokenize import tokenize_pair
 from fpo.stages.model.sae import load_sae
-from fpo.stages.model.sae_quality import FitSums, SAEFit, check_fit, first_pairs, fit_on_pairs
+from fpo.stages.scoring.sae_quality import FitSums, SAEFit, check_fit, first_pairs, fit_on_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import score_alone
@@ -79,7 +79,7 @@ def test_the_first_pairs_are_enough_and_no_more(world):
     reference, preferences = world.reference(), world.preferences()
     assert len(first_pairs(reference.model, preferences, reference.chat, LIMITS)) == len(pairs_of(world))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fpo.stages.model.sae_quality.POSITIONS", 30)
+        patch.setattr("fpo.stages.scoring.sae_quality.POSITIONS", 30)
         found = first_pairs(reference.model, preferences, reference.chat, LIMITS)
     counts = np.cumsum([len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs_of(world)])
     assert [pair.pair_id for pair in found] == [pair.pair_id for pair in pairs_of(world)][

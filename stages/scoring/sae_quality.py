@@ -19,11 +19,12 @@ from ...cache.schema import Pair
 from ..data.chat import ChatFormat
 from ..data.preferences import Preferences
 from ..data.tokenize import Limits, tokenize_pair
-from ..scoring.features import CHUNK_ENTRIES
-from ..scoring.forward import causal_lm, row_layout, run_body
-from ..scoring.packing import pack
-from .models import Recipe, autocast
-from .sae import SiteSAE
+from ..model.anatomy import causal_lm
+from ..model.models import Recipe, autocast
+from ..model.sae import SiteSAE
+from .features import CHUNK_ENTRIES
+from .forward import row_layout, run_body
+from .packing import pack
 
 # Prediction positions that stage one looks at before it starts: enough to tell a dead SAE from a sparse one.
 POSITIONS = 1024

@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..scoring.attention import sequences_of
-from ..scoring.packing import PADDING, PROMPT, PackedRow, RowLayout
+from .masks import sequences_of
+from .packing import PADDING, PROMPT, PackedRow, RowLayout
 
 # Unknown rotary embeddings are tried at these lengths, and on either side of the configuration's longest.
 _LENGTHS = (64, 1024, 4097, 8193, 32769, 131073, 1048577)

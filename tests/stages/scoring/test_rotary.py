@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from fpo.cache.schema import Pair
-from fpo.stages.model.rotary import forget_lengths, of_same_frequencies, unknown_scaling
+from fpo.stages.data.tokenize import Conversation
 from fpo.stages.model.sae import Site
-from fpo.stages.model.supported import check_model
 from fpo.stages.scoring.forward import run_body, run_head, score_row
-from fpo.stages.scoring.packing import Conversation, RowLayout, pack, pack_conversations
+from fpo.stages.scoring.packing import RowLayout, pack, pack_conversations
+from fpo.stages.scoring.rotary import forget_lengths, of_same_frequencies, unknown_scaling
+from fpo.stages.scoring.supported import check_model
 from fpo.stages.train import train_sae
 from hypothesis import given
 from hypothesis import strategies as st

@@ -25,9 +25,9 @@ import typer
 from tqdm import tqdm
 
 from ...cache.files import write_atomically
-from ..commands import run_command
 from ..config import AlignConfig
 from ..errors import is_expected, one_line
+from . import run_command
 
 DONE = "step.json"
 
@@ -193,7 +193,7 @@ def _run(step: Step, threads: int) -> None:
         shutil.rmtree(step.out)
     if isinstance(config, AlignConfig):
         from ...stages.train.memory import PeakMemory
-        from ..commands.align import run_align
+        from .align import run_align
 
         run_align(config, [PeakMemory()])
     else:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.stages.model.supported import check_model
-from fpo.stages.scoring import flex
-from fpo.stages.scoring.flex import FLEX
+from fpo.stages.model import flex
+from fpo.stages.model.flex import FLEX
 from fpo.stages.scoring.forward import row_layout, score_row
 from fpo.stages.scoring.packing import pack
+from fpo.stages.scoring.supported import check_model
 from fpo.stages.train import memory
 from fpo.stages.train.align import FPOTrainer
 from fpo.stages.train.config import FPOConfig

@@ -1,29 +1,20 @@
-"""Who attends to whom in a packed row: the rule, the masks, and attention as plain causal sequences.
+"""Who attends to whom in a packed row: the rule, and what each attention implementation takes of it.
 
-In: a decoder's configuration and a row. Out: how its rows must be laid out, and a mask for each kind of layer, in the
-form that the decoder's attention takes: eager attention an additive mask, `flex` its blocks, `packed` none.
+In: a decoder's configuration and a row. Out: how its rows must be laid out, and a mask for each kind of layer: eager
+attention takes an additive mask, `packed_flex` blocks, and `packed` the causal sequences that a row is made of.
 
-`packed` runs a row `prompt · chosen · rejected · …` as the causal sequences that it is made of, with the same result as
-under the masks: the kernel of scaled-dot-product attention skips what lies above the diagonal only where it is told
-that a sequence is causal. It is registered with transformers under that name; without `sequences` it is `sdpa`.
-
-Shapes: L positions of a row, S of a sequence, H heads, K heads of keys and values, D size of a head.
+Shapes: L positions of a row.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from torch import Tensor
 
-from .flex import BLOCK, FLEX, RowMask
+from ..model.attention import PACKED
+from ..model.flex import BLOCK, FLEX, RowMask
 from .packing import PADDING, PROMPT, PackedRow, RowLayout
-
-PACKED = "packed"
 
 
 def visible(row: PackedRow, query: Tensor, key: Tensor, window: int | None) -> Tensor:
@@ -106,56 +97,3 @@ def sequences_of(row: PackedRow) -> list[list[range]]:
     answered = {pairs[run.start] for run in answers}
     alone = [[run] for pair, run in prompts.items() if pair not in answered or pair == PADDING]
     return [[prompts[pairs[run.start]], run] for run in answers] + alone
-
-
-def packed_attention(
-    module: nn.Module,
-    query_1HLD: Tensor,
-    key_1KLD: Tensor,
-    value_1KLD: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    sequences: Sequence[Sequence[range]] | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one layer, by the interface of transformers.
-
-    Args:
-        module: the layer's attention.
-        query_1HLD: the row's queries.
-        key_1KLD: the row's keys.
-        value_1KLD: the row's values.
-        attention_mask: read only without `sequences`.
-        sequences: the row's `sequences_of`; a prompt is computed in both of its sequences and taken from the first.
-        sliding_window: tokens that the layer sees, the query's own included; None for all.
-        kwargs: the interface's other arguments.
-
-    Returns:
-        [1, L, H, D].
-    """
-    if sequences is None:
-        return sdpa_attention_forward(module, query_1HLD, key_1KLD, value_1KLD, attention_mask, **kwargs)
-    pieces: dict[range, Tensor] = {}
-    for ranges in sequences:
-        size = sum(len(positions) for positions in ranges)
-        query_1HSD, key_1KSD, value_1KSD = (
-            torch.cat([values[:, :, positions.start : positions.stop] for positions in ranges], dim=2)
-            for values in (query_1HLD, key_1KLD, value_1KLD)
-        )
-        mask = None if sliding_window is None or size <= sliding_window else _window(size, sliding_window, query_1HLD)
-        attended_1SHD, _ = sdpa_attention_forward(module, query_1HSD, key_1KSD, value_1KSD, mask, **kwargs)
-        for positions, piece in zip(ranges, attended_1SHD.split([len(r) for r in ranges], dim=1), strict=True):
-            pieces.setdefault(positions, piece)
-    return torch.cat([pieces[positions] for positions in sorted(pieces, key=lambda r: r.start)], dim=1), None
-
-
-def _window(size: int, window: int, like: Tensor) -> Tensor:
-    """The mask of a causal sequence with a sliding window, bool [1, 1, S, S]."""
-    index = torch.arange(size, device=like.device)
-    behind_SS = index[:, None] - index[None, :]
-    return ((behind_SS >= 0) & (behind_SS < window))[None, None]
-
-
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, sdpa_mask)

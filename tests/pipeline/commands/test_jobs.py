@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
+from fpo.pipeline.commands.jobs import DONE, Step, run_steps, seconds_of
 from fpo.pipeline.config import AlignConfig, EvaluateConfig
-from fpo.pipeline.report.jobs import DONE, Step, run_steps, seconds_of
 from tiny_profile import tiny_profile
 from tiny_world import files, losses
 
