@@ -1,11 +1,10 @@
-"""The command line: one command a function.
-
-What a command does is in `run_*.py`; its options are fields of `RunConfig`.
+"""The command line: a command's help and options are those of its class in `config.py`, its work is in `commands/`.
 
 In: arguments. Out: exit code 0; 1 if `cache verify` finds damage or numbers are not finite; 2 for a mistake of the
 user's, with one line on stderr that says what was expected, what was found and what to do.
 """
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -15,8 +14,12 @@ from typing import Annotated, Any, cast, get_args
 import typer
 from typer.core import TyperGroup
 
-from .config import RunConfig, load_config, profile_names, to_yaml
+from .config import COMMANDS, Config, TableConfig, TuneConfig, flag
+from .config_files import field_name, load_config, profile_names, to_yaml
 from .errors import user_errors
+from .options import IN_FILE, nearest
+
+PANELS = ("Most used", "Data", "Model", "Method", "Optimisation", "Output", "Advanced")
 
 # typer has a copy of click of its own, and hands out this child of the mistakes in arguments alone.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__base__)
@@ -30,10 +33,20 @@ class _CommandLine(TyperGroup):
         try:
             sys.exit(super().main(*args, **{**extra, "standalone_mode": False}))
         except _UsageError as error:
-            said = error.format_message()
-            # Without a command it is the help, of many lines.
-            typer.echo(said if "\n" in said else f"fpo: {said.rstrip('.')}; --help lists what there is", err=True)
+            typer.echo(_told(error), err=True)
             sys.exit(error.exit_code)
+
+
+def _told(error: Any) -> str:
+    """One line for a mistake in the arguments; the help, of many lines, where no command is named."""
+    said = error.format_message()
+    if hasattr(error, "possibilities"):  # an unknown option
+        known = [name for parameter in error.ctx.command.params for name in parameter.opts] or ["--help"]
+        near = flag(
+            nearest(field_name(error.option_name.lstrip("-")), [field_name(name.lstrip("-")) for name in known])
+        )
+        return f"fpo: {error.option_name}: `{error.ctx.command_path}` has no such option; the nearest is {near}"
+    return said if "\n" in said else f"fpo: {said.rstrip('.')}; --help lists what there is"
 
 
 app = typer.Typer(
@@ -44,173 +57,83 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
 )
 cache_app = typer.Typer(help="Look into a cache.", no_args_is_help=True)
 config_app = typer.Typer(help="Look into a configuration.", no_args_is_help=True)
+show_app = typer.Typer(help="Print the resolved configuration of a command, or of all.", invoke_without_command=True)
 app.add_typer(cache_app, name="cache")
 app.add_typer(config_app, name="config")
-
-Command = Callable[[RunConfig, frozenset[str]], None]
-
-MODEL = ("model", "device", "attention", "dtype")
-TRAINING = (
-    *("epochs", "max_steps", "batch_size", "accumulation", "lr", "lr_scheduler", "lr_scheduler_kwargs"),
-    *("warmup_steps", "optimizer", "max_grad_norm", "token_budget", "activation_checkpointing", "checkpoint_every"),
-    *("compile", "seed", "resume"),
-    *("logging_steps", "save_steps", "snapshot_steps", "report_to", "push_to_hub"),
-)
-DATA = (
-    *("dataset", "map", "dataset_config", "split", "chat_template"),
-    *("limit", "drop_ties", "max_length", "max_prompt_length"),
-)
+config_app.add_typer(show_app, name="show")
 
 
-def _option(name: str) -> inspect.Parameter:
-    """The command-line option of a field of `RunConfig`; not given is None."""
-    field = RunConfig.model_fields[name]
-    default = (
-        "" if field.default in (None, ()) or "default" in (field.description or "") else f" [default: {field.default}]"
-    )
-    kinds = {kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)}
-    kind: Any = str  # pydantic reads the text, so that files and options obey the same rules
-    flag = f"--{name.replace('_', '-')}"
-    if bool in kinds or field.annotation is bool:
-        kind, flag = bool, f"{flag}/--no-{name.replace('_', '-')}"
-    elif isinstance(field.default, tuple):
-        kind = list[str]
-    option = typer.Option(flag, help=f"{field.description}{default}", show_default=False)
+def _parameter(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind | None, option]
     )
 
 
-def configured(
-    group: typer.Typer, name: str, *fields: str, resume: str = "nothing was written"
-) -> Callable[[Command], Command]:
-    """Registers a command that takes `--config` and the given fields of `RunConfig` as options.
+def _option(config: type[Config], name: str) -> inspect.Parameter:
+    """The option of a field. Its text is read by pydantic, so that files and options obey the same rules."""
+    field = config.model_fields[name]
+    help_text = field.description or ""
+    if field.default not in (None, ()) and "default" not in help_text:
+        help_text += f" [default: {field.default}]"
+    kinds = {*get_args(field.annotation), field.annotation}
+    kind: Any = bool if bool in kinds else list[str] if isinstance(field.default, tuple) or name == "site" else str
+    flags = f"{flag(name)}/--no-{flag(name)[2:]}" if kind is bool else flag(name)
+    option = typer.Option(flags, help=help_text, show_default=False, rich_help_panel=_panel(config, name))
+    return _parameter(name, kind, None, option)
 
-    What it names of the embedded world is made first, except for `config show`.
-    """
-    config_help = f"YAML file, or a profile: {', '.join(profile_names())}."
-    config_option = inspect.Parameter(
-        "config",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[str | None, typer.Option("--config", help=config_help, show_default=False)],
-    )
 
-    def register(function: Command) -> Command:
-        def command(**values: Any) -> None:
-            config = values.pop("config")
+def _panel(config: type[Config], name: str) -> str:
+    """The heading under which `--help` lists a field: that of the class that declares it."""
+    if name in config.first:
+        return PANELS[0]
+    owner = next(base for base in config.__mro__ if name in inspect.get_annotations(base))
+    return cast(type[Config], owner).panel
+
+
+def _config_option(default: str | None) -> Any:
+    help_text = f"YAML file, or a profile: {', '.join(profile_names())}."
+    help_text += f" [default: {default}]" if default else ""
+    return typer.Option("--config", help=help_text, show_default=False, rich_help_panel=PANELS[0])
+
+
+def _register(group: typer.Typer, config: type[Config], run: Callable[[Config, str | None], None]) -> None:
+    """Makes a command of a class: its options, and what is to be done with the configuration that they make."""
+
+    def command(**values: Any) -> None:
+        name = values.pop("config")
+        with user_errors(config.go_on):
             given = {key: value for key, value in values.items() if value not in (None, [])}
-            with user_errors(resume):
-                settings = load_config(config, given, name if group is app else None)
-                if group is app:
-                    from .world.world import provide
+            run(load_config(config, name, given, from_command_line=True), name)
 
-                    settings = provide(settings, fields)
-                function(settings, frozenset(given))
-
-        parameters = [config_option, *map(_option, fields)]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        command.__doc__ = function.__doc__
-        group.command(name)(command)
-        return function
-
-    return register
+    fields = [name for name, field in config.model_fields.items() if field.json_schema_extra != IN_FILE]
+    fields.sort(key=lambda name: PANELS.index(_panel(config, name)))
+    options = [_option(config, name) for name in dict.fromkeys((*config.first, *fields))]
+    parameters = [_parameter("config", str, config.profile, _config_option(config.profile)), *options]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = config.__doc__
+    group.command(config.command)(command)
 
 
-@configured(
-    app,
-    "precompute",
-    *MODEL,
-    *DATA,
-    *("turns", "date", "sae", "allow_poor_sae", "out", "keep_features", "token_budget", "shard_size", "compile"),
-    *("rank", "world_size", "engine", "workers", "repair"),
-    resume="finished shards are kept: run the same command again to go on",
-)
-def precompute(config: RunConfig, given: frozenset[str]) -> None:
-    """Stage one: run the frozen reference and its SAEs over preference data, once, into a cache.
+def _run(config: Config, name: str | None) -> None:
+    """Runs a command; what it names of the embedded world is made first."""
+    config.check_ready()
+    if name is not None and isinstance(config, TableConfig | TuneConfig):
+        module = importlib.import_module(f".report.{'run' if isinstance(config, TableConfig) else 'tune'}", __package__)
+        getattr(module, f"run_{config.command}")(name, config)
+    else:
+        from .commands import run_command
+        from .world.world import provide
 
-    Needs --model, --dataset, --sae and --out, here or in the configuration.
-    """
-    from .commands.precompute import run_precompute
-
-    run_precompute(config)
+        run_command(provide(config))
 
 
-@configured(
-    app,
-    "align",
-    *MODEL,
-    *("chat_template", "cache", "eval_cache", "trust_hashes", "out", "method", "reference", "sae", "site"),
-    *("beta", "alpha", "gamma", "kl_beta", "stop_gradient", "top_k"),
-    *TRAINING,
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "merge", "allow_different_start", "eval_steps"),
-    resume="--resume goes on from the last checkpoint",
-)
-def align(config: RunConfig, given: frozenset[str]) -> None:
-    """Stage two: train the policy against a cache; the reference model is not loaded.
-
-    Needs --model, --cache and --out, fpo also --sae, here or in the configuration.
-    """
-    from .commands.align import run_align
-
-    run_align(config, given)
-
-
-@configured(
-    app,
-    "sft",
-    *MODEL,
-    *(field for field in DATA if field not in ("drop_ties", "max_prompt_length")),
-    *("date", "out", *TRAINING),
-    resume="--resume goes on from the last checkpoint",
-)
-def sft(config: RunConfig, given: frozenset[str]) -> None:
-    """Fine-tune a model on conversations (UltraChat's shape): what preference optimization starts from.
-
-    Needs --model, --dataset and --out, here or in the configuration.
-    """
-    from .commands.sft import run_sft
-
-    run_sft(config, given)
-
-
-@configured(
-    app,
-    "evaluate",
-    *MODEL,
-    *("base", "cache", "trust_hashes", "method", "reference", "sae", "site", "top_k", "token_budget"),
-    *("prompts", "samples", "max_new_tokens", "temperature", "top_p", "generation_batch", "outputs", "questions"),
-    *("seed", "out"),
-    resume="no metrics.json was written: run the same command again",
-)
-def evaluate(config: RunConfig, given: frozenset[str]) -> None:
-    """Measure a policy on a held-out cache: accuracy, KL and feature MSE to the reference, diversity; or write answers.
-
-    Needs --model and --out, and --cache or --outputs with --questions, here or in the configuration.
-    """
-    from .commands.evaluate import run_evaluate
-
-    run_evaluate(config, given)
-
-
-@configured(
-    app,
-    "train-sae",
-    *("model", "device", "attention", *DATA, "site", "width", "tokens", "target_l0", "seed", "out"),
-    resume="nothing was written: run the same command again",
-)
-def train_sae(config: RunConfig, given: frozenset[str]) -> None:
-    """Train a JumpReLU SAE on the model's own activations, for models that have no public one.
-
-    Needs --model, --dataset, --site and --out, here or in the configuration.
-    """
-    from .commands.train_sae import run_train_sae
-
-    run_train_sae(config)
+for _config in COMMANDS.values():
+    _register(app, _config, _run)
 
 
 @app.command("merge")
@@ -228,47 +151,6 @@ def merge(
         run_merge(run, out, base)
 
 
-Profile = Annotated[str, typer.Option("--config", help="Profile or YAML file.")]
-Jobs = Annotated[int | None, typer.Option("--jobs", help=RunConfig.model_fields["jobs"].description, min=1)]
-GO_ON = "finished steps are kept: run the same command again to go on"
-
-
-@app.command("table")
-def table(
-    config: Profile = "embedded",
-    ablations: Annotated[bool, typer.Option("--ablations", help="The ablations instead of the comparison.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every step, what it reads, and what is missing; run nothing.")
-    ] = False,
-    runs: Annotated[Path | None, typer.Option("--runs", help="Folder of the runs; default runs/<profile>.")] = None,
-    out: Annotated[str | None, typer.Option("--out", help="Folder of the tables; default results/<profile>.")] = None,
-    jobs: Jobs = None,
-) -> None:
-    """The paper's comparison: every method under every seed, evaluated; tables, figures and a page."""
-    given = {"runs": runs, "out": out, "jobs": jobs}
-    with user_errors(GO_ON):
-        settings = load_config(config, {name: value for name, value in given.items() if value is not None}, "table")
-        from .report.run import run_table
-
-        run_table(config, settings, ablations=ablations, dry_run=dry_run)
-
-
-@app.command("tune")
-def tune(
-    config: Profile = "embedded",
-    runs: Annotated[Path | None, typer.Option("--runs", help="Folder of the runs; default runs/<profile>.")] = None,
-    out: Annotated[str | None, typer.Option("--out", help="Folder of the log; default results/<profile>.")] = None,
-    jobs: Jobs = None,
-) -> None:
-    """Search learning rate and β of every method on the validation split, with one budget for all."""
-    given = {"runs": runs, "out": out, "jobs": jobs}
-    with user_errors(GO_ON):
-        settings = load_config(config, {name: value for name, value in given.items() if value is not None}, "tune")
-        from .report.tune import run_tune
-
-        run_tune(config, settings)
-
-
 CachePlace = Annotated[
     str, typer.Argument(help="Folder of the cache, or its URL in an object store.", show_default=False)
 ]
@@ -277,18 +159,18 @@ CachePlace = Annotated[
 @cache_app.command("info")
 def cache_info(place: CachePlace) -> None:
     """What is in a cache: pairs, sites, sizes, what was skipped, noise, provenance."""
-    from .commands.cache_info import print_info
-
     with user_errors():
+        from .commands.cache import print_info
+
         print_info(place)
 
 
 @cache_app.command("verify")
 def cache_verify(place: CachePlace) -> None:
     """Check every byte of a cache; exit code 1 and the names of what is damaged."""
-    from ..cache.reader import verify
-
     with user_errors():
+        from ..cache.reader import verify
+
         damages = verify(place)
     for damage in damages:
         typer.echo(damage)
@@ -297,10 +179,18 @@ def cache_verify(place: CachePlace) -> None:
     typer.echo("sound")
 
 
-@configured(config_app, "show", *RunConfig.model_fields)
-def config_show(config: RunConfig, given: frozenset[str]) -> None:
-    """Print the resolved configuration."""
-    typer.echo(to_yaml(config), nl=False)
+@show_app.callback()
+def config_show(context: typer.Context, config: Annotated[str | None, _config_option(None)] = None) -> None:
+    """Print the resolved configuration of a command, with its options on top; without a command, that of all."""
+    if context.invoked_subcommand is None:
+        with user_errors():
+            for name, command_config in COMMANDS.items():
+                text = to_yaml(load_config(command_config, config, {}))
+                typer.echo(f"{name}:\n" + "".join(f"  {line}\n" for line in text.splitlines()), nl=False)
+
+
+for _config in COMMANDS.values():
+    _register(show_app, _config, lambda config, name: typer.echo(to_yaml(config), nl=False))
 
 
 def main() -> None:

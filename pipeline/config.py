@@ -1,317 +1,353 @@
-"""The run configuration: every option of every command, from a YAML file or a profile, options on top.
+"""What each command can be told: one class a command, whose fields are its options and the keys of its YAML file.
 
-In: a file or profile name and the options given. Out: one frozen, validated `RunConfig`, which is written whole into
-every output. A field's description is the option's help.
+In: values by field name (`config_files.py` reads them). Out: a frozen instance whose values fit together, or one line
+that says which do not.
 """
 
-import datetime
-import difflib
-import importlib.resources
-import json
-import reprlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, PrivateAttr, model_validator
+
+from ..cache.errors import UserError
+from ..stages.train.methods import METHODS
+from .options import (
+    NEEDED,
+    AdapterOptions,
+    CacheOptions,
+    ChatOptions,
+    CompileOptions,
+    DataOptions,
+    DateOptions,
+    Folder,
+    MethodOptions,
+    ModelOptions,
+    OptimisationOptions,
+    Options,
+    OutputOptions,
+    Place,
+    PreferenceOptions,
+    RecipeOptions,
+    SAEOptions,
+    SeedOptions,
+    WorkerOptions,
+    in_file,
+    needed,
+    option,
 )
 
-from ..cache import files
-from ..stages.train.methods import METHODS, MethodName
-from .plain_yaml import field_name, read_yaml, write_yaml
-
-# What `for` of a configuration file may name beside methods; those that read a method's settings; those that may write
-# into a store.
-COMMANDS = ("precompute", "align", "train-sae", "sft", "evaluate", "table", "tune")
-METHOD_COMMANDS = (None, "align")
-STORE_COMMANDS = (None, "precompute")
-
-# A folder, or text that is a URL: of `s3://bucket` a Path would make `s3:/bucket`.
-Place = Annotated[files.Place, BeforeValidator(lambda value: files.as_place(value) if type(value) is str else value)]
-
-# YAML reads a day that is not quoted as one.
-Day = Annotated[
-    str,
-    BeforeValidator(lambda value: value.isoformat() if type(value) is datetime.date else value),
-    Field(pattern=r"^\d{4}-\d{2}-\d{2}$"),
-]
+# What names of a model or data set can only be paths.
+FILE_ENDINGS = (".gguf", ".parquet", ".json", ".jsonl", ".csv", ".tsv", ".jinja")
 
 
-def _mapping(value: Any) -> Any:
-    """A mapping, which on the command line is JSON."""
-    if not isinstance(value, str):
-        return value
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            raise ValueError("expected each key once")
-        return found
-
-    try:
-        return json.loads(value, object_pairs_hook=once)
-    except ValueError as error:
-        raise ValueError(f"expected a mapping in JSON, as '{{\"min_lr\": 1e-8}}' ({error})") from error
+def flag(name: str) -> str:
+    """The option of a field."""
+    return f"--{name.replace('_', '-')}"
 
 
-class RunConfig(BaseModel):
-    """All settings; a command reads those that its `--help` lists."""
+class Config(Options):
+    """What every command's class has. Its docstring is the command's help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    command: ClassVar[str]
+    # What is told when the command is interrupted.
+    go_on: ClassVar[str] = "nothing was written"
+    # The profile of a command that needs one.
+    profile: ClassVar[str | None] = None
+    # The options that most people need, which `--help` shows first.
+    first: ClassVar[tuple[str, ...]] = ()
 
-    model: str | None = Field(None, description="Causal LM: hub id, folder, .gguf file, or package:NAME/FILE.gguf.")
-    base: str | None = Field(
-        None, description="Model that the adapter given as --model belongs to; default the one that it names."
-    )
-    dataset: str | None = Field(
-        None, description="Preference data (sft: conversations): hub id, Parquet/JSON/JSONL/CSV/TSV file, or folder."
-    )
-    map: tuple[str, ...] = Field(
-        (), description="Rename a column of the data: NEW=OLD, as chosen=preferred. Repeatable."
-    )
-    dataset_config: str | None = Field(None, description="Configuration of a hub data set.")
-    split: str = Field("train_prefs", description="Split of the data set (UltraChat's for sft is train_sft).")
-    chat_template: str | None = Field(
-        None, description="Jinja file; default the tokenizer's, or Gemma's turns where it has none."
-    )
-    date: Day | None = Field(
-        None,
-        description="Day that it is to a chat template that reads the clock, YYYY-MM-DD; default the day on which the "
-        "cache or run is begun.",
-    )
-    sae: tuple[str, ...] = Field(
-        (), description="SAE: release:sae_id, a folder that SAELens saved, or params.npz@site. Repeatable."
-    )
-    allow_poor_sae: bool = Field(
-        False, description="Use an SAE of which hardly a feature fires on this model, or which explains nothing of it."
-    )
-    out: Place | None = Field(None, description="Folder to write; precompute: or a URL, as s3://bucket/cache.")
-    device: str = Field("auto", description="auto (a GPU where there is one), cpu or cuda.")
-    attention: Literal["auto", "eager", "packed", "packed_flex"] = Field(
-        "auto", description="auto (the fastest that is exact for model and device), eager, packed or packed_flex."
-    )
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="Recipe of both stages: fp32, or bf16 autocast.")
-    compile: bool | None = Field(
-        None, description="Compile a model's layers (torch.compile); default on a GPU, not on a CPU."
-    )
-    token_budget: PositiveInt = Field(2048, description="Tokens of a packed row; sets memory (results to rounding).")
-    seed: int = Field(0, description="Seed of data order, initialisation and sampling.")
+    _given: frozenset[str] = PrivateAttr(frozenset())
 
-    limit: PositiveInt | None = Field(None, description="Use only the first N raw rows; default all.")
-    turns: Literal["all", "last"] = Field(
-        "all", description="Assistant turns that are learnt of a response of several: all or the last."
-    )
-    drop_ties: bool = Field(False, description="Skip pairs whose scores are equal (default: kept and counted).")
-    keep_features: PositiveInt | Literal["all"] = Field(
-        512, description="Largest features kept per response and site, or 'all' that are not zero."
-    )
-    max_length: PositiveInt = Field(1024, description="Longest prompt and response (sft: conversation), tokens.")
-    max_prompt_length: PositiveInt = Field(512, description="Longest prompt, tokens; its beginning is cut.")
-    shard_size: PositiveInt = Field(1024, description="Raw rows of a shard.")
-    rank: NonNegativeInt | None = Field(
-        None, description="Number of this worker, from 0; default what torchrun or SLURM says."
-    )
-    world_size: PositiveInt | None = Field(
-        None, description="Workers that share the cache out; default what torchrun or SLURM says."
-    )
-    engine: Literal["local", "ray"] = Field(
-        "local", description="Who hands out shards: local (each worker takes its own) or ray (a pool of workers)."
-    )
-    repair: bool = Field(
-        False, description="Read every byte of the cache in --out and compute the damaged shards again, no other."
-    )
-    workers: PositiveInt | None = Field(None, description="Ray: workers of the pool; default one a GPU, or one.")
+    def model_post_init(self, context: Any) -> None:
+        """Takes the names of the options that stand on the command line from the context of the validation."""
+        self._given = frozenset((context or {}).get("given", ()))
 
-    cache: Place | None = Field(
-        None, description="Cache that stage one wrote: its folder, or its URL, as hf://datasets/OWNER/NAME."
-    )
-    eval_cache: Place | None = Field(None, description="Cache of a held-out split, same in all else.")
-    trust_hashes: bool = Field(
-        False, description="Skip the SHA-256 of shards that were decoded before, and of their decoded copy."
-    )
-    method: MethodName = Field("fpo", description=f"Objective: {', '.join(METHODS)}.")
-    reference: str | None = Field(
-        None, description="Live reference of tdpo1, tdpo2, simpo-kl and of evaluate's KL (as --model)."
-    )
-    site: tuple[str, ...] = Field(
-        (),
-        description="Site: of the features compared (align, evaluate; default the cache's only one; repeatable, D_F is "
-        "their mean), or of the SAE (train-sae).",
-    )
-    beta: PositiveFloat | None = Field(None, description="β; default the method's (0.1; simpo, simpo-kl 2).")
-    alpha: float | None = Field(None, ge=0, description="α, weight of the constraint; default 0.5; 0 is off.")
-    gamma: float | None = Field(None, description="γ, constant margin of simpo and simpo-kl; default 0.5.")
-    kl_beta: PositiveFloat | None = Field(None, description="β of simpo-kl's constraint; default 0.1.")
-    stop_gradient: bool | None = Field(None, description="Hold D(y_w) fixed in the constraint; default yes.")
-    top_k: PositiveInt = Field(50, description="k of D_F, features.")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.check()
+        return self
 
-    epochs: PositiveFloat = Field(1.0, description="Passes over the data.")
-    max_steps: PositiveInt | None = Field(None, description="Stop after N steps, whatever --epochs says.")
-    batch_size: PositiveInt = Field(32, description="Pairs (sft: conversations) per optimiser step, over all devices.")
-    accumulation: PositiveInt = Field(1, description="Batches per optimiser step that --batch-size is split into.")
-    lr: PositiveFloat = Field(5e-7, description="Peak learning rate.")
-    lr_scheduler: str = Field("constant_with_warmup", description="Schedule, by the Trainer's names.")
-    lr_scheduler_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_mapping)] = Field(
-        None,
-        description="The schedule's own settings in JSON: '{\"min_lr\": 1e-8}' (file: a mapping); default none.",
-    )
-    warmup_steps: float = Field(150, ge=0, description="Linear warm-up, steps (below 1: share of all steps).")
-    optimizer: Literal["adam", "rmsprop"] = Field("adam", description="Optimiser: adam or rmsprop.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 is off.")
-    activation_checkpointing: bool = Field(False, description="Recompute layers in backward: less memory, slower.")
-    checkpoint_every: PositiveInt = Field(1, description="With --activation-checkpointing: recompute every N-th layer.")
-    lora_r: PositiveInt | None = Field(None, description="Train a LoRA adapter of this rank (PEFT); default none.")
-    lora_alpha: PositiveFloat | None = Field(None, description="LoRA's α, over r the adapter's scale; default 2 r.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, in training.")
-    lora_targets: tuple[str, ...] = Field(
-        (), description="Modules that get an adapter, as q_proj; default all linear ones but the head. Repeatable."
-    )
-    merge: bool = Field(False, description="With --lora-r: save the merged model, not the adapter.")
-    resume: bool = Field(False, description="Go on from the last checkpoint in --out.")
-    allow_different_start: bool = Field(
-        False, description="Train although the policy is not the cache's reference; recorded."
-    )
-    logging_steps: PositiveInt = Field(10, description="Steps between log lines.")
-    save_steps: PositiveInt = Field(200, description="Steps between checkpoints (the last two are kept).")
-    eval_steps: PositiveInt | None = Field(None, description="Steps between evaluations; default once, at the end.")
-    report_to: str = Field("none", description="Tracker, by the Trainer's names (wandb, tensorboard, ...).")
-    push_to_hub: bool = Field(False, description="Upload the result to the hub.")
+    def check(self) -> None:
+        """Refuses options that contradict each other.
 
-    snapshot_steps: PositiveInt | None = Field(
-        None, description="Steps between snapshots (weights alone, all kept), for curves over training; default none."
-    )
+        Raises:
+            UserError: they do.
+        """
 
-    width: PositiveInt = Field(4096, description="Features of the SAE.")
-    tokens: PositiveInt = Field(200_000, description="Tokens to train the SAE on.")
-    target_l0: PositiveFloat = Field(64.0, description="Features that are to fire per token.")
+    def refuse(self, reason: str, *names: str) -> None:
+        """Refuses options that would be ignored; a file may hold them for other commands, the command line may not.
 
-    prompts: NonNegativeInt = Field(100, description="Prompts to sample answers to; 0 measures no diversity.")
-    samples: PositiveInt = Field(25, description="Sampled answers a prompt.")
-    max_new_tokens: PositiveInt = Field(512, description="Longest generated answer, tokens.")
-    temperature: float = Field(
-        1.0, ge=0, description="Temperature of sampling, 0 is greedy; benchmarks have their own if not given."
-    )
-    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus of sampling.")
-    generation_batch: PositiveInt = Field(32, description="Answers generated at a time; sets memory.")
-    outputs: Literal["alpaca-eval", "arena-hard", "mt-bench"] | None = Field(
-        None, description="Write answers to --questions in this benchmark's format, for its judge."
-    )
-    questions: Path | None = Field(None, description="The benchmark's questions, in its own file format.")
+        Raises:
+            UserError: one of them is on the command line.
+        """
+        for name in names:
+            if name in self._given:
+                raise UserError(f"{flag(name)}: {reason}; leave it out")
 
-    seeds: tuple[int, ...] = Field((0,), description="Seeds of the comparison, each a run of every method. Repeatable.")
-    heldout_split: str = Field("test_prefs", description="Split that the comparison is measured on.")
-    validation_split: str | None = Field(None, description="Split that tune chooses on.")
-    ablation_sites: tuple[str, ...] = Field((), description="Sites of the ablation, one run each. Repeatable.")
-    ablation_sums: tuple[str, ...] = Field(
-        (), description="Several sites at once, joined by '+', of the ablation, one run each. Repeatable."
-    )
-    jobs: PositiveInt = Field(1, description="Runs of the comparison at a time; each has its share of the cores.")
-    runs: Path | None = Field(None, description="Folder of the comparison's runs; default runs/<profile>.")
+    def needs(self) -> list[str]:
+        """The fields without which the command cannot run."""
+        return [name for name, field in type(self).model_fields.items() if field.json_schema_extra == NEEDED]
+
+    def check_ready(self) -> None:
+        """Refuses a configuration with which the command cannot begin: all that is missing is named at once.
+
+        Raises:
+            UserError: a needed option is missing, or a file or cache is not where an option says.
+        """
+        needs = self.needs()
+        needs.sort(key=lambda name: self.first.index(name) if name in self.first else len(self.first))
+        if missing := [flag(name) for name in needs if getattr(self, name) in (None, (), "")]:
+            raise UserError(
+                f"{', '.join(missing)}: expected a value{' for each' * (len(missing) > 1)}, found none; "
+                "give it as an option, or in the configuration"
+            )
+        for name in ("model", "base", "reference", "dataset", "chat_template", "questions"):
+            value = getattr(self, name, None)
+            if value is not None and _names_a_file(value) and not Path(value).expanduser().exists():
+                raise UserError(f"{flag(name)}: expected a file or folder at {value}, found none; correct the path")
+        for name in ("cache", "eval_cache"):
+            place = getattr(self, name, None)
+            if isinstance(place, Path) and not (place / "manifest.json").exists():
+                raise UserError(
+                    f"{flag(name)}: expected a finished cache in {place}, found no manifest.json; give its folder, or "
+                    "run `fpo precompute` to its end"
+                )
 
 
-def profile_names() -> list[str]:
-    """Names of the profiles that come with the package."""
-    folder = importlib.resources.files(__package__) / "profiles"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+def _names_a_file(value: str | Path) -> bool:
+    if isinstance(value, Path):
+        return True
+    return value.startswith((".", "/", "~")) or (value.endswith(FILE_ENDINGS) and not value.startswith("package:"))
 
 
-def load_config(name: str | None, given: Mapping[str, Any], command: str | None = None) -> RunConfig:
-    """Resolves a configuration.
+class PrecomputeConfig(
+    Config, ModelOptions, RecipeOptions, SAEOptions, PreferenceOptions, DateOptions, CompileOptions, WorkerOptions
+):
+    """Stage one: run the frozen reference and its SAEs over preference data, once, into a cache."""
 
-    A file's `for` holds settings of one command or one method, which win over the rest of the file:
-    `for: {sft: {lr: 2.0e-5}, dpo: {beta: 0.1}}`. Those of a method are read by the commands that have one.
+    command = "precompute"
+    go_on = "finished shards are kept: run the same command again to go on"
+    first = ("model", "dataset", "sae", "out", "split")
+    panel = "Output"
+    out: Place = needed("Folder to write, or a URL, as s3://bucket/cache.")
+    turns: Literal["all", "last"] = option(
+        "all", "Assistant turns that are learnt of a response of several: all or the last."
+    )
+    allow_poor_sae: bool = option(
+        False, "Use an SAE of which hardly a feature fires on this model, or which explains nothing of it."
+    )
+    keep_features: PositiveInt | Literal["all"] = option(
+        512, "Largest features kept per response and site, or 'all' that are not zero."
+    )
 
-    Args:
-        name: a YAML file, or a profile's name; None for defaults.
-        given: options, by field name; they win over the file.
-        command: the command that is to run; None for any.
+    def needs(self) -> list[str]:
+        """Without an SAE there are no features to keep."""
+        return [*super().needs(), "sae"]
 
-    Raises:
-        FileNotFoundError: if there is no such file or profile.
-        ValueError: naming the key, what was expected and what was found; an unknown key with the nearest known one.
+    def check(self) -> None:
+        """Workers: both numbers or none, and a pool only of Ray's."""
+        if (self.rank is None) != (self.world_size is None):
+            missing = "--rank" if self.rank is None else "--world-size"
+            raise UserError(f"{missing}: expected --rank and --world-size together, found one; give both or neither")
+        if self.workers is not None and self.engine == "local":
+            raise UserError(
+                "--workers: only --engine ray reads it; leave it out, or start several processes with torchrun"
+            )
+        if self.repair and self.engine != "local":
+            raise UserError("--repair: expected one worker, which reads every shard, found --engine ray; leave one out")
+
+
+class TrainingConfig(Config, ModelOptions, OptimisationOptions, OutputOptions):
+    """What `fpo align` and `fpo sft` have in common."""
+
+    go_on = "--resume goes on from the last checkpoint"
+
+    def check(self) -> None:
+        """Options of which one makes the other mean nothing."""
+        if {"epochs", "max_steps"} <= self._given:
+            raise UserError("--epochs: --max-steps alone says when to stop; leave one of them out")
+        if self.lr_scheduler == "constant":
+            self.refuse("the schedule 'constant' ignores it; use constant_with_warmup", "warmup_steps")
+        if not self.activation_checkpointing:
+            self.refuse("no layer is recomputed without --activation-checkpointing; add it", "checkpoint_every")
+
+
+class AlignConfig(TrainingConfig, ChatOptions, CacheOptions, MethodOptions, AdapterOptions):
+    """Stage two: train the policy against a cache; the reference model is not loaded.
+
+    Method fpo needs --sae too; tdpo1, tdpo2 and simpo-kl need --reference.
     """
-    content, where = ({}, "options") if name is None else _read(name)
-    sections = _sections(content.pop("for", {}), where)
-    values = content | sections.get(command or "", {})
-    if command in METHOD_COMMANDS:
-        values |= sections.get(str({**values, **given}.get("method", RunConfig.model_fields["method"].default)), {})
-    _check_keys(content, where)
-    try:
-        config = RunConfig(**{**values, **given})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        place = f"--{key.replace('_', '-')}" if key in given else f"{where}: {key}"
-        raise ValueError(f"{place}: {first['msg']}, found {_shown(first['input'])}") from error
-    if isinstance(config.out, str) and command not in STORE_COMMANDS:
-        raise ValueError(f"--out: expected a folder, found {config.out}; only `fpo precompute` writes into a store")
-    return config
+
+    command = "align"
+    first = ("model", "cache", "out", "method", "sae")
+    panel = "Method"
+    eval_cache: Place | None = option(None, "Cache of a held-out split, same in all else.")
+    beta: PositiveFloat | None = option(None, "β; default the method's (0.1; simpo, simpo-kl 2).")
+    alpha: float | None = option(None, "α, weight of the constraint; default 0.5; 0 is off.", ge=0)
+    gamma: float | None = option(None, "γ, constant margin of simpo and simpo-kl; default 0.5.")
+    kl_beta: PositiveFloat | None = option(None, "β of simpo-kl's constraint; default 0.1.")
+    stop_gradient: bool | None = option(None, "Hold D(y_w) fixed in the constraint; default yes.")
+    allow_different_start: bool = option(False, "Train although the policy is not the cache's reference; recorded.")
+    eval_steps: PositiveInt | None = option(None, "Steps between evaluations; default once, at the end.")
+
+    def needs(self) -> list[str]:
+        """A feature constraint needs SAEs, a KL a live reference."""
+        divergence = METHODS[self.method].divergence
+        more = {"features": ["sae"], "kl": ["reference"], None: []}[divergence]
+        return [*super().needs(), "cache", *more]
+
+    def check(self) -> None:
+        """Options that this method, or a training without an adapter or held-out pairs, would ignore."""
+        super().check()
+        divergence = METHODS[self.method].divergence
+        if divergence != "kl":
+            self.refuse(f"method {self.method} has no use for it", "reference")
+        if divergence != "features":
+            self.refuse(f"method {self.method} has no feature constraint", "sae", "site", "top_k")
+        if self.eval_cache is None:
+            self.refuse("there is nothing to evaluate on without --eval-cache", "eval_steps")
+        if self.lora_r:
+            if self.model and self.model.endswith(".gguf") and not self.merge:
+                raise UserError(
+                    "--lora-r: an adapter names the model it belongs to, which a GGUF file cannot be; add --merge"
+                )
+            if self.snapshot_steps:
+                raise UserError(
+                    "--snapshot-steps: a snapshot is a whole model, which --lora-r does not train; leave it out"
+                )
+            return
+        for name in ("merge", "lora_alpha", "lora_dropout", "lora_targets"):
+            if getattr(self, name):
+                raise UserError(f"{flag(name)}: there is no adapter without --lora-r; leave it out")
 
 
-def has_section(name: str, command: str) -> bool:
-    """Whether a file's `for` has settings of this command."""
-    content, where = _read(name)
-    return command in _sections(content.get("for", {}), where)
+class SFTConfig(TrainingConfig, DataOptions, DateOptions):
+    """Fine-tune a model on conversations (UltraChat's shape): what preference optimization starts from."""
+
+    command = "sft"
+    first = ("model", "dataset", "split", "out", "lr")
 
 
-def _sections(content: Any, where: str) -> dict[str, dict[str, Any]]:
-    """The settings under `for`, by command or method."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{where}: for: expected commands or methods with their settings, found {_shown(content)}")
-    for name, settings in content.items():
-        if name not in (*COMMANDS, *METHODS):
-            raise ValueError(f"{where}: for: expected one of {', '.join((*COMMANDS, *METHODS))}, found '{name}'")
-        if not isinstance(settings, dict):
-            raise ValueError(f"{where}: for: {name}: expected a mapping of options, found {_shown(settings)}")
-    sections = {name: {field_name(key): value for key, value in part.items()} for name, part in content.items()}
-    for name, settings in sections.items():
-        _check_keys(settings, f"{where}: for: {name}")
-        if name in METHODS and "method" in settings:
-            raise ValueError(f"{where}: for: {name}: found 'method', which is {name} here; leave it out")
-    return sections
+class EvaluateConfig(Config, ModelOptions, RecipeOptions, CacheOptions, MethodOptions, SeedOptions):
+    """Measure a policy on a held-out cache: accuracy, KL and feature MSE to the reference, diversity; or write answers.
+
+    Needs --cache, or --outputs with --questions.
+    """
+
+    command = "evaluate"
+    go_on = "no metrics.json was written: run the same command again"
+    first = ("model", "cache", "out", "method", "sae")
+    panel = "Method"
+    out: Folder = needed("Folder to write.")
+    base: str | None = option(
+        None, "Model that the adapter given as --model belongs to; default the one that it names."
+    )
+    prompts: NonNegativeInt = option(100, "Prompts to sample answers to; 0 measures no diversity.")
+    samples: PositiveInt = option(25, "Sampled answers a prompt.")
+    max_new_tokens: PositiveInt = option(512, "Longest generated answer, tokens.")
+    temperature: float | None = option(
+        None, "Temperature of sampling, 0 is greedy; default 1, for answers that of the benchmark.", ge=0
+    )
+    top_p: float = option(0.95, "Nucleus of sampling.", gt=0, le=1)
+    generation_batch: PositiveInt = option(32, "Answers generated at a time; sets memory.")
+    outputs: Literal["alpaca-eval", "arena-hard", "mt-bench"] | None = option(
+        None, "Write answers to --questions in this benchmark's format, for its judge."
+    )
+    questions: Path | None = option(None, "The benchmark's questions, in its own file format.")
+
+    def check(self) -> None:
+        """Options that lack another one, or that would be ignored without a cache, an SAE or sampling."""
+        if self.outputs and self.questions is None:
+            raise UserError("--questions: expected the file of the benchmark's questions for --outputs, found none")
+        if self.questions and self.outputs is None:
+            raise UserError("--outputs: expected the benchmark whose --questions are to be answered, found none")
+        if self.cache is None and self.outputs is None:
+            return  # `check_ready` says that there is nothing to do
+        if self.cache is None:
+            measuring = ("trust_hashes", "method", "reference", "sae", "site", "top_k", "token_budget", "prompts")
+            self.refuse("without --cache there is nothing to measure", *measuring, "samples")
+        elif not self.sae:
+            self.refuse("without --sae no features are measured", "site", "top_k")
+        if self.cache is not None and self.prompts:
+            if self.temperature == 0:
+                raise UserError("--temperature: expected a number above 0 to sample with, found 0; or pass --prompts 0")
+            return
+        self.refuse("with --prompts 0 nothing is sampled", "samples")
+        if not self.outputs:
+            sampling = ("max_new_tokens", "temperature", "top_p", "generation_batch", "seed")
+            self.refuse("with --prompts 0 and no --outputs nothing is generated", *sampling)
+        if self.temperature == 0:
+            self.refuse("at temperature 0 nothing is drawn", "top_p", "seed")
+
+    def check_ready(self) -> None:
+        """There must be something to measure or to answer."""
+        super().check_ready()
+        if self.cache is None and self.outputs is None:
+            raise UserError(
+                "--cache: expected a cache of a held-out split, or --outputs and --questions, found neither"
+            )
 
 
-def _check_keys(values: Mapping[str, Any], where: str) -> None:
-    for key in values:
-        if key not in RunConfig.model_fields:
-            near = difflib.get_close_matches(key[:100], RunConfig.model_fields, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: unknown key '{key[:100]}'; the nearest known key is '{near}'")
+class TrainSAEConfig(Config, ModelOptions, PreferenceOptions, SeedOptions):
+    """Train a JumpReLU SAE on the model's own activations, for models that have no public one."""
+
+    command = "train-sae"
+    go_on = "nothing was written: run the same command again"
+    first = ("model", "dataset", "site", "out", "width")
+    panel = "Optimisation"
+    site: tuple[str, ...] = needed("Site that the SAE reads.")
+    out: Folder = needed("Folder to write.")
+    width: PositiveInt = option(4096, "Features of the SAE.")
+    tokens: PositiveInt = option(200_000, "Tokens to train the SAE on.")
+    target_l0: PositiveFloat = option(64.0, "Features that are to fire per token.")
+
+    def check_ready(self) -> None:
+        """An SAE reads one site."""
+        super().check_ready()
+        if len(self.site) > 1:
+            raise UserError(f"--site: expected one site to train an SAE for, found {len(self.site)}; give one")
 
 
-def _shown(value: object) -> str:
-    """A value for an error, cut where it is long."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 200
-    return short.repr(value)
+class ComparisonConfig(Config):
+    """What `fpo table` and `fpo tune` have in common; a file sets most of it."""
+
+    go_on = "finished steps are kept: run the same command again to go on"
+    profile = "embedded"
+    panel = "Output"
+    first = ("runs", "out", "jobs")
+    model: str = in_file(None, "Model that every method starts from, or that is fine-tuned first.")
+    split: str = in_file("train_prefs", "Split that the methods are trained on.")
+    heldout_split: str = in_file("test_prefs", "Split that the comparison is measured on.")
+    sae: tuple[str, ...] = in_file((), "SAEs, one a site, in the order of `site`.")
+    site: tuple[str, ...] = in_file((), "Sites of the SAEs.")
+    seeds: tuple[int, ...] = in_file((0,), "Seeds, each a run of every method.")
+    ablation_sites: tuple[str, ...] = in_file((), "Sites of the ablation, one run each.")
+    ablation_sums: tuple[str, ...] = in_file((), "Several sites at once, joined by '+', of the ablation, one run each.")
+    runs: Folder | None = option(None, "Folder of the runs; default runs/<profile>.")
+    out: Folder | None = option(None, "Folder of tables, figures and logs; default results/<profile>.")
+    jobs: PositiveInt = option(1, "Runs at a time; each has its share of the cores.")
+
+    def check_ready(self) -> None:
+        """The comparison looks for what all its steps need, and names it at once."""
 
 
-def _read(name: str) -> tuple[dict[str, Any], str]:
-    path = Path(name).expanduser()
-    if path.is_file():
-        text = path.read_bytes()
-    elif name in profile_names():
-        text = (importlib.resources.files(__package__) / "profiles" / f"{name}.yaml").read_bytes()
-    else:
-        raise FileNotFoundError(
-            f"--config: expected a YAML file or one of the profiles {', '.join(profile_names())}, found no '{name}'"
-        )
-    try:
-        content = read_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{name}: expected a mapping of options, found {type(content).__name__}")
-    return {field_name(key): value for key, value in content.items()}, name
+class TableConfig(ComparisonConfig):
+    """The paper's comparison: every method under every seed, evaluated; tables, figures and a page."""
+
+    command = "table"
+    ablations: bool = option(False, "The ablations instead of the comparison.")
+    dry_run: bool = option(False, "Print every step, what it reads, and what is missing; run nothing.")
 
 
-def to_yaml(config: RunConfig, extra: Mapping[str, Any] | None = None) -> str:
-    """The configuration whole, as YAML; `extra` keys after it."""
-    content = {**config.model_dump(mode="json"), **(extra or {})}
-    return write_yaml(content)
+class TuneConfig(ComparisonConfig):
+    """Search learning rate and β of every method on the validation split, with one budget for all."""
+
+    command = "tune"
+    validation_split: str | None = in_file(None, "Split to choose on.")
+    lr: PositiveFloat = in_file(5e-7, "Learning rate around which the grid lies.")
+
+
+COMMANDS: dict[str, type[Config]] = {
+    config.command: config
+    for config in (PrecomputeConfig, AlignConfig, SFTConfig, EvaluateConfig, TrainSAEConfig, TableConfig, TuneConfig)
+}

@@ -1,6 +1,7 @@
 """What a user is told of an error or a signal: one line, and an exit code.
 
-In: an exception, and how to go on. Out: what was expected, found, where, and what to do.
+In: an exception, and how to go on. Out: exit code 2 for a `UserError` and for a disk that is full or refuses; 1 for
+numbers that are not finite; 130 for a signal. Anything else is a fault of the program, and stays a traceback.
 """
 
 import errno
@@ -10,13 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import typer
 
+from ..cache.errors import UserError
 from ..cache.files import user_folder
-
-# What happens to a user's files, machine and numbers; anything else is a mistake of the program's.
-USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 FULL = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "no space left in this user's quota"}
 REFUSED = {
@@ -28,7 +28,7 @@ REFUSED = {
 
 @contextmanager
 def user_errors(resume: str = "nothing was written") -> Iterator[None]:
-    """Turns a user's mistake into one line and exit code 2; with FPO_TRACEBACK set, into a traceback.
+    """Turns what a user can mend into one line and an exit code; with FPO_TRACEBACK set, into a traceback.
 
     `resume` says what became of the work when it is interrupted.
     """
@@ -44,11 +44,11 @@ def user_errors(resume: str = "nothing was written") -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        # What it interrupts may raise something else: a module that is being imported an ImportError.
+        # A signal that comes while a module is imported may surface as an ImportError.
         if stopped or isinstance(error, KeyboardInterrupt):
             typer.echo(f"fpo: stopped; {resume}", err=True)
             raise typer.Exit(130) from None
-        if os.environ.get("FPO_TRACEBACK") or not isinstance(error, USER_ERRORS):
+        if os.environ.get("FPO_TRACEBACK") or not is_expected(error):
             raise
         typer.echo(f"fpo: {one_line(error, resume)}", err=True)
         raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error
@@ -57,14 +57,26 @@ def user_errors(resume: str = "nothing was written") -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def one_line(error: BaseException, go_on: str) -> str:
-    """The line; `go_on` says what to do once the cause is removed, if that is for the system to say."""
-    if isinstance(error, OSError) and error.errno in FULL | REFUSED and error.filename is not None:
-        return f"{error.filename}: {_told(error.errno, Path(str(error.filename)), go_on)}"
+def is_expected(error: BaseException) -> bool:
+    """Whether an error is about a user's files, machine or numbers, and not a fault of the program."""
+    if isinstance(error, (ValueError, OSError)):  # until every wing raises UserError
+        return True
+    return isinstance(error, UserError | FloatingPointError) or _is_of_the_disk(error)
+
+
+def one_line(error: Any, go_on: str) -> str:
+    """The line; `go_on` says what to do once the cause is removed, where the system raised the error."""
+    if _is_of_the_disk(error) and error.filename is not None:
+        return f"{error.filename}: {_advice(error.errno, Path(str(error.filename)), go_on)}"
     return " ".join(str(error).split())
 
 
-def _told(number: int, path: Path, go_on: str) -> str:
+def _is_of_the_disk(error: Any) -> bool:
+    """Whether a disk is full, read-only, or not this user's to write."""
+    return isinstance(error, OSError) and error.errno in FULL | REFUSED
+
+
+def _advice(number: int, path: Path, go_on: str) -> str:
     ours = path.is_relative_to(user_folder())
     if number in FULL:
         if ours:

@@ -148,7 +148,7 @@ CONFIGURATIONS: dict[str, bytes] = {
     "an unknown key.yaml": b"learning_rate: 1\n",
     "a key twice.yaml": b"lr: 1\nlr: 2\n",
     "a key in both spellings.yaml": b"batch-size: 1\nbatch_size: 2\n",
-    "a tab.yaml": b"for:\n\tsft: {lr: 1}\n",
+    "a tab.yaml": b"sft:\n\tlr: 1\n",
     "an open bracket.yaml": b"sae: [a, b\n",
     "a number for text.yaml": b"model: 1\n",
     "text for a number.yaml": b"lr: fast\n",
@@ -165,17 +165,19 @@ CONFIGURATIONS: dict[str, bytes] = {
     "an object of Python.yaml": b"model: !!python/object/apply:os.getcwd []\n",
     "two documents.yaml": b"lr: 1\n---\nlr: 2\n",
     "an unknown anchor.yaml": b"lr: *rate\n",
-    "itself.yaml": b"&a {for: *a}\n",
+    "itself.yaml": b"&a {sft: *a}\n",
     "nested a thousand deep.yaml": b"[" * 1000,
     "no UTF-8.yaml": b"model: \xff\xfe\n",
     "zero bytes.yaml": b"\0\0\0",
     "a date.yaml": b"model: 2024-01-01\n",
     "a date that is none.yaml": b"model: 2024-13-45\n",
-    "a section that is a list.yaml": b"for: [sft]\n",
-    "a section of no command.yaml": b"for: {traim: {lr: 1}}\n",
-    "a section that is a number.yaml": b"for: {sft: 1}\n",
-    "an unknown key in a section.yaml": b"for: {sft: {learning_rate: 1}}\n",
-    "a method in a method's section.yaml": b"for: {dpo: {method: fpo}}\n",
+    "a section that is a list.yaml": b"sft: [lr]\n",
+    "a section of no command.yaml": b"traim: {lr: 1}\n",
+    "a section that is a number.yaml": b"sft: 1\n",
+    "an unknown key in a section.yaml": b"sft: {learning_rate: 1}\n",
+    "a method in a method's section.yaml": b"methods: {dpo: {method: fpo}}\n",
+    "a section of an earlier version.yaml": b"for: {sft: {lr: 1}}\n",
+    "a method of another name.yaml": b"methods: {ipo: {beta: 1}}\n",
 }
 
 # Questions of a benchmark, for `fpo evaluate`.
@@ -416,4 +418,4 @@ def _make_profiles(world: World, folder: Path) -> None:
     tiny_profile(world, folder / "no data", dataset=str(folder / "none"))
     tiny_profile(world, folder / "a device", device="abacus")
     path = tiny_profile(world, folder / "no validation")
-    path.write_text(path.read_text().replace("    validation_split: validation_prefs\n", ""))
+    path.write_text(path.read_text().replace("  validation_split: validation_prefs\n", ""))

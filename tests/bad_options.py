@@ -207,7 +207,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "a missing cache to look into": ["cache", "info", "none"],
     "a URL of an unknown kind to check": ["cache", "verify", "gopher://caches/uf"],
     "a profile misspelt": ["config", "show", "--config", "gemma-2-2c"],
-    "a device of another name": ["config", "show", "--dtype", "fp8"],
-    "a number that is none": ["config", "show", "--epochs", "many"],
-    "a number without end": ["config", "show", "--lr", "inf"],
+    "a device of another name": ["config", "show", "precompute", "--dtype", "fp8"],
+    "a number that is none": ["config", "show", "align", "--epochs", "many"],
+    "a number without end": ["config", "show", "sft", "--lr", "inf"],
 }

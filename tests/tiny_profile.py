@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fpo.pipeline.plain_yaml import write_yaml
+from fpo.pipeline.config_files import write_yaml
 from tiny_world import SITES, World
 
 NAMES = [site.name for site in SITES]
@@ -58,5 +58,5 @@ def tiny_profile(world: World, folder: Path, *, table: dict[str, Any] | None = N
     }
     sections["table"] |= table or {}
     path = folder / "tiny.yaml"
-    path.write_text(write_yaml({**settings, **changes, "for": sections}))
+    path.write_text(write_yaml({**settings, **changes, **sections}))
     return path

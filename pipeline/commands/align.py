@@ -1,24 +1,24 @@
 """`fpo align`: stage two, from a configuration to a trained policy.
 
-In: a `RunConfig`, and which options were given on the command line. Out: a model or an adapter in `--out`, with
+In: an `AlignConfig`. Out: a model or an adapter in `--out`, with
 `run.yaml` and `metrics.jsonl`. What can be refused is refused before anything is written.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from transformers import TrainerCallback
 
-from ...cache.errors import reading
+from ...cache.errors import UserError, reading
 from ...cache.files import sha256_text
 from ...cache.identity import Meaning, differences
 from ...cache.reader import Cache, open_cache
 from ...stages.data.chat import ChatFormat, load_template
 from ...stages.model.anatomy import causal_lm
-from ...stages.model.models import ModelSource, attentions_to_try, find_model, load_model
+from ...stages.model.models import ModelSource, find_model, load_model
 from ...stages.model.sae import check_fits
 from ...stages.model.tokenizer import check_vocabulary
 from ...stages.scoring.parity import check_cache
@@ -28,10 +28,16 @@ from ...stages.train.callbacks import summary
 from ...stages.train.config import FPOConfig
 from ...stages.train.methods import METHODS
 from ...stages.train.rehearsal import outside_decoder
-from ..config import RunConfig
-from ..progress import console
-from .inputs import device_of, find_reference, required, saes_of_sites, sites_to_read, tokenizer_of_cache
-from .run_record import START_SHA256
+from ..config import AlignConfig
+from .inputs import (
+    START_SHA256,
+    device_of,
+    find_reference,
+    load_causal_lm,
+    saes_of_sites,
+    sites_to_read,
+    tokenizer_of_cache,
+)
 from .training import (
     check_resume,
     finish,
@@ -47,35 +53,28 @@ from .training import (
 SPLIT_FIELDS = ("dataset", "split", "limit")
 
 
-def run_align(config: RunConfig, given: frozenset[str], callbacks: Sequence[TrainerCallback] = ()) -> None:
+def run_align(config: AlignConfig, callbacks: Sequence[TrainerCallback] = ()) -> None:
     """`fpo align`; `callbacks` are added to the run's own."""
-    _, place, out = required(config, "model", "cache", "out")
-    args = _training_arguments(config, given)
-    divergence = METHODS[config.method].divergence
-    if divergence == "kl" and config.reference is None:
-        raise ValueError(
-            f"--reference: method {config.method} measures a KL to a live reference; give its folder or id"
-        )
-    if divergence != "kl" and "reference" in given:
-        raise ValueError(f"--reference: method {config.method} ignores it; leave it out")
-    sites = sites_to_read(config, place) if divergence == "features" else []
-    cache = open_cache(place, sites=sites, trust_hashes=config.trust_hashes)
+    out, divergence = config.out, METHODS[config.method].divergence
+    assert config.cache is not None
+    args = _training_arguments(config)
+    sites = sites_to_read(config, config.cache) if divergence == "features" else []
+    cache = open_cache(config.cache, sites=sites, trust_hashes=config.trust_hashes)
     meaning = cache.manifest.meaning
-    source = find_model(config.model)  # type: ignore[arg-type]
+    source = find_model(config.model)
     tokenizer = _check_start(config, source, meaning)
     eval_cache = None
     if config.eval_cache:
         eval_cache = open_cache(config.eval_cache, sites=sites, trust_hashes=config.trust_hashes)
         _check_same_but_split(config, eval_cache, cache)
     device = device_of(config)
-    attentions = attentions_to_try(config.attention, source, device)
     saes = saes_of_sites(config, sites, device)
     check_cache(cache, saes, config.dtype, config.top_k)
     identity = {"cache_fingerprint": meaning.fingerprint()}
-    check_resume(config, out, identity)
-    if is_finished(config, out):
+    check_resume(config, identity)
+    if is_finished(config):
         return
-    policy = load_supported(partial(load_model, source, device=device), attentions, console.print)
+    policy = load_causal_lm(config, source)
     policy.name_or_path = source.lasting_name
     check_vocabulary(policy, tokenizer)
     for sae in saes:
@@ -86,6 +85,7 @@ def run_align(config: RunConfig, given: frozenset[str], callbacks: Sequence[Trai
     if divergence == "kl":
         load = partial(load_model, find_reference(config, meaning), device=device)
         reference = load_supported(load, (causal_lm(policy).config._attn_implementation,))
+    record = {**identity, START_SHA256: source.sha256, "training_device": str(args.device)}
     with missing_trackers():
         trainer = FPOTrainer(
             policy,
@@ -95,34 +95,30 @@ def run_align(config: RunConfig, given: frozenset[str], callbacks: Sequence[Trai
             saes=saes,
             reference=reference,
             processing_class=tokenizer,
-            callbacks=[
-                *run_callbacks(config, {**identity, START_SHA256: source.sha256, "training_device": str(args.device)}),
-                *callbacks,
-            ],
+            callbacks=[*run_callbacks(config, record), *callbacks],
         )
     if config.merge and trainer.is_fsdp_enabled:
-        raise ValueError("--merge: an adapter whose model is sharded by FSDP cannot be merged; leave one of them out")
-    with sole_run(config, out, identity):
+        raise UserError("--merge: an adapter whose model is sharded by FSDP cannot be merged; leave one of them out")
+    with sole_run(config, identity):
         checkpoint = last_checkpoint(config)
         args.eval_on_start = eval_cache is not None and checkpoint is None  # what the summary calls "before"
         trainer.train(resume_from_checkpoint=checkpoint)
         last_step = [line for line in trainer.state.log_history if line["step"] == trainer.state.global_step]
         if eval_cache is not None and not any("eval_loss" in line for line in last_step):
             trainer.evaluate()
-        _save(config, trainer, out)
+        if config.merge:
+            trainer.model = trainer.model.merge_and_unload()  # type: ignore[union-attr, operator]
+        finish(trainer, out)
+    if trainer.is_world_process_zero():
+        typer.echo("\n".join(summary(trainer.state.log_history)))
+        kept = "adapter" if config.lora_r and not config.merge else "model"
+        typer.echo(f"{out}: the {kept}, run.yaml, metrics.jsonl")
+        typer.echo(f"next: fpo evaluate --model {out} --cache {config.eval_cache or 'CACHE'} --out {out}-evaluation")
 
 
-def _training_arguments(config: RunConfig, given: frozenset[str]) -> FPOConfig:
+def _training_arguments(config: AlignConfig) -> FPOConfig:
     objective = {name: getattr(config, name) for name in ("beta", "alpha", "gamma", "kl_beta", "stop_gradient")}
-    if METHODS[config.method].divergence != "features":
-        for name in sorted({"site", "sae", "top_k"} & given):
-            raise ValueError(
-                f"--{name.replace('_', '-')}: method {config.method} has no feature constraint; leave it out"
-            )
-    if "eval_steps" in given and config.eval_cache is None:
-        raise ValueError("--eval-steps: there is nothing to evaluate on without --eval-cache; leave it out")
-    _check_lora(config)
-    settings = trainer_settings(config, given)
+    settings = trainer_settings(config)
     return FPOConfig(
         **settings,
         **objective,
@@ -135,19 +131,19 @@ def _training_arguments(config: RunConfig, given: frozenset[str]) -> FPOConfig:
     )
 
 
-def _check_start(config: RunConfig, source: ModelSource, meaning: Meaning) -> Any:
+def _check_start(config: AlignConfig, source: ModelSource, meaning: Meaning) -> Any:
     """Refuses a cache of another model, tokenizer or chat template; returns the tokenizer with the cache's template."""
     assert config.cache is not None
     tokenizer = tokenizer_of_cache(source, config.cache, meaning)
     if source.sha256 != meaning.model and not config.allow_different_start:
-        raise ValueError(
+        raise UserError(
             f"cache {config.cache}: its reference is not {source.name} (weight hashes {meaning.model[:12]} and "
             f"{source.sha256[:12]}); start from the model that the cache was made with, or pass --allow-different-start"
         )
     template = ChatFormat(tokenizer, load_template(config.chat_template)).template
     if template != meaning.chat_template and not config.allow_different_start:
         hashes = f"{sha256_text(meaning.chat_template)[:12]} and {sha256_text(template)[:12]}"
-        raise ValueError(
+        raise UserError(
             f"cache {config.cache}: its chat template is not that of {config.chat_template or source.name} (hashes "
             f"{hashes}); the policy would learn in a format that it is not asked in: give stage one's --chat-template "
             "here too, or pass --allow-different-start to go on in the cache's"
@@ -156,33 +152,22 @@ def _check_start(config: RunConfig, source: ModelSource, meaning: Meaning) -> An
     return tokenizer
 
 
-def _check_same_but_split(config: RunConfig, eval_cache: Cache, cache: Cache) -> None:
+def _check_same_but_split(config: AlignConfig, eval_cache: Cache, cache: Cache) -> None:
     lines = differences(cache.manifest.meaning, eval_cache.manifest.meaning)
     wrong = [line for line in lines if line.split(":")[0] not in SPLIT_FIELDS]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"--eval-cache {config.eval_cache}: expected a cache like the training cache's but for the split; "
             f"{'; '.join(wrong)}"
         )
 
 
-def _check_lora(config: RunConfig) -> None:
-    """Refuses options of an adapter that would be ignored, or that would make one which nobody can load."""
-    if config.lora_r and config.model is not None and config.model.endswith(".gguf") and not config.merge:
-        raise ValueError("--lora-r: an adapter names the model it belongs to, which a GGUF file cannot be; add --merge")
-    if config.snapshot_steps and config.lora_r:
-        raise ValueError("--snapshot-steps: a snapshot is a whole model, which --lora-r does not train; leave it out")
-    for name in ("merge", "lora_alpha", "lora_dropout", "lora_targets"):
-        if getattr(config, name) and not config.lora_r:
-            raise ValueError(f"--{name.replace('_', '-')}: there is no adapter without --lora-r; leave it out")
-
-
-def _with_lora(policy: Any, config: RunConfig) -> Any:
+def _with_lora(policy: Any, config: AlignConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     assert config.lora_r is not None
     if alone := [name for name in config.lora_targets if not _is_part(name, policy)]:
-        raise ValueError(f"--lora-targets: expected names of modules of {type(policy).__name__}, found {alone[0]!r}")
+        raise UserError(f"--lora-targets: expected names of modules of {type(policy).__name__}, found {alone[0]!r}")
     torch.manual_seed(config.seed)  # half of an adapter starts at random, and the Trainer comes too late to seed it
     alpha = 2 * config.lora_r if config.lora_alpha is None else config.lora_alpha
     settings = LoraConfig(
@@ -198,16 +183,3 @@ def _with_lora(policy: Any, config: RunConfig) -> Any:
 
 def _is_part(name: str, policy: Any) -> bool:
     return any(path == name or path.endswith(f".{name}") for path, _ in policy.named_modules())
-
-
-def _save(config: RunConfig, trainer: Any, out: Path) -> None:
-    if config.merge:
-        trainer.model = trainer.model.merge_and_unload()
-    finish(trainer, out)
-    if trainer.is_world_process_zero():
-        console.print("\n".join(summary(trainer.state.log_history)))
-        console.print(
-            f"{out}: the {'adapter' if config.lora_r and not config.merge else 'model'}, run.yaml, metrics.jsonl"
-        )
-        data = config.eval_cache or "CACHE"
-        console.print(f"next: fpo evaluate --model {out} --cache {data} --out {out}-evaluation")

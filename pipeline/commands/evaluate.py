@@ -1,6 +1,6 @@
 """`fpo evaluate`: the metrics of method.md section 6 for one policy, and its answers to a benchmark's questions.
 
-In: a `RunConfig`, and which options were given on the command line. Out: in `--out` `run.yaml`, the answers, every
+In: an `EvaluateConfig`. Out: in `--out` `run.yaml`, the answers, every
 measured pair, token and sample, and last, when all else is there, `metrics.json`; its content on the terminal. What can
 be refused is refused before anything is written; an interrupted evaluation starts over when it is run again.
 """
@@ -16,8 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.table import Table
+import typer
 
+from ...cache.errors import UserError
 from ...cache.files import atomic_file, remove_leftovers, write_atomically
 from ...cache.reader import Cache, open_cache
 from ...cache.schema import Pair
@@ -34,30 +35,30 @@ from ...stages.model.tokenizer import check_tokens, check_vocabulary, load_token
 from ...stages.scoring.parity import check_cache
 from ...stages.scoring.supported import load_supported
 from ...stages.train.methods import METHODS
-from ..config import RunConfig, to_yaml
-from ..progress import PairProgress, console
+from ..config import EvaluateConfig
 from .inputs import (
+    FINISHED,
+    RECORD,
+    Progress,
     check_folder,
     check_new,
     device_of,
+    differing,
     find_reference,
+    mark_finished,
     policy_of,
-    required,
+    read_record,
+    record_of,
     saes_of_sites,
     sites_to_read,
+    sole_writer,
     tokenizer_of_cache,
 )
-from .run_record import FINISHED, RECORD, differing, mark_finished, read_record, sole_writer
 
-# Options that say how a cache is measured, and how answers are generated.
-OF_CACHE = ("trust_hashes", "method", "reference", "sae", "site", "top_k", "token_budget", "prompts", "samples")
-OF_FEATURES = ("site", "top_k")
-OF_SAMPLING = ("max_new_tokens", "temperature", "top_p", "generation_batch", "seed")
-
-# What is written, but for the record.
+# The files that an evaluation writes beside its record.
 OUTPUTS = ("answers-*.json*", "pairs.parquet", "tokens.parquet", "samples.jsonl", "metrics.json")
 
-# Appendix B's bound is measured on so many pairs: tens of thousands of tokens.
+# The pairs on which Appendix B's bound is measured: tens of thousands of tokens.
 BOUND_PAIRS = 64
 
 
@@ -65,7 +66,7 @@ BOUND_PAIRS = 64
 class _Inputs:
     """What was opened and checked; `cache` is None where only answers are written.
 
-    `prompts` holds a pair of each prompt that is to be sampled from.
+    `prompts` holds one pair for each prompt that is sampled from.
     """
 
     source: ModelSource | AdapterSource
@@ -81,27 +82,27 @@ class _Inputs:
         return self.cache is not None and self.cache.manifest.meaning.model == self.source.sha256
 
 
-def run_evaluate(config: RunConfig, given: frozenset[str]) -> None:
+def run_evaluate(config: EvaluateConfig) -> None:
     """`fpo evaluate`."""
-    _, out = required(config, "model", "out")
-    _check_options(config, given)
+    out = config.out
     questions = read_questions(config.questions, config.outputs) if config.questions and config.outputs else []
-    _check_sampling(config, given, questions)
-    _check_out(config, out, {})  # once more below, with the hashes of what is measured
+    sampled = config.cache is not None and config.prompts
+    if questions and not sampled and config.temperature is None and not any(q.temperature for q in questions):
+        config.refuse("at temperature 0, which is the benchmark's, nothing is drawn", "top_p", "seed")
+    _check_out(config, out, {})  # checked again below, with the hashes of what is measured
     inputs = _prepare(config)
-    if inputs.is_reference and "method" in given:
-        raise ValueError(
-            f"--method: {inputs.source.name} is the cache's reference, whose implicit accuracy is not defined; leave "
-            "it out"
+    if inputs.is_reference:
+        config.refuse(
+            f"{inputs.source.name} is the cache's reference, whose implicit accuracy is not defined", "method"
         )
     sampling = Sampling(
-        temperature=config.temperature,
+        temperature=1.0 if config.temperature is None else config.temperature,
         top_p=config.top_p,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         batch=config.generation_batch,
     )
-    identity = {"command": "evaluate", "model_sha256": inputs.source.sha256}
+    identity = {"model_sha256": inputs.source.sha256}
     if inputs.cache is not None:
         identity["cache_fingerprint"] = inputs.cache.manifest.meaning.fingerprint()
     day = {} if inputs.chat.date is None else {"date": inputs.chat.date.isoformat()}
@@ -109,7 +110,7 @@ def run_evaluate(config: RunConfig, given: frozenset[str]) -> None:
         _check_out(config, out, identity)
         _remove_interrupted(out)
         versions = {name: importlib.metadata.version(name) for name in ("fpo", "torch", "transformers", "sae-lens")}
-        write_atomically(out / RECORD, to_yaml(config, identity | day | {"versions": versions}).encode())
+        write_atomically(out / RECORD, record_of(config, identity | day | {"versions": versions}).encode())
         if questions:
             _write_answers(config, inputs, sampling, questions, out)
         if inputs.cache is not None:
@@ -117,23 +118,22 @@ def run_evaluate(config: RunConfig, given: frozenset[str]) -> None:
             _print_metrics(metrics)
         mark_finished(out)
     if inputs.cache is not None:
-        console.print(f"{out}: metrics.json, and what it was computed from")
+        typer.echo(f"{out}: metrics.json, and what it was computed from")
 
 
 def _measure(
-    config: RunConfig, inputs: _Inputs, cache: Cache, sampling: Sampling, out: Path, identity: Mapping[str, str]
+    config: EvaluateConfig, inputs: _Inputs, cache: Cache, sampling: Sampling, out: Path, identity: Mapping[str, str]
 ) -> dict[str, Estimate]:
     """Writes what was measured and, last, `metrics.json`; returns the metrics."""
     metrics = _measure_pairs(config, inputs, cache, out)
     if inputs.prompts:
         metrics |= _measure_diversity(config, inputs, sampling, out)
-    hashes = {name: value for name, value in identity.items() if name != "command"}
-    document = {"metrics": metrics, "pairs": len(cache), **hashes}
+    document = {"metrics": metrics, "pairs": len(cache), **identity}
     write_atomically(out / "metrics.json", (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
     return metrics
 
 
-def _check_out(config: RunConfig, out: Path, identity: Mapping[str, str]) -> None:
+def _check_out(config: EvaluateConfig, out: Path, identity: Mapping[str, str]) -> None:
     """Refuses a folder that holds anything but an interrupted evaluation of the same settings, which starts over.
 
     Raises:
@@ -148,7 +148,7 @@ def _check_out(config: RunConfig, out: Path, identity: Mapping[str, str]) -> Non
     if found.get("command") != "evaluate" or FINISHED in found:
         check_new(out)
     if changed := differing(found, config, identity, ("out", "trust_hashes", "date")):
-        raise ValueError(
+        raise UserError(
             f"--out: expected the settings of the interrupted evaluation in {out}; {changed}; give another folder, or "
             "empty it"
         )
@@ -161,47 +161,9 @@ def _remove_interrupted(out: Path) -> None:
             path.unlink()
 
 
-def _check_options(config: RunConfig, given: frozenset[str]) -> None:
-    """Refuses options that lack another one, and those that would be ignored without a cache or an SAE."""
-    if config.outputs and config.questions is None:
-        raise ValueError("--questions: expected the file of the benchmark's questions for --outputs, found none")
-    if config.questions and config.outputs is None:
-        raise ValueError("--outputs: expected the benchmark whose --questions are to be answered, found none")
-    if config.cache is None and config.outputs is None:
-        raise ValueError("--cache: expected a cache of a held-out split, or --outputs and --questions, found neither")
-    if config.cache is None:
-        _refuse(given, OF_CACHE, "without --cache there is nothing to measure")
-    elif not config.sae:
-        _refuse(given, OF_FEATURES, "without --sae no features are measured")
-
-
-def _check_sampling(config: RunConfig, given: frozenset[str], questions: Sequence[Question]) -> None:
-    """Refuses options of sampling where nothing is sampled."""
-    sampled = config.cache is not None and config.prompts > 0
-    if not sampled:
-        _refuse(given, ("samples",), "with --prompts 0 nothing is sampled")
-        if not questions:
-            _refuse(given, OF_SAMPLING, "with --prompts 0 and no --outputs nothing is generated")
-        elif not any(config.temperature if _temperature_set(config) else q.temperature for q in questions):
-            _refuse(given, ("top_p", "seed"), "at temperature 0 nothing is drawn")
-    elif config.temperature == 0:
-        raise ValueError("--temperature: expected a number above 0 to sample with, found 0; or pass --prompts 0")
-
-
-def _refuse(given: frozenset[str], names: Sequence[str], reason: str) -> None:
-    for name in names:
-        if name in given:
-            raise ValueError(f"--{name.replace('_', '-')}: {reason}; leave it out")
-
-
-def _temperature_set(config: RunConfig) -> bool:
-    """Whether options or file name a temperature; if not, a benchmark has its own."""
-    return "temperature" in config.model_fields_set
-
-
-def _prepare(config: RunConfig) -> _Inputs:
+def _prepare(config: EvaluateConfig) -> _Inputs:
     """Opens what the options name and checks that it belongs together."""
-    source = policy_of(config.model, config.base)  # type: ignore[arg-type]
+    source = policy_of(config.model, config.base)
     weights, words = (source.base, source.tokenizer) if isinstance(source, AdapterSource) else (source, source)
     device = device_of(config)
     attentions = attentions_to_try(config.attention, weights, device)
@@ -214,7 +176,7 @@ def _prepare(config: RunConfig) -> _Inputs:
         cache = open_cache(config.cache, sites=sites, trust_hashes=config.trust_hashes)
         meaning = cache.manifest.meaning
         if not len(cache):
-            raise ValueError(f"--cache: expected pairs to measure, found none in {config.cache}; make another cache")
+            raise UserError(f"--cache: expected pairs to measure, found none in {config.cache}; make another cache")
         tokenizer, template = tokenizer_of_cache(words, config.cache, meaning), meaning.chat_template
         day = None if meaning.date is None else datetime.date.fromisoformat(meaning.date)
         saes = saes_of_sites(config, sites, device)
@@ -226,7 +188,7 @@ def _prepare(config: RunConfig) -> _Inputs:
             return load_adapter(source, attention=attention, device=device).get_base_model()
         return load_model(source, attention=attention, device=device)
 
-    policy = load_supported(load, attentions, console.print)
+    policy = load_supported(load, attentions, typer.echo)
     check_vocabulary(policy, tokenizer)
     for sae in saes:
         check_fits(sae, policy)
@@ -241,13 +203,13 @@ def _prepare(config: RunConfig) -> _Inputs:
 
 
 def _write_answers(
-    config: RunConfig, inputs: _Inputs, sampling: Sampling, questions: Sequence[Question], out: Path
+    config: EvaluateConfig, inputs: _Inputs, sampling: Sampling, questions: Sequence[Question], out: Path
 ) -> None:
     path = out / f"answers-{config.outputs}.{'json' if config.outputs == 'alpaca-eval' else 'jsonl'}"
     # A judge's name for the model: its folder's or file's, as in its hub id.
     name = (Path(inputs.source.name).name or inputs.source.folder.name).removesuffix(".gguf")
     total = sum(len(question.prompts) for question in questions)
-    progress = PairProgress(total, "answer", "answers", tokens=False)
+    progress = Progress(total, "answer", "answers")
     with progress, autocast(config.dtype, inputs.policy.device):
         write_benchmark_answers(
             inputs.policy,
@@ -256,20 +218,20 @@ def _write_answers(
             path,
             model_name=name,
             sampling=sampling,
-            temperature=config.temperature if _temperature_set(config) else None,
+            temperature=config.temperature,
             on_batch=progress.advance,
         )
-    console.print(f"{path}: {total} answers of '{name}'")
+    typer.echo(f"{path}: {total} answers of '{name}'")
 
 
-def _measure_pairs(config: RunConfig, inputs: _Inputs, cache: Cache, out: Path) -> dict[str, Estimate]:
+def _measure_pairs(config: EvaluateConfig, inputs: _Inputs, cache: Cache, out: Path) -> dict[str, Estimate]:
     """Writes `pairs.parquet`, and `tokens.parquet` where there are SAEs and a reference; returns the means."""
     policy, reference = inputs.policy, None
     if inputs.reference is not None:
         same = inputs.reference.sha256 == inputs.source.sha256
         load = partial(load_model, inputs.reference, device=policy.device)
         reference = policy if same else load_supported(load, (policy.config._attn_implementation,))
-    with PairProgress(len(cache), "evaluate") as progress:
+    with Progress(len(cache), "evaluate") as progress:
         columns = measure_policy(
             policy,
             cache,
@@ -291,12 +253,12 @@ def _measure_pairs(config: RunConfig, inputs: _Inputs, cache: Cache, out: Path) 
     return metrics
 
 
-def _measure_diversity(config: RunConfig, inputs: _Inputs, sampling: Sampling, out: Path) -> dict[str, Estimate]:
+def _measure_diversity(config: EvaluateConfig, inputs: _Inputs, sampling: Sampling, out: Path) -> dict[str, Estimate]:
     """Writes `samples.jsonl`; returns H and the answers' lengths."""
     pairs = inputs.prompts
     if len(pairs) < config.prompts:
-        console.print(f"--prompts: the cache has {len(pairs)} distinct prompts, all are taken")
-    with PairProgress(len(pairs) * config.samples, "diversity", "answers", tokens=False) as progress:
+        typer.echo(f"--prompts: the cache has {len(pairs)} distinct prompts, all are taken")
+    with Progress(len(pairs) * config.samples, "diversity", "answers") as progress:
         samples = sample_answers(
             inputs.policy,
             [pair.prompt_ids for pair in pairs],
@@ -325,10 +287,7 @@ def _write_table(path: Path, columns: Mapping[str, Any]) -> None:
 
 
 def _print_metrics(metrics: Mapping[str, Estimate]) -> None:
-    table = Table("metric")
-    for heading in ("mean", "95 % interval", "units"):
-        table.add_column(heading, justify="right")
+    typer.echo(f"{'metric':<24} {'mean':>10}   {'95 % interval':<24} {'units':>6}")
     for name, found in metrics.items():
         interval = f"{found['low']:.4g} to {found['high']:.4g}" if "low" in found else "-"
-        table.add_row(name, f"{found['mean']:.4g}", interval, str(found.get("n", "-")))
-    console.print(table)
+        typer.echo(f"{name:<24} {found['mean']:>10.4g}   {interval:<24} {found.get('n', '-'):>6}")

@@ -1,131 +1,143 @@
-"""What several commands take from a configuration: required options, the device, the model's data, the SAEs.
+"""What several commands share: opening the model, data, SAEs and cache that options name; the record of a run.
 
-In: a `RunConfig`. Out: opened data, tokenizer and SAEs, or one line that says what is wrong.
+In: a command's configuration. Out: opened data, tokenizer, model and SAEs, or one line that says what is wrong; in a
+run's folder `run.yaml`, which says how it was made and whether it came to its end; how far a command is, on stderr.
 """
 
 import datetime
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+import typer
+from tqdm import tqdm
 
-from ...cache.files import Place
+from ...cache.errors import UserError
+from ...cache.files import Place, sync_files, write_atomically
 from ...cache.identity import Meaning
+from ...cache.locks import Lock
 from ...cache.manifest import Manifest
 from ...cache.remote import fetch
 from ...stages.data.chat import ChatFormat, load_template
 from ...stages.data.preferences import Preferences, load_preferences
 from ...stages.data.tokenize import Limits
 from ...stages.model.adapters import AdapterSource, find_policy
-from ...stages.model.models import ModelSource, default_device, find_model
+from ...stages.model.models import (
+    ModelSource,
+    attentions_to_try,
+    default_device,
+    find_model,
+    load_model,
+)
 from ...stages.model.sae import SiteSAE, load_sae, parse_site
 from ...stages.model.tokenizer import load_tokenizer, tokenizer_sha256
-from ..config import RunConfig
-from .run_record import RECORD, START_SHA256, read_record
+from ...stages.scoring.supported import load_supported
+from ..config import Config, PrecomputeConfig, TrainSAEConfig
+from ..config_files import read_yaml, to_yaml, write_yaml
+from ..options import CompileOptions, FeatureOptions, MethodOptions, ModelOptions, SAEOptions
+
+RECORD = "run.yaml"
+# Keys of the record.
+FINISHED = "finished"
+START_SHA256 = "start_sha256"  # of the model that the policy was before its first step
+
+SECONDS_BETWEEN_LINES = 30.0
 
 
-def required(config: RunConfig, *names: str) -> tuple[Any, ...]:
-    """The values of options that a command cannot do without.
-
-    Raises:
-        ValueError: naming the option, if one is missing.
-    """
-    values = tuple(getattr(config, name) for name in names)
-    for name, value in zip(names, values, strict=True):
-        if value in (None, (), ""):
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option}: expected a value, found none; give {option} or '{name}' in the configuration")
-    return values
-
-
-def device_of(config: RunConfig) -> str:
+def device_of(config: ModelOptions) -> str:
     """The device that `--device` names.
 
     Raises:
-        ValueError: if it is none that torch has here.
+        UserError: torch has no such device here.
     """
     if config.device == "auto":
         return default_device()
     try:
-        if config.device not in ("cpu", "cuda"):
-            raise RuntimeError("neither of them (CUDA_VISIBLE_DEVICES chooses among GPUs)")
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: expected auto, cpu or cuda, found '{config.device}': {error}") from error
+        raise UserError(f"--device: expected a device of this machine, found '{config.device}': {error}") from error
     return config.device
 
 
-def compiles(config: RunConfig) -> bool:
+def compiles(config: CompileOptions, device: str) -> bool:
     """Whether layers are to be compiled: as `--compile` says, else on a GPU."""
-    return device_of(config) != "cpu" if config.compile is None else config.compile
+    return device != "cpu" if config.compile is None else config.compile
 
 
-def load_saes(config: RunConfig, device: str) -> tuple[SiteSAE, ...]:
+def load_causal_lm(config: ModelOptions, source: ModelSource) -> Any:
+    """The model on its device, under the fastest attention that works there."""
+    device = device_of(config)
+    attentions = attentions_to_try(config.attention, source, device)
+    return load_supported(partial(load_model, source, device=device), attentions, typer.echo)
+
+
+def load_saes(config: SAEOptions, device: str) -> tuple[SiteSAE, ...]:
     """The SAEs that `--sae` names, one a site.
 
     Raises:
-        ValueError: if two read the same site.
+        UserError: two read the same site.
     """
     saes = tuple(load_sae(spec, device=device) for spec in config.sae)
     sites = [sae.site.name for sae in saes]
     if len(set(sites)) < len(sites):
-        raise ValueError(f"--sae: expected one SAE a site, found {', '.join(sites)}")
+        raise UserError(f"--sae: expected one SAE a site, found {', '.join(sites)}")
     return saes
 
 
-def load_data(config: RunConfig) -> tuple[ModelSource, Preferences, ChatFormat, Limits]:
-    """Where the model is, the preference data, how the model's tokenizer and template make tokens of it, and limits."""
-    assert config.model is not None and config.dataset is not None
-    limits = Limits(config.max_length, config.max_prompt_length, config.drop_ties, config.turns)
+def load_data(
+    config: PrecomputeConfig | TrainSAEConfig,
+) -> tuple[ModelSource, Preferences, ChatFormat, Limits]:
+    """Where the model is, the preference data, the chat format that makes tokens of it, and how many it may make."""
+    turns, date = (config.turns, config.date) if isinstance(config, PrecomputeConfig) else ("all", None)
+    limits = Limits(config.max_length, config.max_prompt_length, config.drop_ties, turns)
     template = load_template(config.chat_template)
     preferences = load_preferences(
         config.dataset, split=config.split, config=config.dataset_config, limit=config.limit, renames=config.map
     )
     source = find_model(config.model)
-    return source, preferences, chat_of(config, load_tokenizer(source), template), limits
+    return source, preferences, chat_format(load_tokenizer(source), template, date), limits
 
 
-def chat_of(config: RunConfig, tokenizer: Any, template: str | None) -> ChatFormat:
-    """The chat format on the day of `--date`, today by default.
+def chat_format(tokenizer: Any, template: str | None, date: str | None) -> ChatFormat:
+    """The chat format on a day, today by default.
 
     Raises:
-        ValueError: there is no such day, or the template does not ask what day it is.
+        UserError: the template does not ask what day it is.
     """
-    try:
-        day = None if config.date is None else datetime.date.fromisoformat(config.date)
-    except ValueError as error:
-        raise ValueError(f"--date: expected a day as YYYY-MM-DD, found {config.date}: {error}") from error
-    chat = ChatFormat(tokenizer, template, day)
-    if day is not None and chat.date is None:
-        raise ValueError("--date: the chat template does not read the clock; leave it out")
+    chat = ChatFormat(tokenizer, template, None if date is None else datetime.date.fromisoformat(date))
+    if date is not None and chat.date is None:
+        raise UserError("--date: the chat template does not read the clock; leave it out")
     return chat
 
 
-def sites_to_read(config: RunConfig, cache: Place) -> list[str]:
+def sites_to_read(config: FeatureOptions, cache: Place) -> list[str]:
     """Names of the sites whose features are compared: those of `--site`, or the cache's where it has only one.
 
     Raises:
-        ValueError: if the cache has several and none is named.
+        UserError: the cache has several, and none is named.
     """
     known = [site.site for site in Manifest.load(fetch(cache)).meaning.sites]
     if not config.site and len(known) > 1:
-        raise ValueError(f"--site: the cache has {', '.join(known)}; name those whose features are to be read")
+        raise UserError(f"--site: the cache has {', '.join(known)}; name those whose features are to be read")
     return [parse_site(site).name for site in config.site] or known
 
 
-def saes_of_sites(config: RunConfig, sites: list[str], device: str) -> list[SiteSAE]:
+def saes_of_sites(config: SAEOptions, sites: list[str], device: str) -> list[SiteSAE]:
     """The SAEs of these sites, in their order, of those that `--sae` names; none for no site.
 
     Raises:
-        ValueError: if a site has none.
+        UserError: a site has none.
     """
     if not sites:
         return []
-    required(config, "sae")
     by_site = {sae.site.name: sae for sae in load_saes(config, device)}
     for site in sites:
         if site not in by_site:
-            raise ValueError(f"--sae: expected an SAE for site {site}, found SAEs for {', '.join(by_site)}")
+            raise UserError(f"--sae: expected an SAE for site {site}, found SAEs for {', '.join(by_site)}")
     return [by_site[site] for site in sites]
 
 
@@ -133,12 +145,12 @@ def tokenizer_of_cache(source: ModelSource, cache: Place, meaning: Meaning) -> A
     """The model's tokenizer, which has to be the cache's.
 
     Raises:
-        ValueError: if it is another.
+        UserError: it is another.
     """
     tokenizer = load_tokenizer(source)
     found = tokenizer_sha256(tokenizer)
     if found != meaning.tokenizer:
-        raise ValueError(
+        raise UserError(
             f"cache {cache}: its tokenizer is not that of {source.name} (hashes {meaning.tokenizer[:12]} and "
             f"{found[:12]}); make a cache with this model"
         )
@@ -149,29 +161,29 @@ def policy_of(name: str, base: str | None) -> ModelSource | AdapterSource:
     """A model, or an adapter with its base model, which has to be the one that it was trained on.
 
     Raises:
-        ValueError: as `find_policy`; if the record beside the adapter names another model.
+        UserError: as `find_policy`; the record beside the adapter names another model.
     """
     source = find_policy(name, base)
     if isinstance(source, AdapterSource) and (source.folder / RECORD).exists():
         start = read_record(source.folder, f"adapter {name}").get(START_SHA256)
         if start is not None and start != source.base.sha256:
-            raise ValueError(
+            raise UserError(
                 f"--base: expected the model that the adapter {name} was trained on, found {source.base.name} (weight "
                 f"hashes {str(start)[:12]} and {source.base.sha256[:12]})"
             )
     return source
 
 
-def find_reference(config: RunConfig, meaning: Meaning) -> ModelSource:
+def find_reference(config: MethodOptions, meaning: Meaning) -> ModelSource:
     """The model of `--reference`, which has to be the one that the cache was made with.
 
     Raises:
-        ValueError: if it is another.
+        UserError: it is another.
     """
     assert config.reference is not None
     source = find_model(config.reference)
     if source.sha256 != meaning.model:
-        raise ValueError(
+        raise UserError(
             f"--reference: expected the model that the cache was made with, found {source.name} (weight hashes "
             f"{meaning.model[:12]} and {source.sha256[:12]}); rewards and KL would measure against two models"
         )
@@ -182,19 +194,126 @@ def check_folder(out: Path) -> None:
     """Refuses what cannot be a folder.
 
     Raises:
-        ValueError: if it, or a folder that it would lie in, is a file.
+        UserError: it, or a folder that it would lie in, is a file.
     """
     for path in (out, *out.parents):
         if path.is_file():
-            raise ValueError(f"--out: expected a new or empty folder, found a file at {path}; give another one")
+            raise UserError(f"--out: expected a new or empty folder, found a file at {path}; give another one")
 
 
 def check_new(out: Path) -> None:
     """Refuses to mix the output of two runs.
 
     Raises:
-        ValueError: if there is anything in the folder, or it is a file.
+        UserError: there is anything in the folder, or it is a file.
     """
     check_folder(out)
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out: expected a new or empty folder, found files in {out}; give another one, or empty it")
+        raise UserError(f"--out: expected a new or empty folder, found files in {out}; give another one, or empty it")
+
+
+@contextmanager
+def sole_writer(out: Path) -> Iterator[None]:
+    """Makes a run's folder and holds it while the command writes there.
+
+    Raises:
+        UserError: another process writes there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = Lock(out)
+    try:
+        try:
+            alone = lock.take()
+        except UserError:  # a file system such as NFS may not lock folders, so nobody can tell
+            alone = True
+        if not alone:
+            raise UserError(f"--out: another run is writing into {out}; wait for it, or give another folder")
+        yield
+    finally:
+        lock.close()
+
+
+def record_of(config: Config, record: Mapping[str, Any]) -> str:
+    """The text of `run.yaml`, which can be given as `--config` to make the same run again."""
+    if "resume" in type(config).model_fields:
+        config = config.model_copy(update={"resume": False})
+    return to_yaml(config, {"command": config.command, **record})
+
+
+def read_record(out: Path, option: str) -> dict[str, Any]:
+    """The record in a folder; an error begins with `option`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it is no record.
+    """
+    return read_yaml((out / RECORD).read_bytes(), f"{option}: {out / RECORD}")
+
+
+def differing(before: Mapping[str, Any], config: Config, identity: Mapping[str, str], free: Sequence[str]) -> str:
+    """The settings and inputs in which a run differs from its record, those of `free` aside; empty if in none.
+
+    An option that the record does not know had its default.
+    """
+    before = {**read_yaml(to_yaml(type(config)()).encode(), "defaults"), **before}
+    now = {**read_yaml(to_yaml(config).encode(), "settings"), **identity}
+    return "; ".join(
+        f"{key}: was {before.get(key)!r}, is {value!r}"
+        for key, value in now.items()
+        if key not in free and before.get(key) != value
+    )
+
+
+def mark_finished(out: Path, **end: Any) -> None:
+    """Adds to the record that the run is finished, and how, once all its files are on disk."""
+    sync_files(out)
+    record = out / RECORD
+    write_atomically(record, record.read_bytes() + write_yaml({FINISHED: end}).encode())
+
+
+class Progress:
+    """How far a command is: a bar on a terminal, a line every half minute elsewhere."""
+
+    def __init__(self, total: int, task: str, unit: str = "pairs") -> None:
+        terminal = sys.stderr.isatty()
+        seconds = 0.1 if terminal else SECONDS_BETWEEN_LINES
+        self._bar = tqdm(
+            total=total,
+            desc=task,
+            unit=f" {unit}",
+            file=sys.stderr if terminal else _Lines(),
+            mininterval=seconds,
+            maxinterval=max(10.0, seconds),
+            delay=0.0 if terminal else seconds,
+            bar_format=None if terminal else "{desc}: {n_fmt}/{total_fmt}{unit}, {rate_fmt}{postfix}, {remaining} left",
+        )
+        self._tokens = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens scored so far, over the time."""
+        return float(self._tokens / max(1e-9, self._bar.format_dict["elapsed"]))
+
+    def advance(self, rows: int, tokens: int = 0) -> None:
+        """Counts rows that are done, and the tokens that were scored for them (0 for rows of finished shards)."""
+        self._tokens += tokens
+        if self._tokens:
+            self._bar.set_postfix_str(f"{self.tokens_per_second:.0f} tokens/s", refresh=False)
+        self._bar.update(rows)
+
+
+class _Lines:
+    """Standard error for tqdm where it is no terminal: each state on a line of its own."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            typer.echo(line, err=True)
+
+    def flush(self) -> None:
+        sys.stderr.flush()

@@ -5,7 +5,6 @@ What is done is not run again; what was stopped goes on where its command can, a
 process a step keeps its peak memory its own; it is forked from a server that has the heavy imports behind it.
 """
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -20,18 +19,20 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import typer
+from tqdm import tqdm
 
 from ...cache.files import write_atomically
-from ..config import RunConfig
-from ..errors import USER_ERRORS, one_line
-from ..progress import console
+from ..config import AlignConfig
+from ..errors import is_expected, one_line
+from . import run_command
 
 DONE = "step.json"
 
 # What the server that steps are forked from imports once.
-COMMANDS = ("precompute", "sft", "train_sae", "align", "evaluate")
+MODULES = ("precompute", "sft", "train_sae", "align", "evaluate")
 SLOW_IMPORTS = ["sae_lens", "scipy.stats", "transformers.models.gemma2.modeling_gemma2"]
 
 
@@ -48,7 +49,7 @@ class Step:
 
     command: str
     label: str
-    config: RunConfig
+    config: Any
     needs: tuple[Path, ...] = ()
 
     @property
@@ -84,9 +85,9 @@ def run_steps(steps: Sequence[Step], jobs: int) -> None:
     running: dict[Step, BaseProcess] = {}
     failed: list[tuple[Step, int]] = []
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"fpo.pipeline.commands.{name}" for name in COMMANDS] + SLOW_IMPORTS)
+    context.set_forkserver_preload([f"fpo.pipeline.commands.{name}" for name in MODULES] + SLOW_IMPORTS)
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with _bar(len(steps), len(finished)) as (bar, task):
+    with tqdm(total=len(steps), initial=len(finished), unit=" steps", disable=None) as bar:
         try:
             while running or (waiting and not failed):
                 while not failed and len(running) < jobs and (step := _next(waiting, finished)) is not None:
@@ -95,7 +96,7 @@ def run_steps(steps: Sequence[Step], jobs: int) -> None:
                     child.start()  # where this is stopped there is nothing to terminate yet
                     running[step] = child
                 assert running, "a step stands before what it needs"
-                bar.update(task, running=", ".join(step.label for step in running))
+                bar.set_postfix_str(", ".join(step.label for step in running))
                 wait([process.sentinel for process in running.values()])
                 for step, process in list(running.items()):
                     if process.exitcode is None:
@@ -105,9 +106,9 @@ def run_steps(steps: Sequence[Step], jobs: int) -> None:
                         failed.append((step, process.exitcode))
                         continue
                     finished.add(step.out)
-                    bar.advance(task)
-                    if not console.is_terminal:
-                        console.print(f"{len(finished)}/{len(steps)} {step.label}: {seconds_of(step):.0f} s")
+                    bar.update()
+                    if bar.disable:  # there is no terminal
+                        typer.echo(f"{len(finished)}/{len(steps)} {step.label}: {seconds_of(step):.0f} s")
         finally:
             for process in running.values():
                 process.terminate()
@@ -137,19 +138,6 @@ def _next(waiting: Sequence[Step], finished: set[Path]) -> Step | None:
     return next((step for step in waiting if finished.issuperset(step.needs)), None)
 
 
-@contextlib.contextmanager
-def _bar(total: int, done: int):  # type: ignore[no-untyped-def]
-    columns = (
-        TextColumn("steps"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[running]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield bar, bar.add_task("steps", total=total, completed=done, running="")
-
-
 def _work(step: Step, threads: int, parent: int) -> None:
     """What the process of a step does: its command, with everything it says in its log.
 
@@ -166,7 +154,9 @@ def _work(step: Step, threads: int, parent: int) -> None:
     started = time.monotonic()
     try:
         _run(step, threads)
-    except USER_ERRORS as error:
+    except Exception as error:
+        if not is_expected(error):
+            raise
         print(one_line(error, "run it again to go on"), file=sys.stderr)  # noqa: T201 (this is the log)
         sys.exit(2)
     for checkpoint in step.out.glob("checkpoint-*"):
@@ -201,30 +191,10 @@ def _run(step: Step, threads: int) -> None:
             shutil.rmtree(step.out)  # stopped before its first step
     elif step.command != "precompute" and step.out.exists():
         shutil.rmtree(step.out)
-    run_command(step.command, config)
-
-
-def run_command(command: str, config: RunConfig) -> None:
-    """Runs one command of `fpo` in this process."""
-    if command == "precompute":
-        from .precompute import run_precompute
-
-        run_precompute(config)
-    elif command == "align":
+    if isinstance(config, AlignConfig):
         from ...stages.train.memory import PeakMemory
         from .align import run_align
 
-        run_align(config, frozenset(), [PeakMemory()])
-    elif command == "sft":
-        from .sft import run_sft
-
-        run_sft(config, frozenset())
-    elif command == "train-sae":
-        from .train_sae import run_train_sae
-
-        run_train_sae(config)
+        run_align(config, [PeakMemory()])
     else:
-        assert command == "evaluate"
-        from .evaluate import run_evaluate
-
-        run_evaluate(config, frozenset())
+        run_command(config)

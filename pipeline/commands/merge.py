@@ -6,13 +6,14 @@ tokenizer, chat template and model card.
 
 from pathlib import Path
 
+import typer
+
+from ...cache.errors import UserError
 from ...stages.model.adapters import AdapterSource, load_adapter
 from ...stages.model.tokenizer import load_tokenizer
 from ...stages.train.checkpoints import copy_processor, move_model, saving
 from ...stages.train.model_card import card_of_merged
-from ..progress import console
-from .inputs import check_new, policy_of
-from .run_record import sole_writer
+from .inputs import check_new, policy_of, sole_writer
 
 
 def run_merge(run: str, out: Path, base: str | None) -> None:
@@ -20,7 +21,7 @@ def run_merge(run: str, out: Path, base: str | None) -> None:
     check_new(out)
     source = policy_of(run, base)
     if not isinstance(source, AdapterSource):
-        raise ValueError(f"expected an adapter to merge in {source.folder}, found a model; it can be used as it is")
+        raise UserError(f"expected an adapter to merge in {source.folder}, found a model; it can be used as it is")
     tokenizer = load_tokenizer(source.tokenizer)
     model = load_adapter(source, attention="eager", device="cpu").merge_and_unload()
     with sole_writer(out):
@@ -32,4 +33,4 @@ def run_merge(run: str, out: Path, base: str | None) -> None:
             copy_processor(tokenizer, new)
             (new / "README.md").write_text(card_of_merged(source))
             move_model(new, out)
-    console.print(f"{out}: the model, merged from {run}")
+    typer.echo(f"{out}: the model, merged from {run}")

@@ -1,29 +1,27 @@
 """`fpo sft`: supervised fine-tuning on chat data, from a configuration to the model that both stages start from.
 
-In: a `RunConfig`, and which options were given on the command line. Out: a model with its tokenizer and the chat
+In: an `SFTConfig`. Out: a model with its tokenizer and the chat
 template that it was tuned in, in `--out`, with `run.yaml` and `metrics.jsonl`. What can be refused is refused before
 anything is written.
 """
 
 import datetime
-from functools import partial
-from pathlib import Path
 from typing import Any
 
+import typer
 from accelerate.utils import broadcast_object_list
 
+from ...cache.errors import UserError
 from ...stages.data.chat import load_template
 from ...stages.data.conversations import load_conversations
-from ...stages.model.models import attentions_to_try, find_model, load_model
+from ...stages.model.models import find_model
 from ...stages.model.tokenizer import check_vocabulary, load_tokenizer
-from ...stages.scoring.supported import check_length, load_supported
+from ...stages.scoring.supported import check_length
 from ...stages.train.callbacks import summary
 from ...stages.train.config import RowConfig
 from ...stages.train.sft import SFTTrainer
-from ..config import RunConfig
-from ..plain_yaml import read_yaml
-from ..progress import console
-from .inputs import chat_of, device_of, required
+from ..config import SFTConfig
+from .inputs import RECORD, chat_format, load_causal_lm, read_record
 from .training import (
     check_resume,
     finish,
@@ -36,24 +34,21 @@ from .training import (
 )
 
 
-def run_sft(config: RunConfig, given: frozenset[str]) -> None:
+def run_sft(config: SFTConfig) -> None:
     """`fpo sft`."""
-    name, dataset, out = required(config, "model", "dataset", "out")
-    args = RowConfig(**trainer_settings(config, given))
-    config = _on_recorded_day(config, out)
-    check_resume(config, out, {})  # once more below: tokenising takes its time
+    args = RowConfig(**trainer_settings(config))
+    config = _on_recorded_day(config)
+    check_resume(config, {})  # checked again below: tokenising takes a while
     template = load_template(config.chat_template)
-    source = find_model(name)
+    source = find_model(config.model)
     tokenizer = load_tokenizer(source)
-    chat = chat_of(config, tokenizer, template)
+    chat = chat_format(tokenizer, template, config.date)
     if chat.date is not None:
-        (day,) = broadcast_object_list([chat.date.isoformat()])  # it may be midnight between two ranks
+        (day,) = broadcast_object_list([chat.date.isoformat()])  # two ranks may start on either side of midnight
         config, chat = config.model_copy(update={"date": day}), chat.on(datetime.date.fromisoformat(day))
-    device = device_of(config)
-    attentions = attentions_to_try(config.attention, source, device)
     with args.main_process_first(desc="tokenising"):
         conversations = load_conversations(
-            dataset,
+            config.dataset,
             split=config.split,
             chat=chat,
             max_length=config.max_length,
@@ -62,22 +57,22 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
             renames=config.map,
         )
     identity = {"model_sha256": source.sha256, "data_sha256": conversations.sha256}
-    check_resume(config, out, identity)
-    if is_finished(config, out):
+    check_resume(config, identity)
+    if is_finished(config):
         return
     skipped = [f"skipped {number}: {reason}" for reason, number in sorted(conversations.skipped.items())]
     if not len(conversations):
-        raise ValueError(
-            f"--dataset: expected conversations to learn from, found none in {dataset}; {'; '.join(skipped)}"
+        raise UserError(
+            f"--dataset: expected conversations to learn from, found none in {config.dataset}; {'; '.join(skipped)}"
         )
     if args.process_index == 0:
-        console.print(
+        typer.echo(
             f"{len(conversations)} conversations, {conversations.tokens} tokens, {conversations.learnt_tokens} of them "
             f"learnt; truncated conversations {conversations.truncated}"
         )
         for line in skipped:
-            console.print(line)
-    model = load_supported(partial(load_model, source, device=device), attentions, console.print)
+            typer.echo(line)
+    model = load_causal_lm(config, source)
     model.name_or_path = source.lasting_name
     check_vocabulary(model, tokenizer, chat.probe_ids)
     check_length(model, config.max_length)
@@ -91,25 +86,20 @@ def run_sft(config: RunConfig, given: frozenset[str]) -> None:
             processing_class=tokenizer,
             callbacks=run_callbacks(config, {**identity, "training_device": str(args.device)}),
         )
-    with sole_run(config, out, identity):
+    with sole_run(config, identity):
         trainer.train(resume_from_checkpoint=last_checkpoint(config))
-        finish(trainer, out)
+        finish(trainer, config.out)
     if args.process_index == 0:
-        console.print("\n".join(summary(trainer.state.log_history)))
-        console.print(f"{out}: the model, run.yaml, metrics.jsonl")
-        console.print(f"next: fpo precompute --model {out} --dataset PAIRS --sae SAE --out CACHE")
+        typer.echo("\n".join(summary(trainer.state.log_history)))
+        typer.echo(f"{config.out}: the model, run.yaml, metrics.jsonl")
+        typer.echo(f"next: fpo precompute --model {config.out} --dataset PAIRS --sae SAE --out CACHE")
 
 
-def _on_recorded_day(config: RunConfig, out: Path) -> RunConfig:
+def _on_recorded_day(config: SFTConfig) -> SFTConfig:
     """The configuration with the day on which the run that is resumed was begun, unless it names one."""
-    record = out / "run.yaml"
-    if not config.resume or config.date is not None or not record.exists():
+    if not config.resume or config.date is not None or not (config.out / RECORD).exists():
         return config
-    try:
-        before = read_yaml(record.read_bytes())
-    except ValueError:  # `check_resume` says what is wrong
-        return config
-    return config.model_copy(update={"date": before.get("date") if isinstance(before, dict) else None})
+    return config.model_copy(update={"date": read_record(config.out, "--resume").get("date")})
 
 
 def _stop_at(model: Any, end_id: int) -> None:

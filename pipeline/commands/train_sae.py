@@ -1,42 +1,35 @@
 """`fpo train-sae`: from a configuration to an SAE for a model that has none.
 
-In: a `RunConfig`. Out: an SAE in SAELens' format in `--out`, its quality on the terminal and in `quality.json`.
+In: a `TrainSAEConfig`. Out: an SAE in SAELens' format in `--out`, its quality on the terminal and in `quality.json`.
 """
 
 import json
 import shutil
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
+import typer
 
+from ...cache.errors import UserError
 from ...cache.files import write_atomically
 from ...stages.data.tokenize import tokenize_pair
-from ...stages.model.models import attentions_to_try, load_model
 from ...stages.model.sae import parse_site
 from ...stages.model.tokenizer import check_tokens, check_vocabulary
-from ...stages.scoring.supported import check_length, load_supported
+from ...stages.scoring.supported import check_length
 from ...stages.train.checkpoints import move_model
 from ...stages.train.train_sae import train_sae
-from ..config import RunConfig, to_yaml
-from ..progress import console
-from .inputs import check_folder, device_of, load_data, required
-from .run_record import sole_writer
+from ..config import TrainSAEConfig
+from .inputs import RECORD, check_folder, load_causal_lm, load_data, record_of, sole_writer
 
 
-def run_train_sae(config: RunConfig) -> None:
+def run_train_sae(config: TrainSAEConfig) -> None:
     """`fpo train-sae`."""
-    _, _, (site_name, *more), out = required(config, "model", "dataset", "site", "out")
-    if more:
-        raise ValueError(f"--site: expected one site to train an SAE for, found {len(more) + 1}")
-    _check_out(out)  # once more below: others may have come meanwhile
-    site = parse_site(site_name)
+    out = config.out
+    _check_out(out)  # checked again below: another run may have started meanwhile
+    site = parse_site(config.site[0])
     source, preferences, chat, limits = load_data(config)
-    device = device_of(config)
-    model = load_supported(
-        partial(load_model, source, device=device), attentions_to_try(config.attention, source, device), console.print
-    )
+    model = load_causal_lm(config, source)
     check_vocabulary(model, chat.tokenizer, chat.probe_ids)
     check_length(model, limits.max_length)
     sequences, seen = [], set()
@@ -50,11 +43,11 @@ def run_train_sae(config: RunConfig) -> None:
             if conversation.tobytes() not in seen:  # prompts and answers repeat across pairs
                 seen.add(conversation.tobytes())
                 sequences.append(conversation)
-    console.print(f"{len(sequences)} conversations, {sum(map(len, sequences))} tokens, site {site.name}")
+    typer.echo(f"{len(sequences)} conversations, {sum(map(len, sequences))} tokens, site {site.name}")
     with sole_writer(out):
         _check_out(out)
         new = out / ".new"
-        shutil.rmtree(new, ignore_errors=True)  # of a run that was stopped while it saved
+        shutil.rmtree(new, ignore_errors=True)  # left by a run that was stopped while it saved
         quality = train_sae(
             model,
             sequences,
@@ -67,9 +60,9 @@ def run_train_sae(config: RunConfig) -> None:
             seed=config.seed,
         )
         write_atomically(new / "quality.json", json.dumps(asdict(quality), indent=1).encode())
-        write_atomically(new / "run.yaml", to_yaml(config).encode())
+        write_atomically(new / RECORD, record_of(config, {}).encode())
         move_model(new, out)
-    console.print(
+    typer.echo(
         f"{out}: L0 {quality.l0:.1f}, explained variance {quality.explained_variance:.3f}, "
         f"dead features {quality.dead:.1%}, on {quality.tokens} held-out tokens after {quality.passes:.1f} passes"
     )
@@ -79,4 +72,4 @@ def _check_out(out: Path) -> None:
     """Refuses a folder that holds an SAE; what a stopped run left of one is replaced."""
     check_folder(out)
     if (out / "cfg.json").exists():
-        raise FileExistsError(f"{out} already holds an SAE: choose another folder or remove it")
+        raise UserError(f"{out} already holds an SAE: choose another folder or remove it")

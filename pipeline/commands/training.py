@@ -1,7 +1,7 @@
 """What the commands that train a model share: the Trainer's settings, resuming, the record of a run.
 
-In: a `RunConfig`, and which options were given on the command line. Out: keyword arguments of a `RowConfig`, callbacks,
-the checkpoint to go on from; or one line that says what cannot be.
+In: the configuration of `fpo align` or `fpo sft`. Out: keyword arguments of a `RowConfig`, callbacks, the checkpoint to
+go on from; or one line that says what cannot be.
 """
 
 import importlib.metadata
@@ -12,19 +12,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
 from transformers import TrainerCallback
 
+from ...cache.errors import UserError
 from ...cache.files import remove_leftovers
 from ...stages.train.callbacks import RunRecord, Snapshots
 from ...stages.train.checkpoints import CONFIGS
 from ...stages.train.schedules import is_endless
-from ..config import RunConfig, to_yaml
-from ..progress import console
-from .inputs import check_new, compiles, device_of
-from .run_record import FINISHED, RECORD, differing, mark_finished, read_record, sole_writer
+from ..config import TrainingConfig
+from .inputs import (
+    FINISHED,
+    RECORD,
+    check_new,
+    compiles,
+    device_of,
+    differing,
+    mark_finished,
+    read_record,
+    record_of,
+    sole_writer,
+)
 
-# What a resumed run may change: where things are and what it tells meanwhile; its length too,
-# unless the learning rates depend on it.
+# The settings that a resumed run may change: paths, logging and saving; its length too, unless the learning rates
+# depend on it.
 RESUME_MAY_CHANGE = (
     *("resume", "cache", "eval_cache", "trust_hashes"),
     *("logging_steps", "save_steps", "eval_steps", "snapshot_steps", "report_to", "push_to_hub"),
@@ -34,28 +45,23 @@ LENGTH = ("max_steps", "epochs")
 VERSIONS = ("fpo", "torch", "transformers", "tokenizers", "datasets", "sae-lens")
 
 
-def trainer_settings(config: RunConfig, given: frozenset[str]) -> dict[str, Any]:
+def trainer_settings(config: TrainingConfig) -> dict[str, Any]:
     """The Trainer's settings, by `RowConfig`'s names.
 
     Raises:
-        ValueError: if an option would be ignored, or the batch cannot be shared among batches and devices.
+        UserError: the batch cannot be shared among batches and devices.
     """
-    if {"epochs", "max_steps"} <= given:
-        raise ValueError("--epochs: --max-steps alone says when to stop; leave one of them out")
-    if config.lr_scheduler == "constant" and "warmup_steps" in given:
-        raise ValueError("--warmup-steps: the schedule 'constant' ignores it; use constant_with_warmup")
-    if "checkpoint_every" in given and not config.activation_checkpointing:
-        raise ValueError("--checkpoint-every: no layer is recomputed without --activation-checkpointing; add it")
+    device = device_of(config)
     parts = config.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch_size % parts:
-        raise ValueError(
+        raise UserError(
             f"--batch-size: expected a multiple of accumulation x devices ({parts}), found {config.batch_size}"
         )
     return {
         "output_dir": str(config.out),
         "token_budget": config.token_budget,
         "bf16": config.dtype == "bf16",
-        "use_cpu": device_of(config) == "cpu",
+        "use_cpu": device == "cpu",
         "num_train_epochs": config.epochs,
         "max_steps": config.max_steps or -1,
         "per_device_train_batch_size": config.batch_size // parts,
@@ -69,7 +75,7 @@ def trainer_settings(config: RunConfig, given: frozenset[str]) -> dict[str, Any]
         "max_grad_norm": config.max_grad_norm,
         "activation_checkpointing": config.activation_checkpointing,
         "checkpoint_every": config.checkpoint_every,
-        "compile_layers": compiles(config),
+        "compile_layers": compiles(config, device),
         "seed": config.seed,
         "logging_steps": config.logging_steps,
         "save_steps": config.save_steps,
@@ -80,45 +86,45 @@ def trainer_settings(config: RunConfig, given: frozenset[str]) -> dict[str, Any]
     }
 
 
-def check_resume(config: RunConfig, out: Path, identity: Mapping[str, str]) -> None:
+def check_resume(config: TrainingConfig, identity: Mapping[str, str]) -> None:
     """Refuses to mix two runs in one folder.
 
     Args:
         config: the configuration of the run that is to begin or to go on.
-        out: its folder.
         identity: hashes of what it reads, under the names that they have in `run.yaml`.
 
     Raises:
-        FileNotFoundError: there is nothing to resume.
-        ValueError: a new run finds files, or a resumed one a link, other settings or other inputs.
+        UserError: a new run finds files; a resumed one finds no run, a link, other settings or other inputs.
     """
+    out = config.out
     if os.environ.get("RANK", "0") != "0":  # the others may come when the first has already written
         return
     if out.is_dir():
         remove_leftovers(out)
     if not config.resume:
         if out.is_dir() and any(out.iterdir()):
-            raise ValueError(f"--out: expected a new or empty folder, found files in {out}; pass --resume to go on")
+            raise UserError(f"--out: expected a new or empty folder, found files in {out}; pass --resume to go on")
         check_new(out)
         return
     if not (out / RECORD).exists():
-        raise FileNotFoundError(f"--resume: expected a run in {out}, found no {RECORD}; leave --resume out")
+        raise UserError(f"--resume: expected a run in {out}, found no {RECORD}; leave --resume out")
     for path in out.rglob("*"):
         if path.is_symlink():  # what is written there would be elsewhere
-            raise ValueError(f"--resume: expected no link in {out}, found {path}; put what it stands for in its place")
+            raise UserError(f"--resume: expected no link in {out}, found {path}; put what it stands for in its place")
     free = RESUME_MAY_CHANGE + (LENGTH if is_endless(config.lr_scheduler, config.warmup_steps) else ())
     if changed := differing(read_record(out, "--resume"), config, identity, free):
-        raise ValueError(f"--resume: expected the settings of the run in {out}; {changed}")
+        raise UserError(f"--resume: expected the settings of the run in {out}; {changed}")
 
 
-def is_finished(config: RunConfig, out: Path) -> bool:
+def is_finished(config: TrainingConfig) -> bool:
     """Whether the run that is to go on has nothing left to do; if so, says it.
 
-    That is what `finish` wrote into `run.yaml`, unless the run is to be longer now. Every rank looks for itself.
+    `finish` has marked it so in `run.yaml`, and the run is not to be longer now. Every rank looks for itself.
 
     Raises:
-        ValueError: it is to be longer and has no checkpoint to go on from, or is to be uploaded only now.
+        UserError: it is to be longer and has no checkpoint to go on from, or is to be uploaded only now.
     """
+    out = config.out
     if not config.resume or not (out / RECORD).exists():
         return False
     before = read_record(out, "--resume")
@@ -129,19 +135,19 @@ def is_finished(config: RunConfig, out: Path) -> bool:
             return False
     if not reached and any(before.get(name) != getattr(config, name) for name in LENGTH):
         if last_checkpoint(config) is None:
-            raise ValueError(f"--resume: expected a checkpoint to go on from in {out}, found none; give another --out")
+            raise UserError(f"--resume: expected a checkpoint to go on from in {out}, found none; give another --out")
         return False
     if config.push_to_hub and not before.get("push_to_hub"):
-        raise ValueError(f"--push-to-hub: the run in {out} is finished; upload it with `hf upload OWNER/NAME {out}`")
+        raise UserError(f"--push-to-hub: the run in {out} is finished; upload it with `hf upload OWNER/NAME {out}`")
     if os.environ.get("RANK", "0") == "0":
-        console.print(f"{out}: finished after {step} steps; nothing was left to do, and nothing was changed")
+        typer.echo(f"{out}: finished after {step} steps; nothing was left to do, and nothing was changed")
     return True
 
 
 def finish(trainer: Any, out: Path) -> None:
-    """Saves what was trained and, once that is on disk, writes into `run.yaml` that the run is finished.
+    """Saves what was trained and, once it is on disk, marks the run as finished in `run.yaml`.
 
-    A run that goes on writes its `run.yaml` anew before anything else, without that.
+    A run that goes on first writes `run.yaml` anew, without the mark.
     """
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
@@ -149,33 +155,33 @@ def finish(trainer: Any, out: Path) -> None:
 
 
 @contextmanager
-def sole_run(config: RunConfig, out: Path, identity: Mapping[str, str]) -> Iterator[None]:
-    """Around a training: two runs that saw the same empty folder, or go on from the same checkpoint, are one too many.
+def sole_run(config: TrainingConfig, identity: Mapping[str, str]) -> Iterator[None]:
+    """Holds the run's folder while it trains: another run may have seen the same empty folder, or the same checkpoint.
 
     Raises:
-        ValueError: another process trains into the folder; or as `check_resume`, which is asked again.
+        UserError: another process trains into the folder; or as `check_resume`, which is asked again.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    with sole_writer(out):
-        check_resume(config, out, identity)
+    with sole_writer(config.out):
+        check_resume(config, identity)
         yield
 
 
-def last_checkpoint(config: RunConfig) -> str | None:
+def last_checkpoint(config: TrainingConfig) -> str | None:
     """The checkpoint that a resumed run goes on from; None for a new one, or where none was written yet.
 
     One that was cut off while it was saved is passed over.
     """
-    if not config.resume or not isinstance(config.out, Path):
+    if not config.resume:
         return None
     names = ((folder, folder.name.removeprefix("checkpoint-")) for folder in config.out.glob("checkpoint-*"))
     steps = {int(step): folder for folder, step in names if step.isdecimal()}
     for _, folder in sorted(steps.items(), reverse=True):
         if _is_whole(folder):
             return str(folder)
-        console.print(f"{folder}: cut off while it was saved, passed over")
+        typer.echo(f"{folder}: cut off while it was saved, passed over")
     return None
 
 
@@ -188,10 +194,10 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def run_callbacks(config: RunConfig, record: Mapping[str, Any]) -> list[TrainerCallback]:
+def run_callbacks(config: TrainingConfig, record: Mapping[str, Any]) -> list[TrainerCallback]:
     """The record of the run, which is its configuration, versions and `record`, and snapshots where they are wanted."""
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-    callbacks: list[TrainerCallback] = [RunRecord(to_yaml(config, {**record, "versions": versions}))]
+    callbacks: list[TrainerCallback] = [RunRecord(record_of(config, {**record, "versions": versions}))]
     if config.snapshot_steps:
         callbacks.append(Snapshots(config.snapshot_steps))
     return callbacks
@@ -199,12 +205,12 @@ def run_callbacks(config: RunConfig, record: Mapping[str, Any]) -> list[TrainerC
 
 @contextmanager
 def missing_trackers() -> Iterator[None]:
-    """Around the making of a Trainer: a tracker that is not installed is the user's mistake.
+    """Names `--report-to` where a Trainer finds its tracker not installed.
 
     Raises:
-        ValueError: if `--report-to` names one.
+        UserError: it does.
     """
     try:
         yield
     except RuntimeError as error:  # how transformers says it
-        raise ValueError(f"--report-to: {error}") from error
+        raise UserError(f"--report-to: {error}") from error

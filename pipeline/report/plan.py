@@ -16,7 +16,8 @@ from ...cache.errors import UserError
 from ...cache.files import canonical_json
 from ...stages.train.methods import METHODS
 from ..commands.jobs import Step
-from ..config import RunConfig, has_section, load_config
+from ..config import COMMANDS, AlignConfig, ComparisonConfig, Config, SFTConfig
+from ..config_files import has_section, load_config
 from ..world.world import in_the_world, located, world_folder
 from .style import LABELS
 
@@ -33,20 +34,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
 }
 ALPHAS = (0.1, 0.5, 1.0, 2.0)
 
-# Fields of `table` and `tune` that may name what is in the embedded world.
-OF_THE_WORLD = ("model", "sae")
-
-WHERE = {
-    "out",
-    "resume",
-    "runs",
-    "jobs",
-    "seeds",
-    "ablation_sites",
-    "ablation_sums",
-    "heldout_split",
-    "validation_split",
-}  # of a configuration, what a step's result does not depend on
+WHERE = {"out", "resume"}  # of a step's configuration, what its result does not depend on
 
 
 @dataclass(frozen=True)
@@ -83,7 +71,7 @@ class Plan:
     """
 
     name: str
-    config: RunConfig
+    config: Any
     base: tuple[Step, ...]
     base_model: str
     model: str
@@ -165,7 +153,7 @@ class Plan:
     def cache(self, split: str) -> Step:
         """Stage one over a split, with every SAE that a table needs."""
         config = self._load("precompute", {"model": self.model, "split": split})
-        config = located(config, ("dataset",), self.world)
+        config = located(config, self.world)
         config = config.model_copy(update={"sae": tuple(self.saes.values())})
         return self._step("precompute", split, config, *self.base)
 
@@ -179,10 +167,10 @@ class Plan:
         """The cache that every method is measured on."""
         return self.cache(self.config.heldout_split)
 
-    def _load(self, command: str, given: Mapping[str, Any]) -> RunConfig:
-        return load_config(self.name, given, command)
+    def _load(self, command: str, given: Mapping[str, Any]) -> Any:
+        return load_config(COMMANDS[command], self.name, given)
 
-    def _step(self, command: str, label: str, config: RunConfig, *needs: Step) -> Step:
+    def _step(self, command: str, label: str, config: Config, *needs: Step) -> Step:
         assert self.config.runs is not None
         return make_step(command, label, config, self.config.runs, *needs)
 
@@ -194,7 +182,7 @@ def _settings(train: Step) -> str:
     return canonical_json(content | {name: value for name, value in defaults.items() if content[name] is None})
 
 
-def make_plan(name: str, config: RunConfig, world: Path | None = None) -> Plan:
+def make_plan(name: str, config: ComparisonConfig, world: Path | None = None) -> Plan:
     """The plan of a profile.
 
     Args:
@@ -205,30 +193,28 @@ def make_plan(name: str, config: RunConfig, world: Path | None = None) -> Plan:
     Raises:
         UserError: if there is not one SAE a site, or none at a site that the methods or ablations read.
     """
-    has_sft = has_section(name, "sft") and not in_the_world(config.model)
+    has_sft = has_section(name, SFTConfig) and not in_the_world(config.model)
     world = world or world_folder()
-    config = located(config, OF_THE_WORLD, world)
+    config = located(config, world)
     if len(config.sae) != len(config.site) or not config.sae:
         raise UserError(
-            f"{name}: for: table: expected one site for each SAE, found {len(config.site)} sites and "
+            f"{name}: table: expected one site for each SAE, found {len(config.site)} sites and "
             f"{len(config.sae)} SAEs; list both, in the same order"
         )
     saes = dict(zip(config.site, config.sae, strict=True))
-    wanted = {*load_config(name, {}, "align").site, *config.ablation_sites}
+    wanted = {*load_config(AlignConfig, name, {}).site, *config.ablation_sites}
     wanted |= {site for sites in config.ablation_sums for site in sites.split("+")}
     if missing := sorted(wanted - set(saes)):
-        raise UserError(
-            f"{name}: for: table: expected an SAE at {', '.join(missing)}, found none; add it to sae and site"
-        )
+        raise UserError(f"{name}: table: expected an SAE at {', '.join(missing)}, found none; add it to sae and site")
     assert config.model is not None
     if not has_sft:
         return Plan(name, config, (), config.model, config.model, saes, world)
     assert config.runs is not None
-    sft = make_step("sft", "sft", load_config(name, {}, "sft"), config.runs)
+    sft = make_step("sft", "sft", load_config(SFTConfig, name, {}), config.runs)
     return Plan(name, config, (sft,), config.model, str(sft.out), saes, world)
 
 
-def make_step(command: str, label: str, config: RunConfig, runs: Path, *needs: Step) -> Step:
+def make_step(command: str, label: str, config: Config, runs: Path, *needs: Step) -> Step:
     """A step in a folder of its own under `runs`."""
     content = config.model_dump(mode="json", exclude=WHERE)
     digest = hashlib.sha256(canonical_json([command, content]).encode()).hexdigest()[:10]

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+import typer
 
 from ...cache.manifest import Manifest
 from ...stages.data.raw_rows import may_be_hub_id
@@ -22,8 +23,7 @@ from ...stages.model.models import find_model, is_hub_id
 from ...stages.train.methods import METHODS
 from ..commands.inputs import device_of
 from ..commands.jobs import Step
-from ..hub import Repo, missing_repos
-from ..progress import console
+from .hub import Repo, missing_repos
 from .page import markdown
 
 # Bytes of optimiser state a trained parameter, in fp32: Adam's two moments, RMSprop's one.
@@ -64,10 +64,10 @@ def print_plan(steps: Sequence[Step]) -> None:
         state = "done" if finished == len(group) else f"{finished} done" if finished else ""
         body.append([f"{label}{number}", reads, writes, _size(group[0], makers), state])
     done = sum(step.done for step in steps)
-    console.print(f"{len(steps) - done} to do, {done} done, in {steps[-1].out.parent}\n")
-    console.print(markdown(["step", "reads", "writes", "bytes", "done"], body))
-    console.print("bytes: weights, gradients and optimiser state that a step holds in fp32, activations aside")
-    console.print("of a finished cache: those of its files")
+    typer.echo(f"{len(steps) - done} to do, {done} done, in {steps[-1].out.parent}\n")
+    typer.echo(markdown(["step", "reads", "writes", "bytes", "done"], body))
+    typer.echo("bytes: weights, gradients and optimiser state that a step holds in fp32, activations aside")
+    typer.echo("of a finished cache: those of its files")
 
 
 def maker_of(name: str, makers: Mapping[Path, Step]) -> Step | None:
@@ -85,7 +85,7 @@ def state_bytes(step: Step, makers: Mapping[Path, Step]) -> int | None:
     parameters = parameter_count(_base_model(step, makers))
     if parameters is None:
         return None
-    trains = step.command in ("align", "sft") and config.lora_r is None
+    trains = step.command in ("align", "sft") and getattr(config, "lora_r", None) is None
     live = step.command in ("align", "evaluate") and config.reference not in (None, config.model)
     return parameters * (4 + (4 + OPTIMISER_BYTES[config.optimizer] if trains else 0) + (4 if live else 0))
 
@@ -138,7 +138,7 @@ def wrong_recipes(steps: Sequence[Step]) -> list[str]:
     """What a CPU cannot do, or only so slowly that nobody would want it."""
     lines = []
     for config in (step.config for step in steps if device_of(step.config) == "cpu"):
-        if config.dtype == "bf16":
+        if getattr(config, "dtype", "fp32") == "bf16":
             lines.append("--dtype: bf16 is for GPUs, and the device is a CPU; give --dtype fp32, or run on a GPU")
         if config.attention == "packed_flex":
             lines.append("--attention: packed_flex has no backward on a CPU; leave it out, or run on a GPU")
@@ -162,7 +162,7 @@ def missing_files(steps: Sequence[Step], makers: Mapping[Path, Step]) -> list[st
         if _reads_data(step) and config.dataset and not _is_hub_data(config.dataset) and not _there(config.dataset):
             lines.append(f"dataset: expected a file or folder at {config.dataset}, found none; correct the path")
         if step.command in ("align", "evaluate"):
-            for cache in (config.cache, config.eval_cache):
+            for cache in (config.cache, getattr(config, "eval_cache", None)):
                 if (
                     isinstance(cache, Path)
                     and maker_of(str(cache), makers) is None
@@ -171,7 +171,8 @@ def missing_files(steps: Sequence[Step], makers: Mapping[Path, Step]) -> list[st
                     lines.append(
                         f"cache: expected a finished cache at {cache}, found none; make it with `fpo precompute`"
                     )
-        for option, path in (("chat_template", config.chat_template), ("questions", config.questions)):
+        for option in ("chat_template", "questions"):
+            path = getattr(config, option, None)
             if path is not None and not _there(str(path)):
                 lines.append(f"{option}: expected a file at {path}, found none; correct the path")
     return _unique(lines)
@@ -283,7 +284,7 @@ def _base_model(step: Step, makers: Mapping[Path, Step]) -> str:
 def _reads(step: Step, makers: Mapping[Path, Step]) -> list[str]:
     """What a step reads: labels of the steps that it stands on, hub ids, the last part of paths."""
     config = step.config
-    names = [config.model, config.reference]
+    names = [config.model, getattr(config, "reference", None)]
     names.append(str(config.cache) if step.command in ("align", "evaluate") else config.dataset)
     found = []
     for name in names:

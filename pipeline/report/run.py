@@ -8,20 +8,20 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import typer
 from matplotlib.figure import Figure
 
 from ...cache.errors import UserError
 from ...cache.files import write_atomically
 from ..commands.jobs import Step, run_steps, seconds_of
-from ..config import RunConfig
-from ..progress import console
+from ..config import TableConfig
 from ..world.world import begin, in_the_world, is_made, provide, world_folder, world_steps
 from . import figures
 from .claims import Claim, ablation_claims, comparison_claims
 from .facts import facts_of, note_of, short_note
 from .page import Page, PageFigure, Table, write_page
 from .paper import paper_columns, win_rates
-from .plan import OF_THE_WORLD, Plan, Run, make_plan
+from .plan import Plan, Run, make_plan
 from .preflight import missing, print_plan
 from .records import (
     ACCURACY,
@@ -48,16 +48,17 @@ BOUND_ROWS = ("dpo", "tdpo2", "simpo", "fpo")
 ABLATION_KEYS = ("length/finished", "kl/chosen", "kl/rejected", "features/mse_chosen", "features/mse_rejected")
 
 
-def run_table(name: str, config: RunConfig, *, ablations: bool, dry_run: bool) -> None:
+def run_table(name: str, config: TableConfig) -> None:
     """`fpo table`."""
     stem = Path(name).stem
     config = config.model_copy(
         update={"runs": config.runs or Path("runs") / stem, "out": config.out or Path("results") / stem}
     )
-    if dry_run:
-        _print_plan(name, config, ablations)
+    ablations = config.ablations
+    if config.dry_run:
+        _print_plan(name, config)
         return
-    provide(config, OF_THE_WORLD)
+    provide(config)
     plan = make_plan(name, config)
     parts, steps = _parts(plan, ablations)
     runs = [run for part in parts.values() for run in part]
@@ -85,19 +86,19 @@ def _parts(plan: Plan, ablations: bool) -> tuple[dict[str, list[Run]], list[Step
     return parts, [*plan.base, plan.train_cache, plan.heldout_cache, *steps]
 
 
-def _print_plan(name: str, config: RunConfig, ablations: bool) -> None:
+def _print_plan(name: str, config: TableConfig) -> None:
     """What would be run and what is missing; the embedded world is not made for it, but planned too."""
     with tempfile.TemporaryDirectory(prefix="embedded-world-") as scratch:
         world, making = world_folder(), []
-        if any(in_the_world(getattr(config, field)) for field in OF_THE_WORLD) and not is_made(world):
-            console.print("the embedded world is not made yet: the first steps make it, once")
+        if any(in_the_world(getattr(config, field)) for field in ("model", "sae")) and not is_made(world):
+            typer.echo("the embedded world is not made yet: the first steps make it, once")
             world = Path(scratch)
             begin(world)
             fine_tuning, saes = world_steps(world)
             making = [*fine_tuning, *saes]
-        _, steps = _parts(make_plan(name, config, world), ablations)
+        _, steps = _parts(make_plan(name, config, world), config.ablations)
         for line in missing([*making, *steps], config.jobs):
-            console.print(f"missing: {line}")
+            typer.echo(f"missing: {line}")
         print_plan([*making, *steps])
 
 
@@ -246,5 +247,5 @@ def _write(
         facts=facts,
     )
     write_page(out / f"{name}.html", page)
-    console.print(f"{out}: {name}.md, {name}.html" + (", figures/" if figures else ""))
-    console.print(tables[0].markdown)
+    typer.echo(f"{out}: {name}.md, {name}.html" + (", figures/" if figures else ""))
+    typer.echo(tables[0].markdown)

@@ -8,14 +8,15 @@ import csv
 import io
 from pathlib import Path
 
+import typer
+
 from ...cache.errors import UserError
 from ...cache.files import write_atomically
 from ...stages.train.methods import METHODS
 from ..commands.jobs import run_steps
-from ..config import RunConfig
-from ..progress import console
+from ..config import TuneConfig
 from ..world.world import provide
-from .plan import OF_THE_WORLD, Plan, Run, make_plan
+from .plan import Plan, Run, make_plan
 from .records import Record, read_record
 
 # Factors of the profile's learning rate, and of the method's own β (method.md section 4).
@@ -26,15 +27,14 @@ SCORE = "accuracy/raw"
 COLUMNS = ("method", "lr", "beta", SCORE, "accuracy/implicit", "kl/chosen", "kl/rejected")
 
 
-def run_tune(name: str, config: RunConfig) -> None:
+def run_tune(name: str, config: TuneConfig) -> None:
     """`fpo tune`."""
     stem = Path(name).stem
     if config.validation_split is None:
         raise UserError(f"{name}: expected validation_split, found none; name the split to choose on")
     out = config.out or Path("results") / stem
-    assert isinstance(out, Path)
     config = config.model_copy(update={"runs": config.runs or Path("runs") / stem, "out": out})
-    provide(config, OF_THE_WORLD)
+    provide(config)
     plan = make_plan(name, config.model_copy(update={"heldout_split": config.validation_split}))
     runs = [run for method in METHODS for run in trials(plan, method)]
     steps = [*plan.base, plan.train_cache, plan.heldout_cache, *(run.train for run in runs if run.train)]
@@ -46,9 +46,9 @@ def run_tune(name: str, config: RunConfig) -> None:
     writer.writerows(records)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "tuning.csv", text.getvalue().encode())
-    console.print(f"{out / 'tuning.csv'}: {len(records)} trials; for the profile:")
+    typer.echo(f"{out / 'tuning.csv'}: {len(records)} trials; for the profile:")
     for method, record in winners(records).items():
-        console.print(f"  {method}: {{lr: {record['lr']:g}, beta: {record['beta']:g}}}  # {100 * record[SCORE]:.1f} %")
+        typer.echo(f"  {method}: {{lr: {record['lr']:g}, beta: {record['beta']:g}}}  # {100 * record[SCORE]:.1f} %")
 
 
 def trials(plan: Plan, method: str) -> list[Run]:

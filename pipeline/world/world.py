@@ -15,15 +15,18 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import typer
 
 from ...cache.files import canonical_json, user_folder, write_atomically
 from ...cache.locks import locked
 from ..commands.jobs import Step, run_steps
-from ..config import RunConfig, load_config
-from ..progress import console
+from ..config import Config, SFTConfig, TrainSAEConfig
+from ..config_files import load_config
 from . import language as embedded_tasks
 
+C = TypeVar("C", bound=Config)
 PROFILE = "embedded"
 PREFIX = "embedded:"
 LAYERS = 4
@@ -36,22 +39,18 @@ PRETRAINING = {"split": "pretrain", "lr": 4e-3, "warmup_steps": 50}
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 
 
-def provide(config: RunConfig, fields: Sequence[str]) -> RunConfig:
-    """A configuration with the world's folders in place of its names; the world is made if it is not there yet.
-
-    Args:
-        config: the configuration.
-        fields: those that a command reads; what others name is left alone.
-    """
+def provide(config: C) -> C:
+    """A configuration with the world's folders in place of its names; the world is made if it is not there yet."""
+    if not any(in_the_world(value) for _, value in config):
+        return config
     folder = world_folder()
-    if any(in_the_world(getattr(config, name)) for name in fields):
-        build(folder)
-    return located(config, fields, folder)
+    build(folder)
+    return located(config, folder)
 
 
-def located(config: RunConfig, fields: Sequence[str], folder: Path) -> RunConfig:
+def located(config: C, folder: Path) -> C:
     """A configuration with what lies, or will lie, in the world's folder in place of its names."""
-    found = {name: value for name in fields if in_the_world(value := getattr(config, name))}
+    found = {name: value for name, value in config if in_the_world(value)}
     return config.model_copy(update={name: _resolve(value, folder) for name, value in found.items()})
 
 
@@ -71,7 +70,10 @@ def _resolve(value: Any, folder: Path) -> Any:
 def world_folder() -> Path:
     """Where the world of these files and settings is, whether or not it has been made."""
     files = [Path(__file__), Path(embedded_tasks.__file__)]
-    settings = [load_config(PROFILE, {}, command).model_dump(mode="json") for command in ("sft", "train-sae")]
+    settings = [
+        load_config(command, PROFILE, {}).model_dump(mode="json", exclude={"out"})
+        for command in (SFTConfig, TrainSAEConfig)
+    ]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files) + canonical_json(settings).encode())
     return user_folder() / PROFILE / digest.hexdigest()[:12]
 
@@ -92,7 +94,7 @@ def build(folder: Path) -> None:
     with locked(folder / ".lock"):
         if is_made(folder):
             return
-        console.print(f"making the embedded world in {folder}, once; some minutes on two cores")
+        typer.echo(f"making the embedded world in {folder}, once; some minutes on two cores")
         started = time.monotonic()
         begin(folder)
         fine_tuning, saes = world_steps(folder)
@@ -112,20 +114,20 @@ def begin(folder: Path) -> None:
 def world_steps(folder: Path) -> tuple[list[Step], list[Step]]:
     """Training on good answers, fine-tuning on mixed ones, then an SAE at every site."""
     pretrained = str(folder / "pretrained")
-    pretraining = load_config(PROFILE, {"out": pretrained, **PRETRAINING}, "sft")
-    sft = load_config(PROFILE, {"out": folder / "sft", "model": pretrained}, "sft")
+    pretraining = load_config(SFTConfig, PROFILE, {"out": pretrained, **PRETRAINING})
+    sft = load_config(SFTConfig, PROFILE, {"out": folder / "sft", "model": pretrained})
     fine_tuning = [
         Step("sft", "train on good answers", _in(pretraining, folder)),
         Step("sft", "fine-tune on mixed answers", _in(sft, folder), (Path(pretrained),)),
     ]
     saes = []
     for site in SITES:
-        config = load_config(PROFILE, {"out": folder / "saes" / site, "site": (site,)}, "train-sae")
+        config = load_config(TrainSAEConfig, PROFILE, {"out": folder / "saes" / site, "site": (site,)})
         saes.append(Step("train-sae", f"train-sae {site}", _in(config, folder), (folder / "sft",)))
     return fine_tuning, saes
 
 
-def _in(config: RunConfig, folder: Path) -> RunConfig:
+def _in(config: C, folder: Path) -> C:
     return config.model_copy(update={name: _resolve(getattr(config, name), folder) for name in ("model", "dataset")})
 
 

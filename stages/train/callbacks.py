@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from ...cache.files import naming, write_atomically

@@ -9,7 +9,8 @@ from fpo.cache.reader import open_cache, verify
 from fpo.pipeline.cli import app
 from fpo.pipeline.commands import precompute as run_precompute
 from fpo.pipeline.commands import train_sae as run_train_sae
-from fpo.pipeline.config import load_config
+from fpo.pipeline.config import COMMANDS, AlignConfig
+from fpo.pipeline.config_files import load_config
 from fpo.pipeline.errors import user_errors
 from fpo.stages.model.sae import load_sae
 from tiny_world import SITES, files, fpo, ran, rows, to_arguments, write_rows
@@ -21,7 +22,7 @@ HEAVY = ("torch", "transformers", "sae_lens", "datasets", "pyarrow", "peft")
 def test_help_and_configuration_come_without_the_heavy_libraries():
     program = (
         "import sys; from typer.testing import CliRunner; from fpo.pipeline.cli import app\n"
-        "for arguments in (['--help'], ['align', '--help'], ['config', 'show', '--config', 'gemma-2-2b']):\n"
+        "for arguments in (['--help'], ['align', '--help'], ['config', 'show', 'align', '--config', 'gemma-2-2b']):\n"
         "    result = CliRunner().invoke(app, arguments); assert result.exit_code == 0, result.output\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
@@ -33,7 +34,7 @@ def test_help_and_configuration_come_without_the_heavy_libraries():
     "command",
     [
         *("precompute", "align", "train-sae", "sft", "evaluate", "table", "tune"),
-        *("merge", "cache info", "cache verify", "config show"),
+        *("merge", "cache info", "cache verify", "config show align"),
     ],
 )
 def test_every_command_explains_itself(command):
@@ -42,17 +43,25 @@ def test_every_command_explains_itself(command):
 
 
 def test_the_resolved_configuration_is_shown_and_can_be_read_back(tmp_path):
-    result = ran(fpo("config", "show", "--config", "smollm2-135m", "--lr", "1e-3", "--sae", "a", "--sae", "b"))
+    options = ["--config", "smollm2-135m", "--lr", "1e-3", "--sae", "a", "--sae", "b"]
+    result = ran(fpo("config", "show", "align", *options))
     path = tmp_path / "run.yaml"
     path.write_text(result.stdout)
-    shown = load_config(str(path), {})
-    assert shown == load_config("smollm2-135m", {"lr": 1e-3, "sae": ("a", "b")})
+    shown = load_config(AlignConfig, str(path), {})
+    assert shown == load_config(AlignConfig, "smollm2-135m", {"lr": 1e-3, "sae": ("a", "b")})
     assert (shown.lr, shown.sae) == (1e-3, ("a", "b"))
+
+
+def test_without_a_command_the_configuration_of_all_is_shown(tmp_path):
+    path = tmp_path / "all.yaml"
+    path.write_text(ran(fpo("config", "show", "--config", "embedded")).stdout)
+    for command in COMMANDS.values():
+        assert load_config(command, str(path), {}) == load_config(command, "embedded", {})
 
 
 def test_flags_can_be_switched_off_again(tmp_path):
     (tmp_path / "run.yaml").write_text("drop_ties: true\n")
-    arguments = ["config", "show", "--config", tmp_path / "run.yaml"]
+    arguments = ["config", "show", "precompute", "--config", tmp_path / "run.yaml"]
     assert yaml.safe_load(ran(fpo(*arguments)).stdout)["drop_ties"] is True
     assert yaml.safe_load(ran(fpo(*arguments, "--no-drop-ties")).stdout)["drop_ties"] is False
 
@@ -143,7 +152,7 @@ def test_a_fault_of_ours_is_a_traceback(monkeypatch):
 
     monkeypatch.setattr(run_precompute, "run_precompute", fail)
     with pytest.raises(KeyError, match="a bug"):
-        fpo("precompute")
+        fpo("precompute", "--model", "m", "--dataset", "d", "--sae", "s", "--out", "o")
 
 
 def test_a_user_s_mistake_can_be_shown_as_a_traceback(monkeypatch):
@@ -152,10 +161,30 @@ def test_a_user_s_mistake_can_be_shown_as_a_traceback(monkeypatch):
         fpo("precompute")
 
 
-def test_an_unknown_option_is_refused():
+SLOW_STARTS = {
+    "a misspelt option": ["align", "--metod", "fpo"],
+    "a wrong value": ["align", "--method", "ipo"],
+    "nothing": ["align"],
+    "a missing file": ["sft", "--model", "m", "--dataset", "none.jsonl", "--out", "o"],
+    "a missing cache": ["align", "--model", "m", "--cache", "none", "--sae", "s", "--out", "o"],
+}
+
+
+@pytest.mark.parametrize("what", SLOW_STARTS)
+def test_a_mistake_in_the_options_is_answered_before_the_heavy_libraries_are_imported(what):
+    program = (
+        "import sys; from typer.testing import CliRunner; from fpo.pipeline.cli import app\n"
+        f"result = CliRunner().invoke(app, {SLOW_STARTS[what]}); assert result.exit_code == 2, result.output\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_an_unknown_option_is_answered_with_the_nearest():
     result = CliRunner().invoke(app, ["align", "--learning-rate", "1"])
     assert result.exit_code == 2
-    assert "--learning-rate" in result.stderr
+    assert result.stderr == "fpo: --learning-rate: `root align` has no such option; the nearest is --lr\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

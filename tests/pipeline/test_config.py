@@ -6,10 +6,18 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from fpo.cache.errors import UserError
 from fpo.pipeline.cli import app
-from fpo.pipeline.config import COMMANDS, RunConfig, has_section, load_config, profile_names, to_yaml
-from fpo.pipeline.plain_yaml import write_yaml
-from fpo.stages.train.methods import METHODS
+from fpo.pipeline.config import (
+    COMMANDS,
+    AlignConfig,
+    EvaluateConfig,
+    PrecomputeConfig,
+    SFTConfig,
+    TableConfig,
+    TrainSAEConfig,
+)
+from fpo.pipeline.config_files import RECORD_KEYS, has_section, load_config, profile_names, to_yaml, write_yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import many_examples
@@ -17,9 +25,6 @@ from pairs import many_examples
 # PyYAML does not read back every control character and line separator that it writes.
 names = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]))
 PROFILES = ["embedded", "gemma-2-2b", "gemma-2-9b", "gemma-3-1b-it", "gemma-3-270m", "gemma-3-270m-it", "smollm2-135m"]
-STAGES = ("precompute", "align", "sft", "evaluate", "train-sae")
-# What only the comparison reads, from a file; `fpo table` and `fpo tune` have few options.
-OF_THE_COMPARISON = {"seeds", "heldout_split", "validation_split", "ablation_sites", "ablation_sums", "jobs", "runs"}
 
 
 def options_of(*names: str) -> set[str]:
@@ -30,18 +35,14 @@ def options_of(*names: str) -> set[str]:
     return {parameter.opts[0] for parameter in command.params}
 
 
-def field_of(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
-
-
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_loads(name):
-    config = load_config(name, {})
-    assert config.model
+    config = load_config(PrecomputeConfig, name, {})
     assert config.dataset == ("embedded:data" if name == "embedded" else "HuggingFaceH4/ultrafeedback_binarized")
-    assert len(config.sae) == len(config.site) > 0
-    for command in COMMANDS:
-        assert load_config(name, {}, command).model
+    align = load_config(AlignConfig, name, {})
+    assert len(config.sae) == len(align.sae) == len(align.site) == 1
+    for command in COMMANDS.values():
+        assert load_config(command, name, {}).model
 
 
 def test_the_profiles_are_those_that_the_help_names():
@@ -49,7 +50,7 @@ def test_the_profiles_are_those_that_the_help_names():
 
 
 def test_the_paper_s_settings_are_those_of_its_table_5():
-    config = load_config("gemma-2-2b", {})
+    config = load_config(AlignConfig, "gemma-2-2b", {})
     assert (config.batch_size, config.lr, config.warmup_steps, config.epochs) == (32, 5e-7, 150, 1.0)
     assert (config.lr_scheduler, config.optimizer, config.activation_checkpointing) == (
         "constant_with_warmup",
@@ -57,14 +58,14 @@ def test_the_paper_s_settings_are_those_of_its_table_5():
         True,
     )
     assert (config.top_k, config.site) == (50, ("blocks.25.hook_resid_post",))
-    assert load_config("gemma-2-9b", {}).optimizer == "rmsprop"
+    assert load_config(AlignConfig, "gemma-2-9b", {}).optimizer == "rmsprop"
 
 
 def test_an_option_wins_over_the_file(tmp_path):
     (tmp_path / "run.yaml").write_text("lr: 1.0e-3\nbatch-size: 8\n")
-    config = load_config(str(tmp_path / "run.yaml"), {"lr": "2e-5"})
+    config = load_config(AlignConfig, str(tmp_path / "run.yaml"), {"lr": "2e-5"})
     assert (config.lr, config.batch_size) == (2e-5, 8)
-    assert load_config(str(tmp_path / "run.yaml"), {}).lr == 1e-3
+    assert load_config(AlignConfig, str(tmp_path / "run.yaml"), {}).lr == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,8 @@ def test_an_option_wins_over_the_file(tmp_path):
         ("alpha: .nan\n", ["alpha", "nan"]),
         ("batch_size: 1.5\n", ["batch_size", "1.5"]),
         ("max_steps: 0\n", ["max_steps", "0"]),
-        ("keep_features: most\n", ["keep_features", "'most'"]),
+        ("top_k: most\n", ["top_k", "'most'"]),
+        ("for: {sft: {lr: 1}}\n", ["'for'", "'methods'"]),
         ("sae: one\n", ["sae", "'one'"]),
         ("lr: 1\nlr: 2\n", ["'lr'", "twice"]),
         ("max-length: 1\nmax_length: 2\n", ["max_length", "twice"]),
@@ -98,58 +100,56 @@ def test_a_faulty_file_is_refused_with_key_and_place(tmp_path, text, parts):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
-        load_config(str(path), {})
+        load_config(AlignConfig, str(path), {})
     for part in [*parts, "run.yaml"]:
         assert part in str(error.value)
 
 
 def test_bytes_that_are_no_text_are_refused_with_the_file_s_name(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"model: \xff\xfe\n")
-    with pytest.raises(ValueError, match=r"run\.yaml"):
-        load_config(str(tmp_path / "run.yaml"), {})
+    with pytest.raises(UserError, match=r"run\.yaml"):
+        load_config(AlignConfig, str(tmp_path / "run.yaml"), {})
 
 
 def test_a_faulty_option_is_named_as_an_option(tmp_path):
     (tmp_path / "run.yaml").write_text("lr: 1\n")
     with pytest.raises(ValueError, match=r"^--batch-size: .*'many'"):
-        load_config(str(tmp_path / "run.yaml"), {"batch_size": "many"})
+        load_config(AlignConfig, str(tmp_path / "run.yaml"), {"batch_size": "many"})
 
 
 @pytest.mark.parametrize("name", ["gemma-2", "missing.yaml", "."])
 def test_a_missing_file_is_refused_with_the_profiles_named(name):
-    with pytest.raises(FileNotFoundError, match=r"gemma-2-2b, gemma-2-9b"):
-        load_config(name, {})
+    with pytest.raises(UserError, match=r"gemma-2-2b, gemma-2-9b"):
+        load_config(AlignConfig, name, {})
 
 
 @many_examples
 @given(
-    lr=st.floats(1e-300, 1e300),
-    steps=st.none() | st.integers(1, 10**9),
+    limit=st.none() | st.integers(1, 10**9),
     keep=st.integers(1, 10**6) | st.just("all"),
     sae=st.lists(names, max_size=3),
-    model=st.none() | names,
+    model=names,
     ties=st.booleans(),
 )
-def test_what_is_written_reads_back_the_same(lr, steps, keep, sae, model, ties):
-    given = {"lr": lr, "max_steps": steps, "keep_features": keep, "sae": sae, "model": model, "drop_ties": ties}
-    config = load_config(None, given)
-    assert RunConfig(**yaml.safe_load(to_yaml(config))) == config
+def test_what_is_written_reads_back_the_same(limit, keep, sae, model, ties):
+    given = {"limit": limit, "keep_features": keep, "sae": sae, "model": model, "drop_ties": ties}
+    config = load_config(PrecomputeConfig, None, given)
+    assert PrecomputeConfig(**yaml.safe_load(to_yaml(config))) == config
 
 
 def test_a_configuration_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
-        load_config(None, {}).lr = 1.0
+        load_config(AlignConfig, None, {}).lr = 1.0
 
 
-def test_every_field_has_a_description_and_is_an_option_of_a_stage_or_of_the_comparison():
-    offered = set().union(*(options_of(name) for name in STAGES))
-    fields = {field_of(flag) for flag in offered} - {"config"}
-    assert fields.isdisjoint(OF_THE_COMPARISON)
-    assert fields | OF_THE_COMPARISON == set(RunConfig.model_fields)
-    assert options_of("config", "show") == {f"--{name.replace('_', '-')}" for name in RunConfig.model_fields} | {
-        "--config"
-    }
-    for name, field in RunConfig.model_fields.items():
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_s_options_are_its_fields_and_each_explains_itself(command):
+    fields = COMMANDS[command].model_fields
+    in_file = {name for name, field in fields.items() if field.json_schema_extra == {"in_file": True}}
+    assert options_of(command) == {f"--{name.replace('_', '-')}" for name in {"config", *fields} - in_file}
+    assert options_of("config", "show", command) == options_of(command)
+    assert not in_file or command in ("table", "tune")
+    for name, field in fields.items():
         assert field.description and field.description.endswith("."), name
 
 
@@ -189,32 +189,28 @@ def written(folder: Path, content: Mapping[str, Any]) -> str:
 @pytest.mark.parametrize("places", list(product([False, True], repeat=4)))
 def test_options_win_over_a_method_s_settings_these_over_a_command_s_and_these_over_the_file(tmp_path, places):
     in_file, in_command, in_method, in_options = places
-    content: dict[str, Any] = {"for": {}}
+    content: dict[str, Any] = {}
     if in_file:
         content["top-k"] = 1
     if in_command:
-        content["for"]["align"] = {"top-k": 2}
+        content["align"] = {"top-k": 2}
     if in_method:
-        content["for"]["fpo"] = {"top_k": 3}
-    found = load_config(written(tmp_path, content), {"top_k": "4"} if in_options else {}, "align").top_k
+        content["methods"] = {"fpo": {"top_k": 3}}
+    path = written(tmp_path, content | {"lr": 1.0})
+    found = load_config(AlignConfig, path, {"top_k": "4"} if in_options else {}).top_k
     highest = max((number for number, there in enumerate(places, start=1) if there), default=0)
-    assert found == (highest or RunConfig().top_k)
+    assert found == (highest or 50)
 
 
-def test_every_command_and_method_reads_its_own_settings_and_no_other(tmp_path):
-    values = {name: number for number, name in enumerate((*COMMANDS, *METHODS), start=1000)}
-    fields = {name: f"x{number}" for name, number in values.items()}
-    # One field that all set, and the split as one that only this section sets.
-    content = {"top_k": 7, "for": {name: {"top_k": values[name], "split": fields[name]} for name in values}}
-    path = written(tmp_path, content)
-    for command, method in product([None, *COMMANDS], METHODS):
-        config = load_config(path, {"method": method}, command)
-        reader = method if command in (None, "align") else command
-        assert (config.top_k, config.split) == (values[reader], fields[reader]), (command, method)
-    for command, method in product(COMMANDS, METHODS):
-        other = {name: part for name, part in content["for"].items() if name not in (command, method)}
-        path = written(tmp_path, {"for": other})
-        assert load_config(path, {"method": method}, command) == RunConfig(method=method)
+def test_every_command_reads_its_own_section_and_what_all_share(tmp_path):
+    sections = {name: {"model": name} for name in COMMANDS}
+    path = written(tmp_path, {"model": "shared", "top_k": 7, "drop_ties": True, **sections})
+    for name, command in COMMANDS.items():
+        config = load_config(command, path, {})
+        assert config.model == name
+        assert getattr(config, "top_k", 7) == 7 and getattr(config, "drop_ties", True)
+    path = written(tmp_path, {"lr": 1.0, "align": {"model": "policy"}})
+    assert load_config(AlignConfig, path, {}).model == "policy" and load_config(SFTConfig, path, {}).model is None
 
 
 @pytest.mark.parametrize(
@@ -223,6 +219,7 @@ def test_every_command_and_method_reads_its_own_settings_and_no_other(tmp_path):
         ({}, {}, 1.0),
         ({"method": "dpo"}, {}, 2.0),
         ({"method": "dpo"}, {"method": "simpo"}, 3.0),
+        ({"method": "dpo"}, {"method": "SimPO"}, 3.0),
         ({"align": {"method": "simpo"}}, {}, 3.0),
         ({"method": "dpo", "align": {"method": "simpo"}}, {}, 3.0),
         ({"align": {"method": "simpo"}}, {"method": "dpo"}, 2.0),
@@ -230,58 +227,121 @@ def test_every_command_and_method_reads_its_own_settings_and_no_other(tmp_path):
     ],
 )
 def test_the_method_that_is_run_chooses_whose_settings_are_read(tmp_path, content, given, beta):
-    sections = {"fpo": {"beta": 1.0}, "dpo": {"beta": 2.0}, "simpo": {"beta": 3.0}}
-    sections |= {name: content.pop(name) for name in ("align",) if name in content}
-    assert load_config(written(tmp_path, content | {"for": sections}), given, "align").beta == beta
+    methods = {"fpo": {"beta": 1.0}, "dpo": {"beta": 2.0}, "simpo": {"beta": 3.0}}
+    assert load_config(AlignConfig, written(tmp_path, content | {"methods": methods}), given).beta == beta
 
 
 def test_a_section_says_whether_a_command_has_settings(tmp_path):
-    path = written(tmp_path, {"lr": 1.0, "for": {"sft": {}, "dpo": {"beta": 1.0}}})
-    assert {command for command in COMMANDS if has_section(path, command)} == {"sft"}
-    assert not has_section(written(tmp_path, {"lr": 1.0}), "sft")
+    path = written(tmp_path, {"lr": 1.0, "sft": {}, "methods": {"dpo": {"beta": 1.0}}})
+    assert {name for name, command in COMMANDS.items() if has_section(path, command)} == {"sft"}
+    assert not has_section(written(tmp_path, {"lr": 1.0}), SFTConfig)
 
 
 @pytest.mark.parametrize(
-    ("sections", "parts"),
+    ("content", "parts"),
     [
-        ({"sfr": {"lr": 1.0}}, ["for", "'sfr'", "sft"]),
-        ({"train_sae": {"lr": 1.0}}, ["for", "'train_sae'", "train-sae"]),
-        ({"ipo": {"lr": 1.0}}, ["for", "'ipo'", "simpo"]),
-        ({1: {"lr": 1.0}}, ["for", "'1'", "align"]),
-        ({"sft": {"learning-rat": 1.0}}, ["for: sft", "'learning_rat'", "nearest"]),
-        ({"dpo": {"bta": 1.0}}, ["for: dpo", "'bta'", "'beta'"]),
-        ({"dpo": {"for": {"lr": 1.0}}}, ["for: dpo", "'for'"]),
-        ({"dpo": {"method": "fpo"}}, ["for: dpo", "'method'", "leave it out"]),
-        ({"sft": None}, ["for: sft", "mapping", "None"]),
-        ({"sft": ["lr"]}, ["for: sft", "mapping", "['lr']"]),
-        (None, ["for", "None"]),
-        (["sft"], ["for", "['sft']"]),
+        ({"sfr": {"lr": 1.0}}, ["'sfr'", "'sft'"]),
+        ({"sft": {"learning-rate": 1.0}}, ["sft", "'learning_rate'", "'lr'"]),
+        ({"sft": {"method": "dpo"}}, ["sft", "'method'", "nearest"]),
+        ({"sft": None}, ["sft", "mapping", "None"]),
+        ({"sft": ["lr"]}, ["sft", "mapping", "['lr']"]),
         ({"align": {"lr": "fast"}}, ["lr", "'fast'"]),
-        ({"fpo": {"top_k": 0}}, ["top_k", "0"]),
+        ({"methods": {"ipo": {"lr": 1.0}}}, ["methods", "'ipo'", "simpo"]),
+        ({"methods": {1: {"lr": 1.0}}}, ["methods", "'1'"]),
+        ({"methods": {"dpo": {"bta": 1.0}}}, ["methods: dpo", "'bta'", "'beta'"]),
+        ({"methods": {"dpo": {"method": "fpo"}}}, ["methods: dpo", "'method'", "leave it out"]),
+        ({"methods": None}, ["methods", "None"]),
+        ({"methods": ["dpo"]}, ["methods", "['dpo']"]),
+        ({"methods": {"fpo": {"top_k": 0}}}, ["top_k", "0"]),
     ],
 )
-def test_faulty_sections_are_refused_with_key_and_place(tmp_path, sections, parts):
-    path = written(tmp_path, {"for": sections})
-    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
-        load_config(path, {}, "align")
+def test_faulty_sections_are_refused_with_key_and_place(tmp_path, content, parts):
+    path = written(tmp_path, content)
+    with pytest.raises(UserError, match=r"\A[^\n]+\Z") as error:
+        load_config(AlignConfig, path, {})
     for part in [*parts, "run.yaml"]:
         assert part in str(error.value)
 
 
 def test_a_key_that_stands_twice_in_a_section_is_refused(tmp_path):
-    (tmp_path / "run.yaml").write_text("for: {dpo: {max-length: 1, max_length: 2}}\n")
-    with pytest.raises(ValueError, match=r"run\.yaml.*'max_length' stands twice"):
-        load_config(str(tmp_path / "run.yaml"), {}, "align")
+    (tmp_path / "run.yaml").write_text("methods: {dpo: {max-length: 1, max_length: 2}}\n")
+    with pytest.raises(UserError, match=r"run\.yaml.*'max_length' stands twice"):
+        load_config(AlignConfig, str(tmp_path / "run.yaml"), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("method", "DPO", "dpo"),
+        ("method", "TDPO-1", "tdpo1"),
+        ("method", "SimPO+KL", "simpo-kl"),
+        ("optimizer", "adamw", "adam"),
+        ("optimizer", "RMSprop", "rmsprop"),
+        ("dtype", "BF16", "bf16"),
+        ("dtype", "bfloat16", "bf16"),
+        ("dtype", "float32", "fp32"),
+        ("attention", "flex_attention", "packed_flex"),
+        ("device", "CPU", "cpu"),
+    ],
+)
+def test_choices_are_understood_in_any_case_and_by_their_other_names(name, given, expected):
+    assert getattr(load_config(AlignConfig, None, {name: given}), name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "near"),
+    [("method", "tdpo3", "tdpo"), ("optimizer", "rmsprob", "'rmsprop'"), ("dtype", "fp16", "'bf16'|'fp32'")],
+)
+def test_a_choice_that_is_none_is_answered_with_the_nearest(name, given, near):
+    with pytest.raises(UserError, match=rf"\A--{name}: [^\n]*the nearest is [^\n]*({near})[^\n]*'{given}'\Z"):
+        load_config(AlignConfig, None, {name: given})
+
+
+def test_all_missing_options_are_named_at_once():
+    for command, missing in (
+        (PrecomputeConfig, "--model, --dataset, --sae, --out"),
+        (AlignConfig, "--model, --cache, --out, --sae"),
+        (SFTConfig, "--model, --dataset, --out"),
+        (TrainSAEConfig, "--model, --dataset, --site, --out"),
+        (EvaluateConfig, "--model, --out"),
+    ):
+        with pytest.raises(UserError, match=rf"\A{missing}: expected a value for each, found none"):
+            load_config(command, None, {}).check_ready()
+    with pytest.raises(UserError, match=r"\A--model, --cache, --out, --reference: "):
+        load_config(AlignConfig, None, {"method": "tdpo1"}).check_ready()
+    load_config(TableConfig, None, {}).check_ready()
+
+
+def test_options_that_would_be_ignored_are_refused_on_the_command_line_and_allowed_in_a_file(tmp_path):
+    path = written(tmp_path, {"method": "dpo", "top_k": 9})
+    load_config(AlignConfig, path, {}, from_command_line=True)
+    with pytest.raises(UserError, match=r"\A--top-k: [^\n]*dpo[^\n]*leave it out\Z"):
+        load_config(AlignConfig, path, {"top_k": 9}, from_command_line=True)
+
+
+def test_what_a_record_says_beside_the_configuration_is_ignored(tmp_path):
+    config = load_config(AlignConfig, None, {"model": "a", "cache": "b", "out": "c", "lr": 1e-3})
+    record = dict.fromkeys(RECORD_KEYS, "of the run") | {"finished": {"step": 3, "epoch": 1.0}}
+    (tmp_path / "run.yaml").write_text(to_yaml(config, record))
+    assert load_config(AlignConfig, str(tmp_path / "run.yaml"), {}) == config
 
 
 def test_a_url_stays_one_and_a_folder_too(tmp_path):
     options = {"cache": "s3://bucket/uf", "eval_cache": "hf://datasets/owner/name", "out": "caches//uf"}
-    config = load_config(None, options)
+    config = load_config(AlignConfig, None, options)
     assert (config.cache, config.eval_cache, config.out) == (*list(options.values())[:2], Path("caches/uf"))
     (tmp_path / "run.yaml").write_text(to_yaml(config))
-    assert load_config(str(tmp_path / "run.yaml"), {}) == config
+    assert load_config(AlignConfig, str(tmp_path / "run.yaml"), {}) == config
+
+
+def test_only_stage_one_writes_into_a_store():
+    assert load_config(PrecomputeConfig, None, {"out": "s3://bucket/uf"}).out == "s3://bucket/uf"
+    for name, command in COMMANDS.items():
+        if name != "precompute":
+            with pytest.raises(UserError, match=r"\A--out: expected a folder; .*found 's3://bucket/run'\Z"):
+                load_config(command, None, {"out": "s3://bucket/run"})
 
 
 def test_what_is_no_place_is_refused():
-    with pytest.raises(ValueError, match=r"^--cache: .*found 3"):
-        load_config(None, {"cache": 3})
+    with pytest.raises(UserError, match=r"^--cache: .*found 3"):
+        load_config(AlignConfig, None, {"cache": 3})

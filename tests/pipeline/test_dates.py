@@ -13,7 +13,8 @@ import yaml
 from fpo.cache.manifest import Manifest
 from fpo.cache.reader import open_cache
 from fpo.pipeline.commands.evaluate import _prepare
-from fpo.pipeline.config import load_config
+from fpo.pipeline.config import EvaluateConfig, SFTConfig
+from fpo.pipeline.config_files import load_config
 from fpo.stages.data import rendering
 from fpo.stages.data.chat import GEMMA_TURNS
 from ranks import fine_tune_about_midnight, on_ranks
@@ -104,7 +105,7 @@ def test_an_evaluation_cache_of_another_day_is_refused_and_one_of_the_same_can_b
     assert (refused.exit_code, "date: expected '2026-11-23', found '2026-11-24'" in refused.stderr) == (2, True)
     ran(world.align(tmp_path / "run", **options, eval_cache=tmp_path / "monday"))
     given = {"model": str(world.gemma), "cache": tmp_path / "train", "prompts": 0, "out": tmp_path / "metrics"}
-    assert _prepare(load_config(None, given, "evaluate")).chat.date == MONDAY
+    assert _prepare(load_config(EvaluateConfig, None, given)).chat.date == MONDAY
 
 
 def test_without_a_clock_nothing_depends_on_the_day(world: World, tmp_path: Path, today) -> None:
@@ -119,7 +120,7 @@ def test_without_a_clock_nothing_depends_on_the_day(world: World, tmp_path: Path
     [
         ("2026-11-23", False, "--date: the chat template does not read the clock; leave it out"),
         ("23.11.2026", True, "--date: String should match pattern"),
-        ("2026-02-30", True, "--date: expected a day as YYYY-MM-DD, found 2026-02-30: day is out of range"),
+        ("2026-02-30", True, "--date: expected a day as YYYY-MM-DD (day is out of range"),
     ],
 )
 def test_a_date_that_is_none_or_of_no_use_is_refused(
@@ -136,7 +137,7 @@ def test_a_date_that_is_none_or_of_no_use_is_refused(
 
 def test_a_day_in_a_configuration_needs_no_quotes(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("date: 2026-11-23\n")
-    assert load_config(str(tmp_path / "a.yaml"), {}).date == "2026-11-23"
+    assert load_config(SFTConfig, str(tmp_path / "a.yaml"), {}).date == "2026-11-23"
 
 
 def test_fine_tuning_that_is_resumed_keeps_its_day(

@@ -13,12 +13,12 @@ import torch
 import yaml
 from fpo.cache.reader import open_cache
 from fpo.pipeline.commands import align as run_align
-from fpo.pipeline.commands import inputs, run_record
+from fpo.pipeline.commands import inputs
 from fpo.stages.model.models import load_model
 from fpo.stages.train.align import FPOTrainer
 from fpo.stages.train.methods import METHODS
 from peft import PeftModel
-from tiny_world import SITES, files, losses, metrics, ran, state_of
+from tiny_world import SITES, files, fpo, losses, metrics, ran, state_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LOG_2 = pytest.approx(math.log(2), rel=1e-6)
@@ -104,6 +104,26 @@ def test_the_record_holds_configuration_fingerprint_and_versions(world, runs_of_
     assert all(record["versions"].values())
 
 
+def test_a_record_given_as_a_configuration_makes_the_same_run(runs_of_all, tmp_path):
+    run = runs_of_all["fpo"]
+    ran(fpo("align", "--config", run / "run.yaml", "--out", tmp_path / "again"))
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    records = [yaml.safe_load((folder / "run.yaml").read_text()) for folder in (run, tmp_path / "again")]
+    assert records[0] | {"out": None} == records[1] | {"out": None}
+
+
+def test_a_run_of_an_earlier_version_goes_on(world, tmp_path):
+    """Its record held the settings of every command, and not the name of its own."""
+    options = {"method": "dpo", "lr_scheduler": "constant", "warmup_steps": None, "save_steps": 1}
+    ran(world.align(tmp_path / "run", max_steps=1, **options))
+    record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    del record["command"]
+    earlier = {"width": 4096, "seeds": [0], "questions": None, "keep_features": 512, "resume": True, "base": None}
+    (tmp_path / "run" / "run.yaml").write_text(yaml.safe_dump(earlier | record))
+    ran(world.align(tmp_path / "run", "--resume", max_steps=2, **options))
+    assert len(losses(tmp_path / "run")) == 2
+
+
 def test_the_same_command_gives_the_same_weights_and_another_seed_others(world, runs_of_all, tmp_path):
     ran(world.align(tmp_path / "again", method="dpo", epochs=2))
     ran(world.align(tmp_path / "other", method="dpo", epochs=2, seed=1))
@@ -115,7 +135,7 @@ def test_simpo_loads_the_policy_and_nothing_else(world, tmp_path, monkeypatch):
     loaded = []
     monkeypatch.setattr(inputs, "load_sae", lambda *_, **__: pytest.fail("loads an SAE"))
     monkeypatch.setattr(
-        run_align, "load_model", lambda source, **kwargs: loaded.append(source) or load_model(source, **kwargs)
+        inputs, "load_model", lambda source, **kwargs: loaded.append(source) or load_model(source, **kwargs)
     )
     ran(world.align(tmp_path / "run", method="simpo", max_steps=1))
     assert [source.folder for source in loaded] == [world.gemma]
@@ -124,7 +144,7 @@ def test_simpo_loads_the_policy_and_nothing_else(world, tmp_path, monkeypatch):
 def test_fpo_loads_no_reference(world, tmp_path, monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        run_align, "load_model", lambda source, **kwargs: loaded.append(source) or load_model(source, **kwargs)
+        inputs, "load_model", lambda source, **kwargs: loaded.append(source) or load_model(source, **kwargs)
     )
     ran(world.align(tmp_path / "run", max_steps=1))
     assert len(loaded) == 1
@@ -251,7 +271,7 @@ def test_a_run_killed_in_its_last_save_saves_and_trains_no_more(world, tmp_path,
 
             patch.setattr(FPOTrainer, "save_model", save_model)
         else:
-            patch.setattr(run_record, "sync_files", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(inputs, "sync_files", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
         assert world.align(run, **options).exit_code == 130
     steps = losses(run)
     ran(world.align(run, "--resume", **options))

@@ -113,7 +113,7 @@ def test_a_store_that_takes_nothing_is_refused_before_anything_is_computed(world
 @pytest.mark.parametrize("command", ["align", "sft", "train-sae", "evaluate", "table", "tune"])
 def test_only_a_cache_can_be_written_into_a_store(command):
     result = fpo(command, "--config", "embedded", "--out", "s3://bucket/run")
-    assert (result.exit_code, "--out: expected a folder, found s3://bucket/run" in result.stderr) == (2, True)
+    assert (result.exit_code, "--out: expected a folder; " in result.stderr) == (2, True)
     assert len(result.stderr.splitlines()) == 1
     assert not Path("s3:").exists()
 

@@ -21,7 +21,8 @@ from chats import BARE, FORMATS, answer, example, user
 from forged import MANIFEST_NAME, change_json, forge, sound_files, write_files
 from fpo.cache.manifest import Manifest
 from fpo.cache.shard import DAMAGE, read_footer, read_table
-from fpo.pipeline.config import COMMANDS, RunConfig, load_config, to_yaml
+from fpo.pipeline.config import COMMANDS
+from fpo.pipeline.config_files import load_config, to_yaml
 from fpo.stages.data.chat import GEMMA_TURNS, ChatFormat
 from fpo.stages.data.conversations import load_conversations
 from fpo.stages.data.preferences import load_preferences
@@ -165,14 +166,18 @@ def test_conversations_of_any_content_are_read_or_refused(tmp_path, fuzz):
 
 # Configurations.
 
-FIELDS = st.sampled_from([*RunConfig.model_fields, "batch-size"])
-SECTIONS = st.sampled_from([*COMMANDS, *METHODS])
+NAMES = sorted({name for config in COMMANDS.values() for name in config.model_fields})
+FIELDS = st.sampled_from([*NAMES, "batch-size"])
+SECTIONS = st.sampled_from([*COMMANDS])
 plausible = st.integers(-1, 9) | st.floats(0, 2) | st.booleans() | st.lists(st.text(max_size=4), max_size=2) | values
 fields = st.dictionaries(FIELDS | st.text(max_size=6), plausible, max_size=2)
 documents = st.one_of(
     st.dictionaries(FIELDS, plausible, max_size=3),
     st.builds(
-        lambda own, part: own | {"for": part}, fields, st.dictionaries(SECTIONS | st.text(max_size=6), fields | values)
+        lambda own, sections, methods: own | sections | {"methods": methods},
+        fields,
+        st.dictionaries(SECTIONS | st.text(max_size=6), fields | values),
+        st.dictionaries(st.sampled_from([*METHODS]) | st.text(max_size=6), fields | values),
     ),
     st.dictionaries(st.text(max_size=6), values),
 )
@@ -181,10 +186,10 @@ yaml_text = st.text("abc:-{}[]&*!|>?#'\"% \n\t0123.~<=ß", max_size=60) | st.sam
         # Each list holds the one before nine times: no end, once it is written out.
         "lr: [&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 20)) + "]",
         "sae: [&a [x], *a]",
-        "&a {for: {sft: *a}}",
+        "&a {sft: *a}",
         "? {a: b}\n: c\n",
         "lr: 1_000\nseed: 0o7\n",
-        "for: {sft: {<<: {lr: 1}}}\n",
+        "sft: {<<: {lr: 1}}\n",
         "{" * 3000,
         "model: 2024-13-45",
     ]
@@ -192,29 +197,31 @@ yaml_text = st.text("abc:-{}[]&*!|>?#'\"% \n\t0123.~<=ß", max_size=60) | st.sam
 
 
 @st.composite
-def configurations(draw) -> tuple[bytes, dict[str, Any], str | None]:
+def configurations(draw) -> tuple[bytes, dict[str, Any], str]:
     """A file, options and a command."""
     if draw(st.booleans()):
         content = yaml.safe_dump(draw(documents), allow_unicode=True).encode(errors="surrogatepass")
     else:
         content = draw(yaml_text.map(lambda text: text.encode()) | st.binary(max_size=40))
-    options = st.dictionaries(st.sampled_from([*RunConfig.model_fields]), st.text(max_size=6) | values, max_size=3)
-    return content, draw(options), draw(st.sampled_from([None, *COMMANDS]))
+    options = st.dictionaries(st.sampled_from(NAMES), st.text(max_size=6) | values, max_size=3)
+    return content, draw(options), draw(st.sampled_from([*COMMANDS]))
 
 
 def test_configurations_of_any_content_are_read_or_refused(tmp_path, fuzz):
-    def check(case: tuple[bytes, dict[str, Any], str | None]) -> None:
-        content, options, command = case
+    def check(case: tuple[bytes, dict[str, Any], str]) -> None:
+        content, options, name = case
+        command = COMMANDS[name]
+        options = {key: value for key, value in options.items() if key in command.model_fields}
         path = tmp_path / "any.yaml"
         path.write_bytes(content)
         try:
-            config = load_config(str(path), options, command)
+            config = load_config(command, str(path), options)
         except ValueError as error:
             assert str(path) in str(error) or str(error).startswith("--")
             assert len(str(error)) < 3000
             return
         (tmp_path / "again.yaml").write_text(to_yaml(config))
-        assert load_config(str(tmp_path / "again.yaml"), {}, command) == config
+        assert load_config(command, str(tmp_path / "again.yaml"), {}) == config
 
     fuzz("fuzzed configurations", 200, 2_500, configurations(), check)
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
 from fpo.pipeline.commands.jobs import Step
-from fpo.pipeline.config import RunConfig
+from fpo.pipeline.config import AlignConfig, EvaluateConfig
 from fpo.pipeline.report import run as table
 from fpo.pipeline.report import tune
 from matplotlib.figure import Figure
@@ -47,8 +47,8 @@ class Evaluated:
         tokens: KL and squared feature change of each token.
     """
 
-    config: RunConfig
-    training: RunConfig | None
+    config: EvaluateConfig
+    training: AlignConfig | None
     step: int | None
     metrics: dict[str, float]
     cost: dict[str, float]

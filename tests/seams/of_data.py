@@ -7,7 +7,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from fpo.cache.errors import UserError
 from fpo.cache.reader import verify
+from fpo.pipeline.commands import precompute
 from pairs import score_alone
 from seams.lab import (
     SMALL,
@@ -268,16 +270,15 @@ def rank(lab: Lab, command: str) -> None:
 
 @effect("precompute", "engine", "workers")
 def engine(lab: Lab, command: str) -> None:
-    """Who hands out the shards; what Ray's actors write is tested, slowly, in test_run_precompute.py."""
+    """Who hands out the shards; what Ray's actors write is tested, slowly, in test_precompute.py."""
     assert "--workers" in lab.refused(command, workers=2)
     assert "--engine" in lab.refused(command, engine="ray", rank=0, world_size=2)
-    ray_pool = pytest.importorskip("fpo.pipeline.commands.ray_pool")
     with pytest.MonkeyPatch.context() as patch:
 
-        def run_pool(config: Any, *rest: Any) -> Any:
-            raise ValueError(f"a pool of {config.workers} for {config.out}")
+        def run_pool(config: Any) -> Any:
+            raise UserError(f"a pool of {config.workers} for {config.out}")
 
-        patch.setattr(ray_pool, "run_pool", run_pool)
+        patch.setattr(precompute, "_run_pool", run_pool)
         for number in (2, 3):
             out = lab.new()
             assert f"a pool of {number} for {out}" in lab.call(command, out, engine="ray", workers=number).stderr

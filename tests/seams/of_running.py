@@ -33,14 +33,14 @@ def record(folder: Path) -> dict[str, Any]:
 def config(lab: Lab, command: str) -> None:
     """Settings of a file are used, those of its section for the command before the rest, and options before both."""
     path = lab.new("config.yaml")
-    sections = {command: {"seed": 7, "device": "cpu"}}
-    path.write_text(yaml.safe_dump({"seed": 5, "token_budget": 123, "attention": "packed", "for": sections}))
+    defaults = lab.defaults(command, {})
+    content = {"model": str(defaults["model"]), "device": "cuda", "attention": "packed", "width": 96}
+    path.write_text(yaml.safe_dump({**content, command: {"device": "cpu"}}))
     out = lab.new(command)
-    values = {"config": path, "token_budget": None}
-    result = lab.call(command, out, **values, attention="eager")
+    result = lab.call(command, out, config=path, model=None, attention="eager")
     assert result.exit_code == 0, result.output
     found = record(out)
-    assert [found[name] for name in ("seed", "device", "token_budget", "attention")] == [7, "cpu", 123, "eager"]
+    assert [found[name] for name in ("model", "device", "attention")] == [content["model"], "cpu", "eager"]
 
 
 @effect(ALL, "out")

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 from fpo.pipeline.cli import app
-from fpo.pipeline.config import RunConfig
+from fpo.pipeline.config import COMMANDS
 from seams.lab import Lab
 
 Check = Callable[[Lab, str], None]
@@ -37,10 +37,12 @@ def effect(commands: str, *options: str) -> Callable[[Check], Check]:
 def declared() -> list[Key]:
     """Every option of every command, and every setting that only a file sets."""
     found = dict(_commands(typer.main.get_command(app)))
-    keys = [(command, option) for command, options in found.items() if command != "config show" for option in options]
+    shown = {command: found.pop(f"config show {command}") for command in COMMANDS}
+    assert all(set(shown[command]) == set(found[command]) for command in COMMANDS)
+    keys = [(command, option) for command, options in found.items() for option in options]
     options = {option for _, option in keys}
-    assert set(found["config show"]) == {"config", *RunConfig.model_fields}
-    return [*keys, *((FILE, name) for name in RunConfig.model_fields if name not in options)]
+    fields = dict.fromkeys(name for config in COMMANDS.values() for name in config.model_fields)
+    return [*keys, *((FILE, name) for name in fields if name not in options)]
 
 
 def _commands(command: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:

@@ -1,5 +1,7 @@
 """`fpo evaluate`: what it writes, that its numbers follow from its files, and what it refuses."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -13,8 +15,8 @@ import yaml
 from fpo.cache.reader import open_cache
 from fpo.pipeline.commands import evaluate as module
 from fpo.pipeline.commands.evaluate import run_evaluate
-from fpo.pipeline.config import load_config
-from fpo.pipeline.progress import console
+from fpo.pipeline.config import EvaluateConfig
+from fpo.pipeline.config_files import load_config
 from fpo.stages.model.models import find_model, load_model
 from fpo.stages.model.sae import Site
 from pairs import calm_gemma2, score_alone
@@ -39,11 +41,13 @@ def policy(tmp_path_factory) -> Path:
 def evaluate(out: Path, **options: Any) -> dict[str, Any]:
     """Runs the command; returns `metrics.json`, if there is one."""
     given = {name: value for name, value in options.items() if value is not None}
-    values = {"out": str(out), "token_budget": "160"}
+    values = {"out": str(out)} | ({"token_budget": "160"} if options.get("cache") else {})
     for name, value in given.items():  # as the command line gives them
         several = name in ("sae", "site")
         values[name] = list(map(str, value if isinstance(value, tuple) else (value,))) if several else str(value)
-    run_evaluate(load_config(None, values, "evaluate"), frozenset(given))
+    config = load_config(EvaluateConfig, None, values, from_command_line=True)
+    config.check_ready()
+    run_evaluate(config)
     path = out / "metrics.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -53,9 +57,10 @@ def whole(world, policy, tmp_path_factory) -> tuple[Path, dict[str, Any], str]:
     """Everything that can be measured: its folder, its metrics and what was said."""
     out = tmp_path_factory.mktemp("whole") / "deep" / "out"
     options = {"model": policy, "cache": world.eval_cache, "reference": world.gemma, "method": "fpo", "top_k": 8}
-    with console.capture() as said:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
         found = evaluate(out, **options, sae=world.saes, site=tuple(site.name for site in SITES), **SAMPLING)
-    return out, found, said.get()
+    return out, found, said.getvalue()
 
 
 def table(out: Path, name: str) -> dict[str, np.ndarray]:
@@ -185,10 +190,11 @@ def test_the_bound_is_measured_at_the_deepest_site(world, policy, tmp_path, monk
 
 
 def test_fewer_prompts_than_asked_for_are_said(world, policy, tmp_path):
-    with console.capture() as said:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
         found = evaluate(tmp_path / "out", model=policy, cache=world.eval_cache, samples=1, max_new_tokens=2)
     count = found["metrics"]["diversity/entropy"]["n"]
-    assert f"--prompts: the cache has {count} distinct prompts" in said.get()
+    assert f"--prompts: the cache has {count} distinct prompts" in said.getvalue()
 
 
 # Answers to a benchmark

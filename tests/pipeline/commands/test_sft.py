@@ -9,9 +9,11 @@ import datasets
 import pytest
 import torch
 import yaml
+from fpo.pipeline.commands import inputs
 from fpo.pipeline.commands import sft as command
 from fpo.pipeline.commands.sft import run_sft
-from fpo.pipeline.config import load_config
+from fpo.pipeline.config import SFTConfig
+from fpo.pipeline.config_files import load_config
 from fpo.stages.data.chat import GEMMA_TURNS, ChatFormat, Message
 from fpo.stages.data.conversations import load_conversations, tokenize_conversation
 from fpo.stages.model.models import find_model
@@ -64,7 +66,9 @@ def sft(folder) -> Callable[..., Path]:
         defaults |= {"max_length": 64, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0, "token_budget": 100}
         given = {"out": out, "logging_steps": 1, **defaults, **options}
         given = {name: value for name, value in given.items() if value is not None}
-        run_sft(load_config(None, given, "sft"), frozenset(given))
+        config = load_config(SFTConfig, None, given, from_command_line=True)
+        config.check_ready()
+        run_sft(config)
         return out
 
     return run
@@ -77,7 +81,7 @@ def whole(folder, tmp_path_factory) -> Path:
     given = {"model": str(folder / "base"), "dataset": str(folder / "chat.jsonl"), "split": "train_sft", "out": out}
     given |= {"max_length": 64, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0, "token_budget": 100}
     given |= {"logging_steps": 1, "epochs": 2, "save_steps": 2, "snapshot_steps": 2}
-    run_sft(load_config(None, given, "sft"), frozenset(given))
+    run_sft(load_config(SFTConfig, None, given, from_command_line=True))
     return out
 
 
@@ -195,7 +199,7 @@ def test_a_run_stopped_and_resumed_ends_where_one_in_one_go_ends(sft, whole, tmp
 def test_a_finished_run_that_is_resumed_says_so_and_touches_nothing(sft, tmp_path, monkeypatch, capsys, options):
     run = sft(tmp_path / "run", **options)
     before, steps = state_of(run), len(losses(run))
-    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("loads a model"))
+    monkeypatch.setattr(inputs, "load_model", lambda *_, **__: pytest.fail("loads a model"))
     capsys.readouterr()
     sft(run, resume=True, **options)
     said = capsys.readouterr().out.replace("\n", " ")
@@ -223,7 +227,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no model": (lambda f: {"model": None}, "--model: expected a value"),
     "no data set": (lambda f: {"dataset": None}, "--dataset: expected a value"),
     "missing model": (lambda f: {"model": str(f / "none")}, "none"),
-    "missing data": (lambda f: {"dataset": str(f / "none.jsonl")}, "expected conversations at .*none.jsonl"),
+    "missing data": (
+        lambda f: {"dataset": str(f / "none.jsonl")},
+        "--dataset: expected a file or .*none.jsonl",
+    ),
     "missing template": (lambda f: {"chat_template": str(f / "none.jinja")}, "none.jinja"),
     "preference data": (lambda f: {"dataset": str(f / "pairs.jsonl")}, "'chosen', 'rejected', expected 'messages'"),
     "malformed row": (lambda f: {"dataset": str(f / "bad.jsonl")}, "row 1 of split 'train_sft': expected messages"),
@@ -235,7 +242,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "warm-up": (lambda f: {"lr_scheduler": "constant"}, "--warmup-steps: .* ignores it"),
     "epochs beside max steps": (lambda f: {"epochs": 2, "max_steps": 1}, "--epochs: --max-steps alone"),
     "tracker": (lambda f: {"report_to": "paper"}, "paper is not supported"),
-    "device": (lambda f: {"device": "gpu"}, "--device: expected auto, cpu or cuda, found 'gpu'"),
+    "device": (lambda f: {"device": "gpu"}, "--device: expected a device of this machine, found 'cuda'"),
     "snapshots": (lambda f: {"snapshot_steps": 0}, "--snapshot-steps: .* found 0"),
     "nothing to resume": (lambda f: {"resume": True}, "--resume: expected a run in .*, found no run.yaml"),
 }
@@ -255,7 +262,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(folder, sft, tmp_path, case):
 
 def test_a_folder_with_files_is_refused_before_anything_is_loaded(sft, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load_conversations", lambda *_, **__: pytest.fail("tokenises"))
-    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("loads a model"))
+    monkeypatch.setattr(inputs, "load_model", lambda *_, **__: pytest.fail("loads a model"))
     (tmp_path / "note.txt").write_text("mine")
     for out in (tmp_path, tmp_path / "note.txt"):
         with pytest.raises(ValueError, match=r"\A--out: expected a new or empty folder, found [^\n]*\Z"):

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from fpo.pipeline.commands.workers import place_of, take_own_gpu
-from fpo.pipeline.config import RunConfig
+from fpo.pipeline.commands.precompute import place_of, take_own_gpu
+from fpo.pipeline.config import PrecomputeConfig
 
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
 SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "3"}
@@ -23,17 +23,17 @@ ARRAY |= {"SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_MAX": "13", "SLURM_ARR
     ids=["alone", "torchrun", "srun", "torchrun under srun", "array", "srun in an array", "array with a step"],
 )
 def test_the_launcher_says_which_worker_this_is(environment, place):
-    assert place_of(RunConfig(), environment) == place
+    assert place_of(PrecomputeConfig(), environment) == place
 
 
 def test_workers_of_an_array_are_each_one_of_all():
     tasks = [ARRAY | {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_NTASKS": "3"} for task in range(10, 14)]
-    places = [place_of(RunConfig(), task | {"SLURM_PROCID": process}) for task in tasks for process in "012"]
+    places = [place_of(PrecomputeConfig(), task | {"SLURM_PROCID": process}) for task in tasks for process in "012"]
     assert places == [(rank, 12) for rank in range(12)]
 
 
 def test_options_win_over_the_launcher():
-    assert place_of(RunConfig(rank=1, world_size=2), TORCHRUN) == (1, 2)
+    assert place_of(PrecomputeConfig(rank=1, world_size=2), TORCHRUN) == (1, 2)
 
 
 @pytest.mark.parametrize(

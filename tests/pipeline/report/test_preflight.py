@@ -6,9 +6,10 @@ import pytest
 import torch
 import yaml
 from fpo.pipeline.commands.jobs import DONE, Step
-from fpo.pipeline.config import RunConfig, load_config, profile_names
-from fpo.pipeline.hub import Repo
+from fpo.pipeline.config import COMMANDS, AlignConfig, TableConfig
+from fpo.pipeline.config_files import load_config, profile_names
 from fpo.pipeline.report import preflight
+from fpo.pipeline.report.hub import Repo
 from fpo.pipeline.report.plan import make_plan, make_step
 from fpo.pipeline.report.preflight import free_memory, missing, needed_repos
 from transformers import AutoModelForCausalLM
@@ -28,7 +29,13 @@ def make(world, tmp_path):
     def step(command: str = "precompute", *needs: Step, **changes) -> Step:
         options = {"model": str(world.gemma), "dataset": str(world.data), "sae": (str(world.saes[0]),)}
         options |= {"max_length": 64, "max_prompt_length": 32, "token_budget": 160, "cache": world.cache}
-        return make_step(command, command, RunConfig(**{**options, **changes}), tmp_path / "runs", *needs)
+        config = COMMANDS[command]
+        options = {
+            name: value
+            for name, value in {**options, **changes}.items()
+            if name in config.model_fields and value is not None
+        }
+        return make_step(command, command, config(**options), tmp_path / "runs", *needs)
 
     return step
 
@@ -67,7 +74,7 @@ def test_what_an_earlier_step_writes_is_not_missing(make):
         ("precompute", {"sae": ("none/params.npz@blocks.2.hook_resid_post",)}, ["sae", "none/params.npz"]),
         ("align", {"cache": Path("no/cache")}, ["cache", "no/cache", "fpo precompute"]),
         ("align", {"method": "tdpo2", "reference": "./none", "sae": ()}, ["model", "none"]),
-        ("evaluate", {"questions": Path("none.json")}, ["questions", "none.json"]),
+        ("evaluate", {"questions": Path("none.json"), "outputs": "mt-bench"}, ["questions", "none.json"]),
         ("precompute", {"chat_template": "none.jinja"}, ["chat_template", "none.jinja"]),
     ],
 )
@@ -155,8 +162,8 @@ def test_the_profiles_name_saes_that_saelens_has(monkeypatch):
     releases = preflight._registry()
     sites = {"res": "hook_resid_post", "mlp": "hook_mlp_out"}
     for name in profile_names():
-        for command in ("align", "table"):
-            config = load_config(name, {}, command)
+        for command in (AlignConfig, TableConfig):
+            config = load_config(command, name, {})
             for spec, site in zip(config.sae, config.site, strict=True):
                 if not preflight._is_published(spec) or spec.startswith("embedded:"):
                     continue
@@ -167,7 +174,7 @@ def test_the_profiles_name_saes_that_saelens_has(monkeypatch):
 
 
 def test_the_comparison_on_gemma_2_2b_is_the_paper_s(tmp_path):
-    plan = make_plan("gemma-2-2b", load_config("gemma-2-2b", {"runs": tmp_path}, "table"))
+    plan = make_plan("gemma-2-2b", load_config(TableConfig, "gemma-2-2b", {"runs": tmp_path}))
     (sft,) = plan.base
     settings = sft.config
     assert (settings.model, settings.dataset) == ("google/gemma-2-2b", "HuggingFaceH4/ultrachat_200k")
@@ -176,8 +183,6 @@ def test_the_comparison_on_gemma_2_2b_is_the_paper_s(tmp_path):
     layers = [f"blocks.{layer}.{kind}" for layer in (7, 13, 19, 25) for kind in ("hook_resid_post", "hook_mlp_out")]
     assert [run.row for run in plan.site_ablation()][:8] == layers
     assert [run.row.count("+") for run in plan.sum_ablation()][:5] == [0, 1, 1, 1, 2]
-    nine = make_plan("gemma-2-9b", load_config("gemma-2-9b", {"runs": tmp_path}, "table"))
+    nine = make_plan("gemma-2-9b", load_config(TableConfig, "gemma-2-9b", {"runs": tmp_path}))
     assert not nine.site_ablation() and nine.base[0].config.optimizer == "rmsprop"
-    assert yaml.safe_load((Path(preflight.__file__).parents[1] / "profiles" / "smollm2-135m.yaml").read_text())["for"][
-        "table"
-    ]
+    assert yaml.safe_load((Path(preflight.__file__).parents[1] / "profiles" / "smollm2-135m.yaml").read_text())["table"]

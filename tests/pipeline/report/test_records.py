@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from fpo.pipeline.commands.jobs import Step
-from fpo.pipeline.config import RunConfig
+from fpo.pipeline.config import COMMANDS
 from fpo.pipeline.report.page import markdown
 from fpo.pipeline.report.plan import Run
 from fpo.pipeline.report.records import (
@@ -37,7 +37,7 @@ LOG = [
 
 
 def step(command: str, out: Path, **options: Any) -> Step:
-    return Step(command, command, RunConfig(out=out, **options))
+    return Step(command, command, COMMANDS[command](out=out, **options))
 
 
 def evaluated(folder: Path, **metrics: dict[str, float]) -> Step:

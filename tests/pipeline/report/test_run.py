@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import Result
-from fpo.pipeline.config import load_config
-from fpo.pipeline.plain_yaml import write_yaml
+from fpo.pipeline.config import TableConfig
+from fpo.pipeline.config_files import load_config, write_yaml
 from fpo.pipeline.report import run as report
 from fpo.pipeline.report.plan import ROWS, Plan, Run, make_plan
 from fpo.pipeline.report.records import COLUMNS, Curve, Tokens, read_record
@@ -55,7 +55,7 @@ class Made:
 
     @property
     def plan(self) -> Plan:
-        return make_plan(str(self.profile), load_config(str(self.profile), {"runs": self.runs}, "table"))
+        return make_plan(str(self.profile), load_config(TableConfig, str(self.profile), {"runs": self.runs}))
 
     def evaluations(self) -> list[tuple[Run, dict[str, float]]]:
         """What each run's evaluation wrote: the mean of each metric."""
@@ -305,7 +305,7 @@ def test_a_killed_table_goes_on_and_ends_as_one_in_one_go(made, killed):
 def test_more_seeds_have_a_spread_and_ablations_use_what_is_there(killed):
     first, _ = killed
     content = yaml.safe_load(first.profile.read_text())
-    content["for"]["table"]["seeds"] = [0, 1]
+    content["table"]["seeds"] = [0, 1]
     both = Made(first.folder, "both")
     both.profile.write_text(write_yaml(content))
     done = both.steps()

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import yaml
-from fpo.pipeline.config import load_config
-from fpo.pipeline.plain_yaml import write_yaml
+from fpo.pipeline.config import AlignConfig, TuneConfig
+from fpo.pipeline.config_files import load_config, write_yaml
 from fpo.pipeline.report import tune
 from fpo.pipeline.report.plan import Plan, make_plan
 from fpo.pipeline.report.tune import BETAS, RATES, trials, winners
@@ -20,7 +20,7 @@ from tiny_world import fpo, ran
 @pytest.fixture
 def plan(world, tmp_path) -> Plan:
     path = str(tiny_profile(world, tmp_path))
-    return make_plan(path, load_config(path, {"runs": tmp_path / "runs"}, "tune"))
+    return make_plan(path, load_config(TuneConfig, path, {"runs": tmp_path / "runs"}))
 
 
 def trial(method: str, accuracy: float, lr: float = 1.0, beta: float = 1.0) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def test_winners_do_not_depend_on_the_order_of_trials(records, rng):
 def test_a_profile_without_a_validation_split_is_refused(world, tmp_path):
     path = tiny_profile(world, tmp_path)
     content = yaml.safe_load(path.read_text())
-    del content["for"]["tune"]["validation_split"]
+    del content["tune"]["validation_split"]
     path.write_text(write_yaml(content))
     result = fpo("tune", "--config", path, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
     assert result.exit_code == 2 and "validation_split" in result.stderr
@@ -103,7 +103,7 @@ def test_the_embedded_profile_has_the_winners_of_the_committed_log():
     ]
     assert [record["method"] for record in records] == [m for m in METHODS for _ in range(len(RATES) * len(BETAS))]
     for method, best in winners(records).items():
-        config = load_config("embedded", {"method": method}, "align")
+        config = load_config(AlignConfig, "embedded", {"method": method})
         assert (config.lr, config.beta) == (best["lr"], best["beta"]), method
 
 

@@ -10,12 +10,13 @@ import datasets
 import pytest
 import yaml
 from fpo.cache.files import user_folder
-from fpo.pipeline.config import RunConfig, load_config
-from fpo.pipeline.plain_yaml import write_yaml
+from fpo.pipeline.config import PrecomputeConfig
+from fpo.pipeline.config_files import load_config, write_yaml
 from fpo.pipeline.world import world as embedded
 from fpo.stages.data.chat import ChatFormat
 from fpo.stages.data.conversations import load_conversations
 from fpo.stages.data.preferences import load_preferences
+from fpo.stages.train.methods import METHODS
 from solver import asked_and_said, is_right
 from tiny_tokenizers import gemma
 from tiny_world import files, write_rows
@@ -139,7 +140,8 @@ def profile(tmp_path, monkeypatch) -> Any:
 
     def change(section: str | None, **fields: Any) -> None:
         content = yaml.safe_load(text)
-        part = content if section is None else content["for"].setdefault(section, {})
+        parts = content["methods"] if section in METHODS else content
+        part = content if section is None else parts.setdefault(section, {})
         part |= fields
         path.write_text(write_yaml(content))
 
@@ -160,10 +162,13 @@ def test_other_settings_of_what_makes_the_world_are_another_world(profile):
     assert embedded.world_folder() == before
 
 
-@pytest.mark.parametrize("section", ["dpo", "fpo", "align", "evaluate", "table", "tune"])
-def test_settings_of_what_is_done_in_the_world_are_not(profile, section):
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [("dpo", {"beta": 0.9}), ("align", {"lr": 0.1}), ("evaluate", {"samples": 3}), ("table", {"jobs": 3})],
+)
+def test_settings_of_what_is_done_in_the_world_are_not(profile, section, settings):
     before = embedded.world_folder()
-    profile(section, lr=1e-3, beta=0.3, samples=3)
+    profile(section, **settings)
     assert embedded.world_folder() == before
 
 
@@ -175,20 +180,21 @@ def test_the_world_s_names_become_its_folders_and_it_is_made_once(tmp_path, monk
         "model": "embedded:sft",
         "dataset": "embedded:data",
         "sae": ("embedded:saes/a", "release:b"),
-        "site": ("a", "b"),
+        "out": tmp_path / "out",
     }
-    config = load_config(None, given)
-    found = embedded.provide(config, ("model", "sae", "site"))
+    config = load_config(PrecomputeConfig, None, given)
+    found = embedded.provide(config)
     assert made == [tmp_path]
     wanted = {"model": str(tmp_path / "sft"), "sae": (str(tmp_path / "saes/a"), "release:b")}
+    wanted["dataset"] = str(tmp_path / "data")
     assert found.model_dump() == config.model_dump() | wanted
 
 
 @pytest.mark.parametrize("name", [None, "gemma-2-2b", "smollm2-135m"])
 def test_a_configuration_that_names_nothing_of_the_world_makes_none(monkeypatch, name):
     monkeypatch.setattr(embedded, "build", lambda folder: pytest.fail(f"{folder} was made"))
-    config = load_config(name, {"chat_template": "not-embedded:data"})
-    assert embedded.provide(config, tuple(RunConfig.model_fields)) == config
+    config = load_config(PrecomputeConfig, name, {"chat_template": "not-embedded:data"})
+    assert embedded.provide(config) == config
 
 
 def built(folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from fpo.pipeline.config import load_config
+from fpo.pipeline.config import AlignConfig
+from fpo.pipeline.config_files import load_config
 from fpo.stages.train.config import RowConfig
 from fpo.stages.train.schedules import SCHEDULES, check_rates, check_settings
 from hypothesis import given
@@ -66,7 +67,7 @@ def test_a_file_has_the_settings_as_a_mapping(tmp_path):
     shown = ran(fpo("config", "show", "--config", tmp_path / "run.yaml")).stdout
     (tmp_path / "again.yaml").write_text(shown)
     for name in ("run.yaml", "again.yaml"):
-        found = load_config(str(tmp_path / name), {}).lr_scheduler_kwargs
+        found = load_config(AlignConfig, str(tmp_path / name), {}).lr_scheduler_kwargs
         assert found == {"num_decay_steps": 2, "decay_type": "linear"}
 
 

@@ -1,4 +1,4 @@
-"""What is in a cache, as a person wants to read it.
+"""`fpo cache info`: what is in a cache, as a person wants to read it.
 
 In: a cache's folder or URL. Out: a line for each fact, on the terminal.
 """
@@ -6,25 +6,25 @@ In: a cache's folder or URL. Out: a line for each fact, on the terminal.
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from ...cache.manifest import Manifest
 from ...cache.reader import open_cache
 from ...cache.shard import read_columns
-from ..progress import console
 
 
 def print_info(place: Path | str) -> None:
     """Prints pairs, sites, sizes, what was skipped, noise and provenance.
 
     Raises:
-        FileNotFoundError: if there is no finished cache.
-        ValueError: if it is damaged.
+        UserError: there is no finished cache, or it is damaged.
     """
     cache = open_cache(place, sites=[])
     manifest = cache.manifest
     meaning, numerics = manifest.meaning, manifest.numerics
 
     def line(name: str, value: object) -> None:
-        console.print(f"{name:<14} {value}")
+        typer.echo(f"{name:<14} {value}")
 
     pairs, counts = max(1, manifest.num_pairs), manifest.counts
     line("pairs", f"{manifest.num_pairs} in {len(manifest.shards)} shards of {numerics.shard_size} raw rows")

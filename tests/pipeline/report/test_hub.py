@@ -4,8 +4,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from fpo.pipeline import hub
-from fpo.pipeline.hub import Repo, in_local_cache, missing_repos, refusal
+from fpo.pipeline.report import hub
+from fpo.pipeline.report.hub import Repo, in_local_cache, missing_repos, refusal
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 MODEL, DATA = Repo("model", "owner/model"), Repo("dataset", "owner/pairsOfMine")
