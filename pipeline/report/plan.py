@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ...cache.errors import UserError
 from ...cache.files import canonical_json
 from ...stages.train.methods import METHODS
 from ..commands.jobs import Step
@@ -190,13 +191,13 @@ def make_plan(name: str, config: ComparisonConfig, world: Path | None = None) ->
         world: the folder of the embedded world; default the user's.
 
     Raises:
-        ValueError: if there is not one SAE a site, or none at a site that the methods or ablations read.
+        UserError: if there is not one SAE a site, or none at a site that the methods or ablations read.
     """
     has_sft = has_section(name, SFTConfig) and not in_the_world(config.model)
     world = world or world_folder()
     config = located(config, world)
     if len(config.sae) != len(config.site) or not config.sae:
-        raise ValueError(
+        raise UserError(
             f"{name}: table: expected one site for each SAE, found {len(config.site)} sites and "
             f"{len(config.sae)} SAEs; list both, in the same order"
         )
@@ -204,7 +205,7 @@ def make_plan(name: str, config: ComparisonConfig, world: Path | None = None) ->
     wanted = {*load_config(AlignConfig, name, {}).site, *config.ablation_sites}
     wanted |= {site for sites in config.ablation_sums for site in sites.split("+")}
     if missing := sorted(wanted - set(saes)):
-        raise ValueError(f"{name}: table: expected an SAE at {', '.join(missing)}, found none; add it to sae and site")
+        raise UserError(f"{name}: table: expected an SAE at {', '.join(missing)}, found none; add it to sae and site")
     assert config.model is not None
     if not has_sft:
         return Plan(name, config, (), config.model, config.model, saes, world)

@@ -11,6 +11,7 @@ from pathlib import Path
 import typer
 from matplotlib.figure import Figure
 
+from ...cache.errors import UserError
 from ...cache.files import write_atomically
 from ..commands.jobs import Step, run_steps, seconds_of
 from ..config import TableConfig
@@ -62,7 +63,7 @@ def run_table(name: str, config: TableConfig) -> None:
     parts, steps = _parts(plan, ablations)
     runs = [run for part in parts.values() for run in part]
     if lacking := missing(steps, config.jobs):
-        raise ValueError(f"{name}: nothing was started: {'; '.join(lacking)}")
+        raise UserError(f"{name}: nothing was started: {'; '.join(lacking)}")
     run_steps(steps, config.jobs)
     if not ablations:
         steps = unique([*steps, *(step for run in first_seed(plan, runs) for step in _snapshots(plan, run).values())])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import typer
 
+from ...cache.errors import UserError
 from ...cache.files import write_atomically
 from ...stages.train.methods import METHODS
 from ..commands.jobs import run_steps
@@ -30,7 +31,7 @@ def run_tune(name: str, config: TuneConfig) -> None:
     """`fpo tune`."""
     stem = Path(name).stem
     if config.validation_split is None:
-        raise ValueError(f"{name}: expected validation_split, found none; name the split to choose on")
+        raise UserError(f"{name}: expected validation_split, found none; name the split to choose on")
     out = config.out or Path("results") / stem
     config = config.model_copy(update={"runs": config.runs or Path("runs") / stem, "out": out})
     provide(config)

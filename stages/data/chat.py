@@ -66,9 +66,9 @@ class Example:
         prompt: the turns both sides share, or plain text that takes no template.
         chosen: the preferred response alone: an assistant turn, perhaps with others after it (none if the row had no
             answer), or plain text.
-        rejected: the other response, likewise.
+        rejected: the other response, in one of the same forms.
         score_chosen: the annotator's score of the chosen response, if there is one.
-        score_rejected: likewise.
+        score_rejected: the annotator's score of the rejected response.
         tools: JSON schemas of the tools that the conversation may call; a template reads them.
     """
 

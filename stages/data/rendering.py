@@ -171,7 +171,7 @@ class Renderer:
 
     @contextmanager
     def _stopped_clock(self, template: str) -> Iterator[None]:
-        """Around a rendering: the template's clock shows the date."""
+        """Sets the template's clock to the date while it renders."""
         if self.date is None:
             yield
             return

@@ -32,10 +32,10 @@ ALONE, TOGETHER = 1, 2**62  # token budgets
 
 
 class ShardWorker:
-    """Given a shard's number, writes that shard, or nothing if it is there; any number of them may share a folder.
+    """Writes the shard of a given number, unless it is there; any number of workers may share a folder.
 
     Attributes:
-        writer: of the cache.
+        writer: writes the cache.
     """
 
     def __init__(

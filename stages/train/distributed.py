@@ -5,14 +5,15 @@ each batch, as indices; the counts of all ranks; one line that says what cannot 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import BatchSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from ...cache.errors import UserError
 
@@ -30,6 +31,40 @@ class ShareOfBatches(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         for batch in super().__iter__():
             yield batch[self._rank :: self._world_size]
+
+
+def share_of_batches(
+    dataset: Any, collate: Callable[[Any], Any], sampler: Any, batch_size: int, args: Any, accelerator: Any
+) -> Any:
+    """The loader of a rank's share of the batches.
+
+    Args:
+        dataset: what is loaded.
+        collate: makes a batch of items.
+        sampler: the order of items, the same on every rank.
+        batch_size: items of a batch and rank.
+        args: the Trainer's settings.
+        accelerator: the Trainer's.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=ShareOfBatches(
+            sampler, batch_size, args.dataloader_drop_last, args.process_index, args.world_size
+        ),
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",  # there is nothing to copy to
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    return prepare_data_loader(
+        loader,
+        args.device,
+        num_processes=1,  # it is a share already
+        put_on_device=True,
+        use_seedable_sampler=accelerator.use_seedable_sampler,
+        non_blocking=accelerator.non_blocking,
+    )
 
 
 def counts_of_ranks(counts: Sequence[int], group: Any) -> Tensor:

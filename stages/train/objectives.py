@@ -20,11 +20,11 @@ class PairScores:
     """What a loss is made of, per pair; float64 [B] each, log-probabilities in nats summed over tokens.
 
     Attributes:
-        chosen_logp: log π_θ(y_w|x); `rejected_logp` likewise for y_l.
-        chosen_ref_logp: log π_ref(y_w|x); `rejected_ref_logp` likewise.
-        chosen_tokens: |y_w|; `rejected_tokens` likewise.
+        chosen_logp: log π_θ(y_w|x); `rejected_logp` is that of y_l.
+        chosen_ref_logp: log π_ref(y_w|x); `rejected_ref_logp` is that of y_l.
+        chosen_tokens: |y_w|; `rejected_tokens` is |y_l|.
         chosen_divergence: D(y_w), the feature MSE or the sequential KL; None if the method has no constraint.
-        rejected_divergence: D(y_l), likewise.
+        rejected_divergence: D(y_l); None in the same case.
     """
 
     chosen_logp: Tensor
@@ -47,7 +47,7 @@ class PairLosses:
         margin: what it has to exceed.
         constraint: δ.
         chosen_reward: the implicit reward, β (log π_θ - log π_ref), per token where the method is; `rejected_reward`
-            likewise. Their difference never contains the constant γ.
+            is that of y_l. Their difference never contains the constant γ.
     """
 
     loss: Tensor

@@ -115,7 +115,7 @@ def check_rates(name: str, settings: Mapping[str, Any], *, lr: float, warmup_ste
 
 @contextmanager
 def own_length(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Around the making of a schedule: transformers warns that a stable phase goes before the run's length."""
+    """Silences transformers' warning that a stable phase of its own takes precedence over the run's length."""
     with warnings.catch_warnings():
         if "num_stable_steps" in settings:
             warnings.filterwarnings("ignore", "Both num_training_steps and num_stable_steps")

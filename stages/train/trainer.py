@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ...cache.errors import UserError, reading
@@ -30,7 +29,7 @@ from ..scoring.supported import check_model, check_repeats, policy_mode
 from .callbacks import LiveLine, MetricsFile, PairMeans
 from .checkpoints import check_state, check_weights, copy_processor, move_model, reading_checkpoint, saving
 from .config import RowConfig
-from .distributed import ShareOfBatches, check_fsdp, counts_of_ranks, forget_ties
+from .distributed import check_fsdp, counts_of_ranks, forget_ties, share_of_batches
 from .memory import PeakMemory
 from .model_card import is_adapter, model_card, training_facts
 from .rehearsal import rehearse
@@ -44,8 +43,8 @@ class RowTrainer(Trainer):
         model: a causal LM or a PEFT model around one, weights in fp32.
         args: the settings.
         data_collator: makes `{"rows": [...]}` of a batch.
-        train_dataset: what it is to be made of.
-        eval_dataset: likewise, for subclasses that evaluate.
+        train_dataset: the items that a batch is made of.
+        eval_dataset: held-out items, for subclasses that evaluate.
         processing_class: the tokenizer that is saved beside the weights.
         callbacks: as the Trainer's.
 
@@ -136,27 +135,8 @@ class RowTrainer(Trainer):
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, *others: Any, **settings: Any
     ) -> Any:
-        args = self.args
         sampler = (sampler_fn and sampler_fn(dataset)) or SequentialSampler(dataset)
-        loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_sampler=ShareOfBatches(
-                sampler, batch_size, args.dataloader_drop_last, args.process_index, args.world_size
-            ),
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",  # there is nothing to copy to
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        return prepare_data_loader(
-            loader,
-            args.device,
-            num_processes=1,  # it is a share already
-            put_on_device=True,
-            use_seedable_sampler=self.accelerator.use_seedable_sampler,
-            non_blocking=self.accelerator.non_blocking,
-        )
+        return share_of_batches(dataset, self.data_collator, sampler, batch_size, self.args, self.accelerator)
 
     def score(self, model: nn.Module, row: Any) -> RowScores:
         """Scores one row, inside the forward of what wraps the model."""

@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[Callable[[Path, World], object], dict[str, Any], list[s
     "other options": (
         lambda c, w: None,
         {"keep_features": 8},
-        ["keep_features: expected 8", "the options that this one"],
+        ["keep_features: expected 8", "the options that made that cache"],
     ),
     "several workers": (lambda c, w: None, {"rank": 0, "world_size": 2}, ["--repair", "found 2 workers"]),
     "Ray": (lambda c, w: None, {"engine": "ray"}, ["--repair", "--engine ray"]),

@@ -80,7 +80,7 @@ def check_cache_left(out: Path, whole: Whole) -> None:
     if "manifest.json" in left:
         assert verify(out) == []
     else:
-        with pytest.raises(FileNotFoundError, match="no manifest"):
+        with pytest.raises(FileNotFoundError, match="manifest, found none"):
             open_cache(out)
 
 
