@@ -59,8 +59,6 @@ def user_errors(resume: str = "nothing was written") -> Iterator[None]:
 
 def is_expected(error: BaseException) -> bool:
     """Whether an error is about a user's files, machine or numbers, and not a fault of the program."""
-    if isinstance(error, (ValueError, OSError)):  # until every wing raises UserError
-        return True
     return isinstance(error, UserError | FloatingPointError) or _is_of_the_disk(error)
 
 
