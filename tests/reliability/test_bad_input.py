@@ -104,11 +104,7 @@ def test_a_file_cannot_be_the_folder_to_write(world, tmp_path):
 
 
 def test_info_of_a_folder_without_a_cache_is_refused(tmp_path):
-<<<<<<< HEAD
-    refused(fpo("cache", "info", tmp_path), "finish `fpo precompute`")
-=======
     refused(fpo("cache", "info", tmp_path), "manifest, found none")
->>>>>>> h-pipeline
 
 
 def test_the_batch_is_shared_among_the_devices_of_a_launcher(world, tmp_path, monkeypatch):
