@@ -91,7 +91,7 @@ def open_and_read(folder: str, trust_hashes: bool) -> Result:
     before, started = process.memory_info().rss, time.perf_counter()
     cache = open_cache(Path(folder), trust_hashes=trust_hashes)
     seconds, opened = time.perf_counter() - started, process.memory_info().rss
-    collate = RowCollator(2048, 1, (WIDTH,))
+    collate = RowCollator(2048, (WIDTH,))
     chooser, times = random.Random(0), []
     for _ in range(BATCHES):
         numbers = [chooser.randrange(len(cache)) for _ in range(BATCH)]

@@ -143,7 +143,7 @@ def packing(
 
 def packed_logps(model: Any, pairs: Sequence[Pair], budget: int, device: str) -> None:
     """As both stages compute them."""
-    for row in pack(pairs, budget, *row_layout(model)):
+    for row in pack(pairs, budget, row_layout(model)):
         moved = row.to(device)
         hidden_TD, _ = run_body(model, moved, [])
         token_scores(hidden_TD, head_weight(model), moved.targets_T, softcap=softcap(model))

@@ -127,7 +127,7 @@ def random_pair(prompt: int, response: int, vocabulary: int, seed: int = 0) -> P
 
 def packed_row(model: Any, pairs: Sequence[Pair], device: str) -> PackedRow:
     """All pairs in one row."""
-    (row,) = pack(pairs, 2**62, *row_layout(model))
+    (row,) = pack(pairs, 2**62, row_layout(model))
     return row.to(device)
 
 

@@ -120,8 +120,7 @@ def measure_policy(
         FloatingPointError: a value is not finite; names the row's pairs and the columns.
     """
     device = next(policy.parameters()).device
-    layout = row_layout(policy)
-    collate = RowCollator(token_budget, layout.pad_to, tuple(sae.width for sae in saes), layout.windows)
+    collate = RowCollator(token_budget, tuple(sae.width for sae in saes), row_layout(policy))
     names: list[str] = []
     order: list[int] = []
     parts: dict[str, list[NDArray[Any]]] = defaultdict(list)

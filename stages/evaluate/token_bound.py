@@ -95,7 +95,7 @@ def token_bound(
     """
     device = next(policy.parameters()).device
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for packed in pack(pairs, token_budget, *row_layout(policy)):
+    for packed in pack(pairs, token_budget, row_layout(policy)):
         row = packed.to(device)
         with autocast(recipe, device):
             hidden_TD, acts = run_body(policy, row, [sae.site])

@@ -1,6 +1,6 @@
-"""Batches of packed rows, as the Trainer's collators return them.
+"""The Trainer's collators: batches of cached pairs, or of conversations, to packed rows.
 
-In: cached pairs, or conversations. Out: packed rows; those of a cache with the reference's log-probs and features.
+In: cached pairs, or conversations. Out: packed rows, those of cached pairs with the reference's log-probs and features.
 
 Shapes: L positions of a row, R responses of a row (two a pair).
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from ...cache.schema import CachedPair
 from ..data.tokenize import Conversation
 from .features import CachedFeatures
-from .packing import PackedRow, pack, pack_conversations
+from .packing import UNPADDED, PackedRow, RowLayout, pack, pack_conversations
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +42,13 @@ class RowBatch:
         return self.packed.names
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "RowBatch":
-        """The same on `device`; accelerate's loader calls it."""
+        """The batch on `device`; accelerate's loader calls it."""
         cached = tuple(features.to(device) for features in self.cached)
         ref_logps_R = self.ref_logps_R.to(device, non_blocking=non_blocking)
         return RowBatch(self.packed.to(device, non_blocking), cached, ref_logps_R)
 
     def pin_memory(self) -> "RowBatch":
-        """The same in memory that a GPU copies from while it computes; the loader calls it where there is one."""
+        """The batch in pinned memory, from which a GPU copies while it computes; the Trainer's loader calls it."""
         cached = tuple(features.pin_memory() for features in self.cached)
         return RowBatch(self.packed.pin_memory(), cached, self.ref_logps_R.pin_memory())
 
@@ -59,20 +59,18 @@ class RowCollator:
 
     Attributes:
         token_budget: tokens of a row.
-        pad_to: row lengths are padded to a multiple of this.
         widths: widths of the SAEs whose features are read; empty where the method reads none.
-        windows: as in `RowLayout`.
+        layout: what the policy's attention asks of rows.
     """
 
     token_budget: int
-    pad_to: int
     widths: tuple[int, ...]
-    windows: tuple[int | None, ...] = ()
+    layout: RowLayout = UNPADDED
 
     def __call__(self, pairs: Sequence[CachedPair]) -> dict[str, list[RowBatch]]:
         """Rows of the batch; together they hold every pair once."""
         rows = []
-        for packed in pack([cached.pair for cached in pairs], self.token_budget, self.pad_to, self.windows):
+        for packed in pack([cached.pair for cached in pairs], self.token_budget, self.layout):
             responses = [side for index in packed.pairs for side in (pairs[index].chosen, pairs[index].rejected)]
             cached = tuple(
                 CachedFeatures.collate([response.features[site] for response in responses], width)
@@ -85,18 +83,11 @@ class RowCollator:
 
 @dataclass(frozen=True)
 class ConversationCollator:
-    """Packs a batch of conversations into rows.
-
-    Attributes:
-        token_budget: tokens of a row.
-        pad_to: row lengths are padded to a multiple of this.
-        windows: as in `RowLayout`.
-    """
+    """Packs a batch of conversations into rows; its attributes are those of `RowCollator`."""
 
     token_budget: int
-    pad_to: int
-    windows: tuple[int | None, ...] = ()
+    layout: RowLayout = UNPADDED
 
     def __call__(self, conversations: Sequence[Conversation]) -> dict[str, list[PackedRow]]:
         """Rows of the batch; together they hold every conversation once."""
-        return {"rows": pack_conversations(conversations, self.token_budget, self.pad_to, self.windows)}
+        return {"rows": list(pack_conversations(conversations, self.token_budget, self.layout))}

@@ -14,7 +14,7 @@ from ..model.models import Recipe
 from ..model.sae import SiteSAE
 from .features import LargestFeatures, select_largest
 from .forward import RowScores, row_layout, score_row
-from .packing import PackedRow, named, packed_rows
+from .packing import PackedRow, named, pack
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def measure_pairs(
 
     # A row's results are read after the next row has been launched, so that the device never waits for the host.
     before: tuple[PackedRow, _RowResult] | None = None
-    for row in packed_rows(pairs, token_budget, row_layout(model)):
+    for row in pack(pairs, token_budget, row_layout(model)):
         pinned = row.pin_memory() if device.type == "cuda" else row
         result = _RowResult(score_row(model, pinned.to(device), saes, recipe), keep_features)
         if before is not None:

@@ -1,12 +1,11 @@
-"""Pairs to packed rows that share the prompt, and conversations to packed rows.
+"""Pairs and conversations to packed rows, in which a pair's responses share its prompt.
 
-In: tokenised pairs and a token budget. Out: rows `prompt · chosen · rejected · prompt · chosen · …` with position ids
-that restart after each prompt, and the positions from which
-every response token is predicted. Packing is a pure function of (pairs, token budget). Conversations are packed end to
-end by the same rules; there the assistant's tokens are the ones that are predicted.
+In: tokenised pairs, or conversations, and a token budget. Out: rows `prompt · chosen · rejected · prompt · chosen · …`
+with position ids that restart after each prompt, and the positions that predict each learnt token. A row of
+conversations holds them end to end; its learnt tokens are the assistant's. Packing is a pure function of its inputs.
 
 Shapes: L positions of a row, T learnt tokens of a row, R responses of a row (two a pair: chosen, rejected; or one a
-conversation: its assistant turns together).
+conversation: all turns of its assistant).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from ..data.tokenize import Conversation
 from ..model.flex import BLOCK, LEAST_BLOCKS, RowBlocks, row_blocks
 
 PADDING = -1
-# So many pairs of a row are named in a message; the others are counted.
+# A message names at most this many pairs of a row and counts the others.
 NAMED = 8
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
 
@@ -34,8 +33,7 @@ class RowLayout(NamedTuple):
 
     Attributes:
         pad_to: row lengths are padded to a multiple of this, to bound the number of shapes that a compiler sees.
-        windows: sliding windows of the model's kinds of layers, None for full attention; a row gets the `RowBlocks` of
-            each.
+        windows: the sliding window of each kind of layer, None for full attention; a row gets `RowBlocks` for each.
     """
 
     pad_to: int = 1
@@ -57,6 +55,9 @@ class RowLayout(NamedTuple):
         return tuple(blocks.with_tensors(lambda tensor: tensor.to(device)) for blocks in made)
 
 
+UNPADDED = RowLayout()
+
+
 @dataclass(frozen=True, eq=False)
 class PackedRow:
     """One row of packed pairs or conversations, ready for one forward pass with batch size 1.
@@ -67,14 +68,13 @@ class PackedRow:
         input_ids_L: int64, token ids; 0 on padding.
         position_ids_L: int64, restart at 0 for each pair and after its prompt for its rejected response.
         pair_L: int64, which pair of the row a position belongs to; `PADDING` on padding.
-        part_L: int64, `PROMPT`, `CHOSEN` or `REJECTED`.
-        sources_T: int64, the row position from which each learnt token is predicted: the last prompt position and
-            the response's own positions but the last; of a response of several turns only those before learnt tokens.
-            Chosen before rejected, pair by pair.
-        targets_T: int64, the learnt response tokens, in the order of `sources_T`.
+        part_L: int64, `PROMPT`, `CHOSEN` or `REJECTED`; a conversation is `PROMPT` throughout.
+        sources_T: int64, the row position that predicts each learnt token: the last of the prompt or one of the
+            response. Chosen before rejected, pair by pair.
+        targets_T: int64, the learnt tokens, in the order of `sources_T`.
         lengths: number of learnt tokens of each response, R entries that sum to T.
         tokens: tokens of the row without padding.
-        blocks: what attends to what, an entry for each window of the layout that it was packed for.
+        blocks: what attends to what, an entry for each window of the row's layout.
     """
 
     pairs: tuple[int, ...]
@@ -94,7 +94,7 @@ class PackedRow:
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedRow":
-        """The row in memory that a GPU copies from while it computes; the loader calls it where there is one."""
+        """The row in pinned memory, from which a GPU copies while it computes; the Trainer's loader calls it."""
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "PackedRow":
@@ -139,148 +139,111 @@ def plan_rows(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def pack(
-    pairs: Sequence[Pair], token_budget: int, pad_to: int = 1, windows: Sequence[int | None] = ()
-) -> list[PackedRow]:
-    """Packs pairs into rows.
+def pack(pairs: Sequence[Pair], token_budget: int, layout: RowLayout = UNPADDED) -> Iterator[PackedRow]:
+    """Packs pairs into rows, each built only when it is asked for; every pair is in exactly one.
 
     Args:
         pairs: the pairs, each with a non-empty prompt and non-empty responses.
         token_budget: tokens a row may hold, prompts counted once; a longer pair has a row of its own.
-        pad_to: as in `RowLayout`.
-        windows: as in `RowLayout`.
-
-    Returns:
-        The rows; each pair is in exactly one.
+        layout: what the model's attention asks of rows (`row_layout`).
 
     Raises:
         UserError: the budget is not positive.
     """
-    return list(packed_rows(pairs, token_budget, RowLayout(pad_to, tuple(windows))))
-
-
-def packed_rows(pairs: Sequence[Pair], token_budget: int, layout: RowLayout) -> Iterator[PackedRow]:
-    """`pack` as a generator: each row is built only when it is needed."""
     lengths = [pair.prompt_ids.size + pair.chosen_ids.size + pair.rejected_ids.size for pair in pairs]
     for row in plan_rows(lengths, token_budget):
-        yield _pack_row([pairs[i] for i in row], row, layout)
+        yield _pack_pairs([pairs[i] for i in row], row, layout)
 
 
 def pack_conversations(
-    conversations: Sequence[Conversation], token_budget: int, pad_to: int = 1, windows: Sequence[int | None] = ()
-) -> list[PackedRow]:
-    """Packs conversations into rows.
+    conversations: Sequence[Conversation], token_budget: int, layout: RowLayout = UNPADDED
+) -> Iterator[PackedRow]:
+    """Packs conversations into rows, one response a conversation; every conversation is in exactly one row.
 
     Args:
         conversations: each with a learnt token, which is not its first.
         token_budget: as in `pack`.
-        pad_to: as in `pack`.
-        windows: as in `pack`.
-
-    Returns:
-        The rows, `PROMPT` everywhere, one response a conversation; each conversation is in exactly one.
+        layout: as in `pack`.
 
     Raises:
         UserError: the budget is not positive.
     """
-    rows = plan_rows([conversation.ids.size for conversation in conversations], token_budget)
-    layout = RowLayout(pad_to, tuple(windows))
-    return [_pack_conversations_row([conversations[i] for i in row], row, layout) for row in rows]
+    for row in plan_rows([conversation.ids.size for conversation in conversations], token_budget):
+        yield _pack_conversations([conversations[i] for i in row], row, layout)
 
 
-def _pack_conversations_row(
-    conversations: Sequence[Conversation], indices: Sequence[int], layout: RowLayout
-) -> PackedRow:
-    sources, targets = [], []
-    start = 0
-    for conversation in conversations:
-        (learnt,) = conversation.learnt.nonzero()
-        assert learnt.size and learnt[0] > 0, "a learnt token is predicted from the one before it"
-        sources.append(start + learnt - 1)
-        targets.append(conversation.ids[learnt])
-        start += conversation.ids.size
-    sizes = [conversation.ids.size for conversation in conversations]
-    return _row(
-        indices,
-        [str(conversation.raw_row) for conversation in conversations],
-        layout,
-        tokens=[conversation.ids for conversation in conversations],
-        positions=[np.arange(size) for size in sizes],
-        pair_of=[np.full(size, number) for number, size in enumerate(sizes)],
-        part_of=[np.full(size, PROMPT) for size in sizes],
-        sources=sources,
-        targets=targets,
-    )
+class _Piece(NamedTuple):
+    """A run of a row's tokens: its ids, its first position id, its pair in the row and its part of that pair."""
+
+    ids: NDArray[np.int32]
+    position: int
+    pair: int
+    part: int
 
 
-def _pack_row(pairs: Sequence[Pair], indices: Sequence[int], layout: RowLayout) -> PackedRow:
-    tokens, positions, pair_of, part_of, sources, targets = [], [], [], [], [], []
+def _pack_pairs(pairs: Sequence[Pair], indices: Sequence[int], layout: RowLayout) -> PackedRow:
+    pieces, sources, targets = [], [], []
     start = 0
     for number, pair in enumerate(pairs):
         prompt = pair.prompt_ids.size
         assert prompt > 0, "a pair needs a prompt token to predict from"
-        tokens.append(pair.prompt_ids)
-        positions.append(np.arange(prompt))
-        part_of.append(np.full(prompt, PROMPT))
+        pieces.append(_Piece(pair.prompt_ids, 0, number, PROMPT))
         last_prompt, start = start + prompt - 1, start + prompt
         sides = ((CHOSEN, pair.chosen_ids, pair.chosen_learnt), (REJECTED, pair.rejected_ids, pair.rejected_learnt))
         for part, response, spans in sides:
             length = response.size
             assert length > 0, "a response has at least one token"
             assert spans[-1] == length, "a response ends with a token that is learnt"
-            tokens.append(response)
-            positions.append(np.arange(prompt, prompt + length))
-            part_of.append(np.full(length, part))
+            pieces.append(_Piece(response, prompt, number, part))
             learnt = np.concatenate([np.arange(*span) for span in spans.reshape(-1, 2)])
-            sources.append(np.concatenate(([last_prompt], np.arange(start, start + length - 1)))[learnt])
+            sources.append(np.append(last_prompt, np.arange(start, start + length - 1))[learnt])
             targets.append(response[learnt])
             start += length
-        pair_of.append(np.full(prompt + pair.chosen_ids.size + pair.rejected_ids.size, number))
-    return _row(
-        indices,
-        [pair.pair_id for pair in pairs],
-        layout,
-        tokens=tokens,
-        positions=positions,
-        pair_of=pair_of,
-        part_of=part_of,
-        sources=sources,
-        targets=targets,
-    )
+    return _row(indices, [pair.pair_id for pair in pairs], layout, pieces, sources, targets)
+
+
+def _pack_conversations(conversations: Sequence[Conversation], indices: Sequence[int], layout: RowLayout) -> PackedRow:
+    pieces, sources, targets = [], [], []
+    start = 0
+    for number, conversation in enumerate(conversations):
+        (learnt,) = conversation.learnt.nonzero()
+        assert learnt.size and learnt[0] > 0, "a learnt token is predicted from the one before it"
+        pieces.append(_Piece(conversation.ids, 0, number, PROMPT))
+        sources.append(start + learnt - 1)
+        targets.append(conversation.ids[learnt])
+        start += conversation.ids.size
+    names = [str(conversation.raw_row) for conversation in conversations]
+    return _row(indices, names, layout, pieces, sources, targets)
 
 
 def _row(
     indices: Sequence[int],
     names: Sequence[str],
     layout: RowLayout,
-    *,
-    tokens: Sequence[Any],
-    positions: Sequence[Any],
-    pair_of: Sequence[Any],
-    part_of: Sequence[Any],
-    sources: Sequence[Any],
-    targets: Sequence[Any],
+    pieces: Sequence[_Piece],
+    sources: Sequence[NDArray[Any]],
+    targets: Sequence[NDArray[Any]],
 ) -> PackedRow:
-    """Joins the arrays of a row's parts and pads those with one entry a position."""
-    size = sum(part.size for part in tokens)
-    padding = layout.padding(size)
+    """Joins the pieces of a row and pads it."""
+    sizes = [piece.ids.size for piece in pieces]
+    padding = layout.padding(sum(sizes))
 
-    def joined(parts: Sequence[Any], fill: int | None = None) -> NDArray[np.int64]:
-        values = np.concatenate(parts).astype(np.int64)
-        return values if fill is None else np.pad(values, (0, padding), constant_values=fill)
+    def padded(values: NDArray[Any], fill: int) -> NDArray[np.int64]:
+        return np.pad(values.astype(np.int64), (0, padding), constant_values=fill)
 
-    structure = joined(positions, 0), joined(pair_of, PADDING), joined(part_of, PROMPT)
-    position_ids_L, pair_L, part_L = (torch.from_numpy(values) for values in structure)
+    position_ids_L = padded(np.concatenate([p.position + np.arange(p.ids.size) for p in pieces]), 0)
+    pair_L = padded(np.repeat([piece.pair for piece in pieces], sizes), PADDING)
+    part_L = padded(np.repeat([piece.part for piece in pieces], sizes), PROMPT)
     return PackedRow(
         pairs=tuple(indices),
         names=tuple(names),
-        input_ids_L=torch.from_numpy(joined(tokens, 0)),
-        position_ids_L=position_ids_L,
-        pair_L=pair_L,
-        part_L=part_L,
-        sources_T=torch.from_numpy(joined(sources)),
-        targets_T=torch.from_numpy(joined(targets)),
+        input_ids_L=torch.from_numpy(padded(np.concatenate([piece.ids for piece in pieces]), 0)),
+        position_ids_L=torch.from_numpy(position_ids_L),
+        pair_L=torch.from_numpy(pair_L),
+        part_L=torch.from_numpy(part_L),
+        sources_T=torch.from_numpy(np.concatenate(sources).astype(np.int64)),
+        targets_T=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         lengths=tuple(part.size for part in targets),
-        tokens=size,
-        blocks=layout.blocks(*structure),
+        tokens=sum(sizes),
+        blocks=layout.blocks(position_ids_L, pair_L, part_L),
     )

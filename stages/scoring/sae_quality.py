@@ -98,7 +98,7 @@ def fit_on_pairs(
     """The fit of each SAE at the positions that predict the responses of some pairs, where features are pooled."""
     device = next(model.parameters()).device
     sums = [FitSums(site.sae) for site in saes]
-    for row in pack(pairs, token_budget, *row_layout(model)):
+    for row in pack(pairs, token_budget, row_layout(model)):
         with autocast(recipe, device):
             _, acts = run_body(model, row.to(device), [site.site for site in saes])
         with torch.autocast(device.type, enabled=False):

@@ -244,7 +244,7 @@ def _row(inner: Any, shapes: Sequence[Sequence[int]], seed: int) -> tuple[Packed
         pairs.append(Pair(pair_id(prompt, chosen, rejected, number), prompt, chosen, rejected))
         for response in parts[1:]:
             sequences.append((torch.cat([parts[0], response]), slice(sizes[0] - 1, sizes[0] + len(response) - 1)))
-    (row,) = pack(pairs, sum(map(sum, shapes)), *row_layout(inner))
+    (row,) = pack(pairs, sum(map(sum, shapes)), row_layout(inner))
     return row.to(next(inner.parameters()).device), sequences
 
 

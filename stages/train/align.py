@@ -94,11 +94,10 @@ class FPOTrainer(RowTrainer):
         self.policy, self.train_cache, self.saes = policy, train_dataset, tuple(saes)
         self._constraint_step = -1
         self.sites = [sae.site for sae in self.saes]
-        pad_to, windows = row_layout(policy)
         super().__init__(
             policy,
             args,
-            data_collator=RowCollator(args.token_budget, pad_to, tuple(sae.width for sae in self.saes), windows),
+            data_collator=RowCollator(args.token_budget, tuple(sae.width for sae in self.saes), row_layout(policy)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,

@@ -57,7 +57,7 @@ class SFTTrainer(RowTrainer):
         super().__init__(
             model,
             args,
-            data_collator=ConversationCollator(args.token_budget, *row_layout(model)),
+            data_collator=ConversationCollator(args.token_budget, row_layout(model)),
             train_dataset=conversations,
             processing_class=processing_class,
             callbacks=callbacks,

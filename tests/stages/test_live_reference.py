@@ -87,7 +87,7 @@ def cached_losses(
     divergence = objective.rule.divergence
     saes = SAES if divergence == "features" else []
     found = []
-    for batch in RowCollator(budget, 1, tuple(sae.width for sae in saes))(cached)["rows"]:
+    for batch in RowCollator(budget, tuple(sae.width for sae in saes))(cached)["rows"]:
         live = live_reference(reference, batch.packed, "fp32") if divergence == "kl" else None
         scores = score_row(policy, batch.packed, saes, "fp32", cached=batch.cached, top_k=TOP_K, reference=live)
         drift_R = torch.stack([drift.mse_R for drift in scores.drifts]).mean(0) if saes else None

@@ -45,7 +45,7 @@ def compilations() -> int:
 
 
 def scored(model: Any, recipe: Any, saes: Any = SAES) -> tuple[Any, dict[str, torch.Tensor]]:
-    (row,) = pack(random_pairs(1, 6), 1000, *row_layout(model))
+    (row,) = pack(random_pairs(1, 6), 1000, row_layout(model))
     scores = score_row(model, row, saes, recipe)
     (scores.logps_R * torch.linspace(-1, 1, len(scores.logps_R))).sum().backward()
     return scores, {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
@@ -69,7 +69,7 @@ def test_one_graph_with_gradient_and_one_without_serve_all_layers_and_lengths():
     anatomy(model)  # found in a plain forward, once a model
     compile_layers(model.model.layers)
     for number in range(10):
-        (row,) = pack([random_pair(5 + 60 * number, 3, 4)], 10, *row_layout(model))
+        (row,) = pack([random_pair(5 + 60 * number, 3, 4)], 10, row_layout(model))
         with torch.no_grad():
             score_row(model, row, [], "fp32")
         score_row(model, row, [], "fp32").logps_R.sum().backward()

@@ -55,7 +55,7 @@ def test_values_and_gradients_are_those_of_eager_attention(name, recipe):
     found, expected = (MODELS[name](attn_implementation=attention).train() for attention in (FLEX, "eager"))
     layout = row_layout(found)
     assert set(layout.windows) == {"gemma2": {None, 8}, "gemma3": {None, 8}, "llama": {None}, "mistral": {8}}[name]
-    (row,) = pack(random_pairs(1, 6), 1000, *layout)
+    (row,) = pack(random_pairs(1, 6), 1000, layout)
     gradients = []
     for model in (found, expected):
         scores = score_row(model, row, SAES, recipe)
@@ -72,7 +72,7 @@ def test_values_and_gradients_are_those_of_eager_attention(name, recipe):
 def test_the_compiled_forward_scores_as_eager_does(monkeypatch):
     monkeypatch.setattr(flex, "BACKEND", "inductor")
     model = calm_gemma2(attn_implementation=FLEX)
-    (row,) = pack(random_pairs(1, 3), 1000, *row_layout(model))
+    (row,) = pack(random_pairs(1, 3), 1000, row_layout(model))
     with torch.no_grad():
         found, expected = score_row(model, row, SAES, "fp32"), score_row(calm_gemma2(), row, SAES, "fp32")
     torch.testing.assert_close(found.token_logps_T, expected.token_logps_T, rtol=0, atol=2e-6)
@@ -85,7 +85,7 @@ def test_one_graph_with_gradient_and_one_without_serve_rows_of_all_lengths():
     assert compilations() == 1, "packed rows are tried, and sequences that are not packed are no rows"
     seen = set()
     for number in range(20):
-        (row,) = pack([random_pair(5 + 40 * number, 3, 4)], 10, *row_layout(model))
+        (row,) = pack([random_pair(5 + 40 * number, 3, 4)], 10, row_layout(model))
         seen.add(row.input_ids_L.numel())
         with torch.no_grad():
             score_row(model, row, [], "fp32")
@@ -131,7 +131,7 @@ def test_a_whole_run_compiles_attention_twice(world, tmp_path, method):
 
 def test_falling_back_is_an_error_never_a_warning():
     model = calm_gemma2(attn_implementation=FLEX)
-    (row,) = pack(random_pairs(1, 3), 1000, *row_layout(model))
+    (row,) = pack(random_pairs(1, 3), 1000, row_layout(model))
     with torch.compiler.set_stance("force_eager"), torch.no_grad(), pytest.raises(RuntimeError, match="switched off"):
         score_row(model, row, [], "fp32")
     with torch._dynamo.config.patch(recompile_limit=1):

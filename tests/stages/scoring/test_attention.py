@@ -6,7 +6,7 @@ import torch
 from fpo.stages.data.tokenize import Conversation
 from fpo.stages.model.attention import packed_attention
 from fpo.stages.scoring.masks import sequences_of, visible
-from fpo.stages.scoring.packing import PADDING, PackedRow, pack, pack_conversations
+from fpo.stages.scoring.packing import PADDING, PackedRow, RowLayout, pack, pack_conversations
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import many_examples, pair_lists
@@ -21,12 +21,12 @@ def positions(sequences: list[list[range]]) -> list[list[int]]:
 @st.composite
 def rows(draw) -> PackedRow:
     """A row of pairs or of conversations, padded or not."""
-    pad_to, budget = draw(st.sampled_from([1, 16])), draw(st.integers(1, 160))
+    layout, budget = RowLayout(draw(st.sampled_from([1, 16]))), draw(st.integers(1, 160))
     if draw(st.booleans()):
-        return draw(st.sampled_from(pack(draw(pair_lists()), budget, pad_to)))
+        return draw(st.sampled_from(list(pack(draw(pair_lists()), budget, layout))))
     sizes = draw(st.lists(st.integers(2, 20), min_size=1, max_size=4))
     chats = [Conversation(np.ones(size, np.int32), np.arange(size) > 0) for size in sizes]
-    return draw(st.sampled_from(pack_conversations(chats, budget, pad_to)))
+    return draw(st.sampled_from(list(pack_conversations(chats, budget, layout))))
 
 
 @many_examples

@@ -4,6 +4,7 @@ import torch
 from fpo.stages.model.sae import Site
 from fpo.stages.scoring.batches import RowBatch, RowCollator
 from fpo.stages.scoring.measure import measure_pairs
+from fpo.stages.scoring.packing import RowLayout
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import calm_gemma2, many_examples, random_pairs
@@ -23,7 +24,7 @@ WIDTHS = tuple(sae.width for sae in SAES)
 )
 def test_rows_hold_every_pair_of_the_batch_once_with_what_the_cache_says_of_it(chosen, budget, pad_to):
     pairs = [CACHED[i] for i in chosen]
-    rows = RowCollator(budget, pad_to, WIDTHS)(pairs)["rows"]
+    rows = RowCollator(budget, WIDTHS, RowLayout(pad_to))(pairs)["rows"]
     assert sorted(index for row in rows for index in row.packed.pairs) == list(range(len(pairs)))
     for row in rows:
         responses = [side for index in row.packed.pairs for side in (pairs[index].chosen, pairs[index].rejected)]
@@ -45,7 +46,7 @@ def test_rows_hold_every_pair_of_the_batch_once_with_what_the_cache_says_of_it(c
 
 
 def test_a_method_without_features_carries_none():
-    rows = RowCollator(200, 1, ())(CACHED)["rows"]
+    rows = RowCollator(200, ())(CACHED)["rows"]
     assert all(row.cached == () for row in rows)
 
 
@@ -55,7 +56,7 @@ def tensors_of(row: RowBatch) -> list[torch.Tensor]:
 
 
 def test_a_row_moves_to_a_device_whole():
-    row = RowCollator(200, 1, WIDTHS)(CACHED)["rows"][0]
+    row = RowCollator(200, WIDTHS)(CACHED)["rows"][0]
     moved = row.to("meta")
     assert {tensor.device.type for tensor in tensors_of(moved)} == {"meta"}
     assert (moved.tokens, moved.packed.pairs) == (row.tokens, row.packed.pairs)
@@ -65,7 +66,7 @@ def test_the_loader_pins_a_row_whole_where_there_is_a_gpu(monkeypatch):
     """A GPU copies while it computes only from pinned memory; here pinning is a copy that is counted."""
     pinned: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
-    batch = RowCollator(200, 1, WIDTHS)(CACHED)
+    batch = RowCollator(200, WIDTHS)(CACHED)
     found = pin_memory(batch)
     for row, before in zip(found["rows"], batch["rows"], strict=True):
         for tensor, old in zip(tensors_of(row), tensors_of(before), strict=True):
@@ -76,4 +77,4 @@ def test_the_loader_pins_a_row_whole_where_there_is_a_gpu(monkeypatch):
 @pytest.mark.parametrize("budget", [0, -5])
 def test_a_budget_of_nothing_is_refused(budget):
     with pytest.raises(ValueError, match="--token-budget"):
-        RowCollator(budget, 1, WIDTHS)(CACHED)
+        RowCollator(budget, WIDTHS)(CACHED)

@@ -6,13 +6,14 @@ import torch
 from fpo.stages.data.tokenize import Conversation
 from fpo.stages.model.flex import BLOCK
 from fpo.stages.scoring.masks import visible
-from fpo.stages.scoring.packing import PADDING, PackedRow, pack, pack_conversations
+from fpo.stages.scoring.packing import PADDING, PackedRow, RowLayout, pack, pack_conversations
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import few_examples, random_pair
 from torch import Tensor
 
 WINDOWS = (None, 1, 8, 300)
+LAYOUT = RowLayout(BLOCK, WINDOWS)
 
 
 @st.composite
@@ -22,12 +23,12 @@ def rows(draw) -> PackedRow:
     count = draw(st.integers(1, 4))
     if draw(st.booleans()):
         pairs = [random_pair(draw(sizes), draw(sizes), draw(sizes)) for _ in range(count)]
-        return draw(st.sampled_from(pack(pairs, draw(st.integers(1, 1000)), BLOCK, WINDOWS)))
+        return draw(st.sampled_from(list(pack(pairs, draw(st.integers(1, 1000)), LAYOUT))))
     chats = [
         Conversation(np.ones(size + 1, np.int32), np.arange(size + 1) > 0)
         for size in draw(st.lists(sizes, min_size=1, max_size=4))
     ]
-    return draw(st.sampled_from(pack_conversations(chats, 1000, BLOCK, WINDOWS)))
+    return draw(st.sampled_from(list(pack_conversations(chats, 1000, LAYOUT))))
 
 
 def listed(counts_11N: Tensor, indices_11NN: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def test_ranges_and_blocks_are_those_of_the_rule(row, number):
 
 
 def test_a_row_moves_with_its_blocks():
-    (row,) = pack([random_pair(3, 4, 5)], 100, BLOCK, (None, 8))
+    (row,) = pack([random_pair(3, 4, 5)], 100, RowLayout(BLOCK, (None, 8)))
     moved = row.to("meta")
     assert {tensor.device.type for blocks in moved.blocks for tensor in blocks.tensors.values()} == {"meta"}
     assert [blocks.window for blocks in moved.blocks] == [None, 8]

@@ -11,7 +11,7 @@ from fpo.stages.scoring import features, logprobs
 from fpo.stages.scoring.features import CachedFeatures, keep_largest
 from fpo.stages.scoring.forward import attach_scoring, live_reference, run_body, score_row
 from fpo.stages.scoring.measure import measure_pairs
-from fpo.stages.scoring.packing import pack
+from fpo.stages.scoring.packing import RowLayout, pack
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import (
@@ -75,7 +75,7 @@ def packed_loss(model: Any, pairs: list[Any], budget: int, pad_to: int) -> Tenso
     """A loss of log-probs and drifts at every site, from packed rows."""
     weights, cached = random_weights(pairs), references(pairs)
     total = torch.zeros((), dtype=torch.float64)
-    for row in pack(pairs, budget, pad_to):
+    for row in pack(pairs, budget, RowLayout(pad_to)):
         sides = [cached[index][side] for index in row.pairs for side in (0, 1)]
         collated = [
             CachedFeatures.collate([keep_largest(side[site], None) for side in sides], 64) for site in range(len(SAES))
@@ -103,7 +103,7 @@ def alone_loss(model: Any, pairs: list[Any]) -> Tensor:
 @given(pairs=pair_lists(), budget=st.integers(1, 160), pad_to=st.sampled_from([1, 16]))
 def test_packed_rows_score_as_separate_sequences(model, pairs, budget, pad_to):
     with torch.no_grad():
-        for row in pack(pairs, budget, pad_to):
+        for row in pack(pairs, budget, RowLayout(pad_to)):
             scores = score_row(model, row, SAES, "fp32")
             responses = [alone for index in row.pairs for alone in score_alone(model, pairs[index], SITES)]
             tokens = scores.token_logps_T.split(list(row.lengths))

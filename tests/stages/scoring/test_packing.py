@@ -3,7 +3,7 @@ import pytest
 import torch
 from fpo.cache.schema import Pair
 from fpo.stages.scoring.masks import attention_mask, visible
-from fpo.stages.scoring.packing import PADDING, PackedRow, pack, plan_rows
+from fpo.stages.scoring.packing import PADDING, PackedRow, RowLayout, pack, plan_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import (
@@ -40,7 +40,7 @@ def test_no_two_rows_would_fit_in_one(lengths, budget):
 def test_a_budget_of_nothing_is_refused():
     with pytest.raises(ValueError, match=r"expected at least 1, found 0; see --token-budget"):
         plan_rows([3], 0)
-    assert pack([], 10) == []
+    assert list(pack([], 10)) == []
 
 
 def sequences(row: PackedRow, pairs: list[Pair]) -> list[tuple[int, np.ndarray]]:
@@ -55,7 +55,7 @@ def sequences(row: PackedRow, pairs: list[Pair]) -> list[tuple[int, np.ndarray]]
 @few_examples
 @given(pairs=pair_lists(), budget=budgets, pad_to=st.integers(1, 32))
 def test_every_response_token_is_predicted_from_the_token_before_it(pairs, budget, pad_to):
-    rows = pack(pairs, budget, pad_to)
+    rows = list(pack(pairs, budget, RowLayout(pad_to)))
     assert sorted(index for row in rows for index in row.pairs) == list(range(len(pairs)))
     for row in rows:
         parts = zip(row.sources_T.split(list(row.lengths)), row.targets_T.split(list(row.lengths)), strict=True)
@@ -83,7 +83,7 @@ def test_of_a_response_of_several_turns_learnt_tokens_alone_are_predicted(pairs,
 @few_examples
 @given(pairs=pair_lists(), budget=budgets, pad_to=st.integers(1, 32), window=windows)
 def test_a_position_sees_its_own_sequence_and_nothing_else(pairs, budget, pad_to, window):
-    for row in pack(pairs, budget, pad_to):
+    for row in pack(pairs, budget, RowLayout(pad_to)):
         index = torch.arange(row.input_ids_L.numel())
         visible_LL = visible(row, index[:, None], index[None, :], window)
         sources = iter(row.sources_T.split(list(row.lengths)))
@@ -98,7 +98,7 @@ def test_a_position_sees_its_own_sequence_and_nothing_else(pairs, budget, pad_to
 @few_examples
 @given(pairs=pair_lists(), budget=budgets, pad_to=st.integers(1, 32))
 def test_padding_fills_the_row_to_a_multiple_and_is_seen_by_no_token(pairs, budget, pad_to):
-    for row in pack(pairs, budget, pad_to):
+    for row in pack(pairs, budget, RowLayout(pad_to)):
         size = row.input_ids_L.numel()
         tokens = sum(
             pair.prompt_ids.size + pair.chosen_ids.size + pair.rejected_ids.size
@@ -115,7 +115,7 @@ def test_padding_fills_the_row_to_a_multiple_and_is_seen_by_no_token(pairs, budg
 
 @pytest.mark.parametrize("window", [None, 8])
 def test_the_mask_of_eager_attention_lets_through_what_is_visible(window):
-    row = pack(random_pairs(0, 4), 300, 128)[0]
+    row = next(pack(random_pairs(0, 4), 300, RowLayout(128)))
     index = torch.arange(row.input_ids_L.numel())
     visible_LL = visible(row, index[:, None], index[None, :], window)
     eager_LL = attention_mask(row, window)[0, 0]
@@ -124,7 +124,7 @@ def test_the_mask_of_eager_attention_lets_through_what_is_visible(window):
 
 
 def test_packing_is_a_function_of_the_pairs_alone():
-    rows = [pack(random_pairs(3, 12), 100, 16) for _ in range(2)]
+    rows = [pack(random_pairs(3, 12), 100, RowLayout(16)) for _ in range(2)]
     for first, second in zip(*rows, strict=True):
         assert first.pairs == second.pairs
         assert first.lengths == second.lengths

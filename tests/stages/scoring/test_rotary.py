@@ -96,7 +96,7 @@ def score_response(model: Any, pair: Pair, side: int, sites: Sequence[Site] = ()
 
 def assert_as_alone(make: Callable[[], Any], model: Any, pairs: list[Any], budget: int, pad_to: int = 1) -> None:
     expected = [score_response(make(), pair, side) for pair in pairs for side in (0, 1)]
-    for row in pack(pairs, budget, pad_to):
+    for row in pack(pairs, budget, RowLayout(pad_to)):
         found = score_row(model, row, [], "fp32").token_logps_T
         wanted = [expected[2 * index + side].token_logps_T for index in row.pairs for side in (0, 1)]
         torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-5, atol=1e-5)
@@ -114,7 +114,7 @@ def test_a_pair_after_a_longer_one_and_beside_others(make, chosen):
     model = make()
     pairs = [random_pair(5, chosen, 3), random_pair(5, 3, chosen, seed=1), random_pair(2, 2, 2, seed=2)]
     with torch.no_grad():
-        score_row(model, pack([random_pair(20, 20, 20)], 1)[0], [], "fp32")
+        score_row(model, next(pack([random_pair(20, 20, 20)], 1)), [], "fp32")
         assert_as_alone(make, model, pairs, 1)
         assert_as_alone(make, model, pairs, 1000)
 
@@ -161,7 +161,7 @@ def test_a_row_is_taken_apart_only_where_lengths_ask_for_it():
 def test_conversations_score_as_alone_by_a_fresh_model(make):
     rng, expected = np.random.default_rng(0), []
     texts = [rng.integers(3, 128, size).astype(np.int32) for size in (30, 6, THRESHOLD, THRESHOLD + 1, 9)]
-    (row,) = pack_conversations([Conversation(ids, np.arange(len(ids)) > 2) for ids in texts], 1000, 16)
+    (row,) = pack_conversations([Conversation(ids, np.arange(len(ids)) > 2) for ids in texts], 1000, RowLayout(16))
     with torch.no_grad():
         for ids in texts:
             expected.append(score_response(make(), Pair("", ids[:3], ids[3:], ids[3:]), 0).token_logps_T)
@@ -175,7 +175,7 @@ def test_sharded_weights_are_refused_where_ranks_would_run_different_numbers_of_
     model.model.norm.weight.full_tensor = None  # as a DTensor has one
     with pytest.raises(ValueError, match=r"\Apairs [^\n]* not supported under FSDP; lower --max-length\Z"):
         score_row(model, row, [], "fp32")
-    score_row(model, pack([random_pair(5, 3, 2)], 1000)[0], [], "fp32")
+    score_row(model, next(pack([random_pair(5, 3, 2)], 1000)), [], "fp32")
 
 
 @pytest.mark.parametrize("threshold", [10, 15, 40, 200, 400])

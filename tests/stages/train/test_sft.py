@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fpo.stages.data.tokenize import Conversation
-from fpo.stages.scoring.packing import pack_conversations
+from fpo.stages.scoring.packing import RowLayout, pack_conversations
 from fpo.stages.train.config import RowConfig
 from fpo.stages.train.sft import SFTTrainer
 from hypothesis import given
@@ -39,7 +39,7 @@ conversation_lists = st.lists(st.builds(conversation, lengths, st.integers(0, 99
 @few_examples
 @given(told=conversation_lists, budget=st.integers(1, 120), pad_to=st.integers(1, 32))
 def test_every_learnt_token_is_predicted_from_the_token_before_it(told, budget, pad_to):
-    rows = pack_conversations(told, budget, pad_to)
+    rows = list(pack_conversations(told, budget, RowLayout(pad_to)))
     assert sorted(index for row in rows for index in row.pairs) == list(range(len(told)))
     for row in rows:
         parts = zip(row.sources_T.split(list(row.lengths)), row.targets_T.split(list(row.lengths)), strict=True)
