@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from fpo.cache.schema import Pair
+from fpo.stages.model.anatomy import anatomy
 from fpo.stages.scoring.features import CachedFeatures, feature_drift, largest_features, pooled_features
-from fpo.stages.scoring.forward import head_weight, row_layout, run_body, softcap
+from fpo.stages.scoring.forward import head_weight, row_layout, run_body
 from fpo.stages.scoring.logprobs import token_scores
 from fpo.stages.scoring.packing import pack
 from torch import Tensor
@@ -146,7 +147,7 @@ def packed_logps(model: Any, pairs: Sequence[Pair], budget: int, device: str) ->
     for row in pack(pairs, budget, row_layout(model)):
         moved = row.to(device)
         hidden_TD, _ = run_body(model, moved, [])
-        token_scores(hidden_TD, head_weight(model), moved.targets_T, softcap=softcap(model))
+        token_scores(hidden_TD, head_weight(model), moved.targets_T, softcap=anatomy(model).softcap)
 
 
 def padded_logps(model: Any, pairs: Sequence[Pair], device: str) -> None:
@@ -154,7 +155,9 @@ def padded_logps(model: Any, pairs: Sequence[Pair], device: str) -> None:
     ids_BL, mask_BL, answered_BL = padded_batch(pairs, device)
     hidden_BLD = model.get_decoder()(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
     chosen_BL = answered_BL[:, 1:].bool()
-    token_scores(hidden_BLD[:, :-1][chosen_BL], head_weight(model), ids_BL[:, 1:][chosen_BL], softcap=softcap(model))
+    token_scores(
+        hidden_BLD[:, :-1][chosen_BL], head_weight(model), ids_BL[:, 1:][chosen_BL], softcap=anatomy(model).softcap
+    )
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...cache.schema import Float32, Pair
+from ..model.anatomy import anatomy, causal_lm
 from ..model.models import Recipe, autocast
 from ..model.sae import SiteSAE
 from ..scoring.features import CHUNK_ENTRIES
-from ..scoring.forward import head_weight, logit_scale, reference_state, row_layout, run_body, run_head
+from ..scoring.forward import head_weight, reference_state, row_layout, run_body, run_head
 from ..scoring.packing import pack
 from .heldout import Estimate, estimate
 
@@ -110,7 +111,7 @@ def token_bound(
         kl=np.concatenate(kl),
         feature_sq=np.concatenate(feature_sq),
         pair_tokens=np.array([len(part) for part in kl]),
-        spectral_norm=logit_scale(reference) * product_norm(head_weight(reference), sae.sae.W_dec),
+        spectral_norm=anatomy(causal_lm(reference)).scale * product_norm(head_weight(reference), sae.sae.W_dec),
     )
 
 

@@ -1,10 +1,10 @@
 """Pooled SAE features of responses, their largest entries, and the feature constraint D_F.
 
-In: activations at one site for the prediction positions of several responses, and an SAE. Out: mean activations
-(one fp32 vector of the SAE's width a response), sparse selections of them, and D_F against cached reference features.
+In: an SAE, and activations at its site for the prediction positions of several responses. Out: for each response, the
+features' mean activations (fp32), the largest of them, and D_F to cached reference features.
 
 Activations of all features at all positions never exist at once: pooling runs in chunks without gradient, and the
-gradient runs through the few columns of the encoder that D_F depends on.
+gradient runs through the few columns of the encoder on which D_F depends.
 
 Shapes: T tokens of a row, R responses of a row, D hidden size, M SAE width, K largest features, F cached features,
 I = 2K looked-up features.
@@ -24,7 +24,7 @@ from ...cache.schema import SparseFeatures
 # Feature activations that exist at once: 32 Mi entries, 128 MiB in fp32.
 CHUNK_ENTRIES = 2**25
 
-# Architectures in which a feature depends on its own encoder column alone, so that a few can be computed exactly.
+# Architectures in which a feature depends on its own encoder column alone, so that a few can be computed by themselves.
 COLUMNWISE = ("standard", "jumprelu")
 
 
@@ -68,8 +68,8 @@ class FeatureDrift:
 
     Attributes:
         mse_R: float64, D_F, with gradient to the activations.
-        miss_rate_R: float64, share of the looked-up features that the cache had cut off, so that 0 stood for them.
-        error_bound_R: float64, the most by which `mse_R` can be off because of them.
+        miss_rate_R: float64, share of the looked-up features that the cache had cut off; they count as 0.
+        error_bound_R: float64, a bound on the error of `mse_R` due to them.
     """
 
     mse_R: Tensor
@@ -77,16 +77,11 @@ class FeatureDrift:
     error_bound_R: Tensor
 
 
-def _sae_in(sae: Any, acts_TD: Tensor) -> Tensor:
-    """What the encoder's matrix multiplies: normalised and centred as the SAE was trained, in its dtype."""
-    return sae.process_sae_in(acts_TD)  # type: ignore[no-any-return]
-
-
 def _encode(sae: Any, acts_CD: Tensor) -> Tensor:
-    """`sae.encode` without gradient; where features do not compete, in one array of its size instead of five."""
+    """`sae.encode` without gradient; in one array of its size instead of five where features do not compete."""
     if sae.cfg.architecture() not in COLUMNWISE:
         return sae.encode(acts_CD)  # type: ignore[no-any-return]
-    acts_CM: Tensor = (_sae_in(sae, acts_CD) @ sae.W_enc).add_(sae.b_enc)
+    acts_CM: Tensor = (sae.process_sae_in(acts_CD) @ sae.W_enc).add_(sae.b_enc)
     cutoff = sae.threshold.clamp(min=0) if sae.cfg.architecture() == "jumprelu" else 0.0
     return acts_CM.masked_fill_(acts_CM <= cutoff, 0)
 
@@ -107,7 +102,7 @@ def pooled_features(sae: Any, acts_TD: Tensor, lengths: Sequence[int]) -> Tensor
     pooled_RM = torch.zeros(len(lengths), width, device=acts_TD.device)
     with torch.autocast(acts_TD.device.type, enabled=False):
         for number, response_TD in enumerate(acts_TD.detach().split(list(lengths))):
-            # Chunks never cross a response, so that its result does not depend on what it is packed with.
+            # Chunks end with their response, so that its result does not depend on what it is packed with.
             for chunk_CD in response_TD.split(max(1, CHUNK_ENTRIES // width)):
                 pooled_RM[number] += _encode(sae, chunk_CD).sum(0, dtype=torch.float32)
             pooled_RM[number] /= lengths[number]
@@ -122,10 +117,10 @@ def largest_features(values_RN: Tensor, k: int) -> Tensor:
         k: how many at most.
 
     Returns:
-        int64 [R, min(k, N)], in no particular order; N stands where there are fewer positive entries than k.
+        int64 [R, min(k, N)], in no particular order, padded with N where fewer than k entries are positive.
     """
     columns = values_RN.shape[1]
-    # Bits of floats that are not negative order as the floats do; the complement of the column breaks ties.
+    # Floats that are not negative order as their bits do; the complement of the column breaks ties.
     order = (columns - 1) - torch.arange(columns, device=values_RN.device)
     keys_RN = (values_RN.contiguous().view(torch.int32).to(torch.int64) << 32) | order
     ids_RK = torch.topk(keys_RN, min(k, columns), dim=1, sorted=False).indices
@@ -137,10 +132,10 @@ class LargestFeatures:
     """The features of several responses that the cache will store, on the device that computed them.
 
     Attributes:
-        ids_RK: int64, ascending, padded with the SAE's width; None where `values_RK` are those of all features.
-        values_RK: float32; of padding, any.
+        ids_RK: int64, ascending, padded with the SAE's width; None if `values_RK` holds all features.
+        values_RK: float32; arbitrary on padding.
         floor_R: float32, the largest activation left out; 0 if none was.
-        nnz_R: int64, activations above 0.
+        nnz_R: int64, number of activations above 0.
     """
 
     ids_RK: Tensor | None
@@ -154,7 +149,7 @@ class LargestFeatures:
         return [tensor for tensor in vars(self).values() if tensor is not None]
 
     def stored(self, width: int) -> list[SparseFeatures]:
-        """One entry a response; ids are uint16, or uint32 above 65,536 features. Call it on the host."""
+        """One entry a response; ids are uint16, or uint32 above 65,536 features. The tensors must be on the host."""
         dtype = "uint16" if width <= 2**16 else "uint32"
         made, floors, counts = [], self.floor_R.tolist(), self.nnz_R.tolist()
         for number, values_K in enumerate(self.values_RK.numpy()):
@@ -176,7 +171,7 @@ def select_largest(pooled_RM: Tensor, keep: int | None) -> LargestFeatures:
     if keep is None:
         return LargestFeatures(None, pooled_RM, pooled_RM.new_zeros(len(pooled_RM)), nnz_R)
     ids_RK = largest_features(pooled_RM, keep).sort(dim=1).values
-    # Where one id stands for none, all that are above 0 are kept.
+    # A row with padding keeps every activation above 0, so zeroing the last column in the padding's place is harmless.
     inside_RK = ids_RK.clamp(max=pooled_RM.shape[1] - 1)
     left_out_RM = pooled_RM.scatter(1, inside_RK, 0)
     return LargestFeatures(ids_RK, pooled_RM.gather(1, inside_RK), left_out_RM.amax(1), nnz_R)
@@ -187,9 +182,9 @@ def keep_largest(pooled_M: Tensor, keep: int | None) -> SparseFeatures:
     return select_largest(pooled_M.cpu()[None], keep).stored(len(pooled_M))[0]
 
 
-def _encode_columns(sae: Any, sae_in_TD: Tensor, ids_I: Tensor) -> Tensor:
-    """Activations of the features `ids_I` alone, [T, I]; equals those columns of `sae.encode`."""
-    pre_TI = sae_in_TD @ sae.W_enc.T[ids_I].T + sae.b_enc[ids_I]
+def _encode_columns(sae: Any, acts_TD: Tensor, ids_I: Tensor) -> Tensor:
+    """The columns `ids_I` of `sae.encode`, [T, I], computed alone."""
+    pre_TI = sae.process_sae_in(acts_TD) @ sae.W_enc.T[ids_I].T + sae.b_enc[ids_I]
     acts_TI = torch.relu(pre_TI)
     if sae.cfg.architecture() == "jumprelu":
         acts_TI = acts_TI * (pre_TI > sae.threshold[ids_I])
@@ -199,8 +194,8 @@ def _encode_columns(sae: Any, sae_in_TD: Tensor, ids_I: Tensor) -> Tensor:
 def selected_features(sae: Any, acts_TD: Tensor, lengths: Sequence[int], ids_RI: Tensor) -> Tensor:
     """Mean activation of a few features of each response, with gradient to the activations.
 
-    ReLU and JumpReLU SAEs compute these columns alone. In other architectures features compete, so all are encoded, in
-    chunks that are computed again in backward.
+    ReLU and JumpReLU SAEs compute these columns alone. In other architectures features compete: all are encoded, in
+    chunks that backward computes again.
 
     Args:
         sae: a SAELens SAE.
@@ -216,7 +211,7 @@ def selected_features(sae: Any, acts_TD: Tensor, lengths: Sequence[int], ids_RI:
     with torch.autocast(acts_TD.device.type, enabled=False):
         for response_TD, ids_I in zip(acts_TD.split(list(lengths)), ids_RI, strict=True):
             if columnwise:
-                means.append(_encode_columns(sae, _sae_in(sae, response_TD), ids_I).mean(0))
+                means.append(_encode_columns(sae, response_TD, ids_I).mean(0))
                 continue
             sums = [
                 checkpoint(lambda chunk, ids=ids_I: sae.encode(chunk)[:, ids].sum(0), chunk_CD, use_reentrant=False)
@@ -231,8 +226,9 @@ def feature_drift(
 ) -> FeatureDrift:
     """D_F of each response to its cached reference (method.md section 2).
 
-    The sum of squared differences over the union of both top-k sets, divided by k. The values are those of the pooling
-    pass that also filled the cache, to the bit; the gradient is that of `selected_features` (the index set has none).
+    It is the sum of squared differences over the union of both top-k sets, divided by k. Values come from
+    `pooled_features`, which also filled the cache, and are the same to the bit; gradients come from
+    `selected_features` (the choice of features has none).
 
     Args:
         sae: a SAELens SAE.
@@ -240,9 +236,6 @@ def feature_drift(
         lengths: tokens of each response.
         reference: the cached features of the same responses.
         top_k: k.
-
-    Returns:
-        One value a response.
     """
     width = sae.cfg.d_sae
     pooled_RM = pooled_features(sae, acts_TD, lengths)

@@ -1,15 +1,15 @@
 """The forward pass that both stages share: packed rows to log-probabilities, features and divergences.
 
-In: a causal LM, a packed row and the SAEs of some sites. Out, per response: log-probability (per token in fp32, summed
-in float64), and either its pooled features (stage one) or how far they have drifted from cached ones (stage two).
-Policy and reference are measured by this code alone.
+In: a causal LM, a packed row and the SAEs of some sites. Out, per response: its log-probability (per token in fp32,
+summed in float64), and either its pooled features (stage one) or their drift from cached ones (stage two). No other
+code measures policy or reference.
 
 Shapes: L positions of a row, T response tokens, R responses, D hidden size, M SAE width.
 """
 
 import types
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from .rotary import forget_lengths, of_same_frequencies
 
 @dataclass(frozen=True, eq=False)
 class LiveReference:
-    """What the sequential KL needs of a reference that ran on the same row (methods with a KL constraint).
+    """What the sequential KL needs of a reference that ran on the same row.
 
     Attributes:
         hidden_TD: hidden states after the final norm at the prediction positions.
@@ -45,14 +45,14 @@ class LiveReference:
 
 @dataclass(frozen=True, eq=False)
 class RowScores:
-    """What one forward pass says about the R responses of a row.
+    """The scores of a row's R responses, from one forward pass.
 
     Attributes:
         token_logps_T: fp32, nats, in the order of the row's targets.
         logps_R: float64, their sums.
         kl_R: float64, sequential KL(π_ref ‖ π_θ), zeros without a live reference.
-        pooled: per site, fp32 [R, M]; empty where drifts were asked for.
-        drifts: per site, where cached features were given.
+        pooled: per site, mean activations, fp32 [R, M]; empty if cached features were given.
+        drifts: per site; empty if no cached features were given.
     """
 
     token_logps_T: Tensor
@@ -60,16 +60,6 @@ class RowScores:
     kl_R: Tensor
     pooled: tuple[Tensor, ...]
     drifts: tuple[FeatureDrift, ...]
-
-
-def softcap(model: nn.Module) -> float | None:
-    """Final logit soft-capping of the model (Gemma-2: 30)."""
-    return anatomy(causal_lm(model)).softcap
-
-
-def logit_scale(model: nn.Module) -> float:
-    """Factor from the head's output to the logits (Cohere: 0.0625)."""
-    return anatomy(causal_lm(model)).scale
 
 
 def head_weight(model: nn.Module) -> Tensor:
@@ -84,12 +74,12 @@ def row_layout(model: nn.Module) -> RowLayout:
 
 
 def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[Tensor, dict[Site, Tensor]]:
-    """Runs the decoder over a packed row and gathers what is at its prediction positions.
+    """Runs the decoder over a packed row and gathers hidden states and activations at its prediction positions.
 
     Args:
         model: the causal LM, on the row's device.
         row: the packed row.
-        sites: which activations to read.
+        sites: the sites to read.
 
     Returns:
         Hidden states after the final norm [T, D], and the activations of each site [T, D].
@@ -117,10 +107,8 @@ def _run_decoder(inner: Any, row: PackedRow, sites: Sequence[Site]) -> tuple[Ten
     decoder = inner.get_decoder()
     forget_lengths(decoder)
     config = decoder.config  # of the text model, where the causal LM wraps several
-    implementation = config._attn_implementation
-    more: dict[str, Any] = {"sequences": sequences_of(row)} if implementation == PACKED else {}
-    with ExitStack() as stack:
-        captured = stack.enter_context(capture_sites(inner, sites)) if sites else {}
+    more: dict[str, Any] = {"sequences": sequences_of(row)} if config._attn_implementation == PACKED else {}
+    with capture_sites(inner, sites) as captured:
         hidden_LD = decoder(
             input_ids=row.input_ids_L[None],
             position_ids=row.position_ids_L[None],
@@ -145,7 +133,9 @@ def run_head(
     Returns:
         `logps_T` and `kl_T`, fp32, nats.
     """
-    scale, cap = logit_scale(model), softcap(model)
+    inner = causal_lm(model)
+    found, head = anatomy(inner), inner.get_output_embeddings()
+    theirs = reference and (reference.hidden_TD, reference.head_VD, reference.bias_V)
 
     def forward(self: nn.Linear, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         return token_scores(
@@ -153,13 +143,11 @@ def run_head(
             self.weight,
             targets_T,
             bias_V=self.bias,
-            scale=scale,
-            softcap=cap,
-            reference=None if reference is None else (reference.hidden_TD, reference.head_VD),
-            reference_bias_V=None if reference is None else reference.bias_V,
+            scale=found.scale,
+            softcap=found.softcap,
+            reference=theirs,
         )
 
-    head = causal_lm(model).get_output_embeddings()
     head.forward = types.MethodType(forward, head)
     try:
         return head(hidden_TD)  # type: ignore[no-any-return]
@@ -214,9 +202,9 @@ def score_row(
 
 @contextmanager
 def _sae_products(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """Allows TF32 in the SAEs' products on a GPU under bf16, where the activations have been rounded to bf16 anyway.
+    """Allows TF32 in the SAEs' products on a GPU under bf16, which has rounded their activations already.
 
-    Not in the model: it computes rotary angles by fp32 products.
+    The model runs outside: it computes rotary angles by fp32 products.
     """
     if recipe != "bf16" or device.type != "cuda":
         yield
@@ -242,14 +230,14 @@ def live_reference(model: nn.Module, row: PackedRow, recipe: Recipe) -> LiveRefe
 
 
 def reference_state(model: nn.Module, hidden_TD: Tensor) -> LiveReference:
-    """What the KL needs of a reference, from its hidden states [T, D] at the prediction positions."""
+    """The `LiveReference` of hidden states [T, D] at the prediction positions."""
     return LiveReference(hidden_TD, head_weight(model), causal_lm(model).get_output_embeddings().bias)
 
 
 def attach_scoring(model: nn.Module) -> None:
     """Lets `model(packed=row, …)` run `score_row` inside the model's own forward; other calls are as before.
 
-    Scoring has to run inside the forward of what DDP or FSDP wraps: outside it, DDP's gradients are silently wrong.
+    Scoring must run inside the forward that DDP or FSDP wraps: outside it, DDP's gradients are silently wrong.
     """
 
     def forward(self: Any, *args: Any, packed: PackedRow | None = None, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
 """The output head: response log-probabilities and the sequential KL to a reference, in chunks of logits.
 
-In: hidden states at the prediction positions and the output head: its weight, and its bias, scale and soft-capping
-where the model has them. Out: one number a token. Logits exist for one chunk of tokens at a time; backward computes
-them again. On GPUs the element-wise work is compiled.
+In: hidden states at the prediction positions; the output head's weight, bias, scale and soft-capping. Out: a
+log-probability and a KL for each token. Logits exist for one chunk of tokens at a time; backward computes them again.
+On GPUs the element-wise work is compiled.
 
 Shapes: T tokens, C tokens of one chunk, D hidden size, V vocabulary.
 """
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from ..model import flex
 
-# Logits that exist at once. CPU: 32 MiB in fp32; more is no faster. GPU: 512 MiB in bf16, 1,024 tokens of Gemma-2's
-# vocabulary, so that a chunk's products take longer than adding to the gradient of the head's weight.
+# Logits that exist at once. CPU: 32 MiB in fp32; more is no faster. GPU: 512 MiB in bf16 (1,024 tokens of Gemma-2's
+# vocabulary), with which a chunk's products take longer than adding to the gradient of the head's weight.
 CHUNK_ENTRIES = {"cpu": 2**23, "cuda": 2**28}
-# Fewest tokens of a chunk: with fewer, reading the head's weight and adding to its gradient outlast the products.
+# With a chunk of fewer tokens, reading the head's weight and adding to its gradient take longer than the products.
 LEAST_TOKENS = 128
 # Device types on which the element-wise work is compiled.
 FUSED = ("cuda",)
 
 
 def chunk_tokens(vocabulary: int, device: torch.device) -> int:
-    """How many tokens' logits exist at once for a vocabulary of this size; devices other than a CPU count as GPUs."""
+    """How many tokens have logits at once, given the vocabulary's size; every device but a CPU counts as a GPU."""
     return max(LEAST_TOKENS, CHUNK_ENTRIES.get(device.type, CHUNK_ENTRIES["cuda"]) // vocabulary)
 
 
@@ -37,7 +37,7 @@ def _chunks(targets_T: Tensor, vocabulary: int) -> Iterator[slice]:
 
 
 def _equal_chunks(targets_T: Tensor, vocabulary: int) -> list[slice]:
-    """Chunks of nearly equal size, since a compiler takes a chunk of one token for a case of its own."""
+    """Chunks of nearly equal size: a compiler would compile a last chunk of one token for itself."""
     tokens = len(targets_T)
     count = -(-tokens // chunk_tokens(vocabulary, targets_T.device))
     bounds = [tokens * number // count for number in range(count + 1)]
@@ -55,7 +55,7 @@ def _logits(hidden_CD: Tensor, head_VD: Tensor, bias_V: Tensor | None, scale: fl
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """`total + left @ right` in `dtype`, without a second product of that size where the dtypes are the same."""
+    """`total + left @ right` in `dtype`; in place where the dtypes are the same."""
     if total is None:
         return (left @ right).to(dtype)
     return total.addmm_(left, right) if left.dtype == dtype else total.add_(left @ right)
@@ -77,7 +77,7 @@ class _TokenScores(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         weight_VD, references = head_VD, reference or ()
         ctx.shape, ctx.dtype = shape, dtype
-        head_VD = head_VD.to(dtype)  # once, not once a chunk
+        head_VD = head_VD.to(dtype)  # once, not for each chunk
         reference = reference and (reference[0], reference[1].to(dtype), reference[2])
         logps_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TD.device)
         kl_T = torch.zeros_like(logps_T)
@@ -89,7 +89,7 @@ class _TokenScores(torch.autograd.Function):
             if reference is not None:
                 ref_logp_CV = torch.log_softmax(_logits(reference[0][part], *reference[1:], *shape), dim=-1)
                 kl_T[part] = (ref_logp_CV.exp() * (ref_logp_CV - logp_CV)).sum(-1)
-        # Backward begins with the last chunk and takes its probabilities from here, where it needs no more of it.
+        # Backward begins with the last chunk; without soft-cap and reference, its log-probs are all that it needs.
         kept_CV = logp_CV if shape[1] is None and reference is None else None
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_T, kept_CV, *references)
         return logps_T, kl_T
@@ -104,7 +104,7 @@ class _TokenScores(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in reversed(list(_chunks(targets_T, head_VD.shape[0]))):
             if kept_CV is not None:
-                logits_CV, kept_CV = kept_CV, None  # log-probabilities, of which softmax makes the same
+                logits_CV, kept_CV = kept_CV, None  # log-probs, whose softmax is the same
             else:
                 logits_CV = _logits(hidden_TD[part], head_VD, bias_V, scale, softcap)
             probs_CV = torch.softmax(logits_CV, dim=-1)
@@ -226,10 +226,10 @@ def _add_product_fp32(total_VD: Tensor | None, left_VC: Tensor, right_CD: Tensor
 
 
 class _FusedTokenScores(torch.autograd.Function):
-    """`_TokenScores` with the element-wise work compiled, for GPUs, where it would take longer than the products.
+    """`_TokenScores` with the element-wise work compiled: on GPUs it would take longer than the products.
 
-    Between the product, which is read, and its gradient, which is written, all is fp32 and in registers. The gradients
-    of weight and bias are summed in fp32.
+    Compiled code reads the product and writes its gradient; all between them is fp32 and stays in registers. The
+    gradients of weight and bias are summed in fp32.
     """
 
     @staticmethod
@@ -292,24 +292,22 @@ def token_scores(
     bias_V: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
-    reference: tuple[Tensor, Tensor] | None = None,
-    reference_bias_V: Tensor | None = None,
+    reference: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target token and, given a reference, the forward KL at its position.
 
-    Logits are `scale · (hidden head^T + bias)`, then soft-capped. The matrix product runs in autocast's dtype where
-    autocast is on and in the hidden states' otherwise; the rest and both results are fp32. Gradients flow to
-    `hidden_TD`, `head_VD` and `bias_V`, none to the reference.
+    Logits are `scale · (hidden head^T + bias)`, then soft-capped. The matrix product runs in autocast's dtype under
+    autocast, else in the hidden states'; everything else is fp32. Gradients flow to `hidden_TD`, `head_VD` and
+    `bias_V`, none to the reference.
 
     Args:
         hidden_TD: hidden states after the model's final norm, at the positions that predict the targets.
         head_VD: the output head's weight.
         targets_T: int64, the tokens predicted.
         bias_V: the output head's bias; None for none.
-        scale: factor of the logits before soft-capping; the reference's too, as soft-capping is.
+        scale: factor of the logits before soft-capping; scale and soft-capping are the reference's too.
         softcap: Gemma-2's final logit soft-capping, `c·tanh(logits/c)`; None for none.
-        reference: the reference's hidden states [T, D'] at the same positions and its head's weight [V, D'].
-        reference_bias_V: the bias of the reference's head; None for none.
+        reference: the reference's hidden states [T, D'] at the same positions, and its head's weight [V, D'] and bias.
 
     Returns:
         `logps_T` fp32 in nats, and `kl_T` fp32 in nats, KL(π_ref ‖ π_θ) (method.md section 2), zeros without a
@@ -318,9 +316,8 @@ def token_scores(
     device = hidden_TD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
     with torch.autocast(device, enabled=False):
-        theirs = reference and (*reference, reference_bias_V)
         function = _FusedTokenScores if device in FUSED else _TokenScores
         scores: tuple[Tensor, Tensor] = function.apply(  # type: ignore[no-untyped-call]
-            hidden_TD, head_VD, bias_V, targets_T, (scale, softcap), theirs, dtype
+            hidden_TD, head_VD, bias_V, targets_T, (scale, softcap), reference, dtype
         )
     return scores

@@ -1,7 +1,7 @@
-"""Who attends to whom in a packed row: the rule, and what each attention implementation takes of it.
+"""What attends to what in a packed row: the rule, and its form for each attention implementation.
 
-In: a decoder's configuration and a row. Out: how its rows must be laid out, and a mask for each kind of layer: eager
-attention takes an additive mask, `packed_flex` blocks, and `packed` the causal sequences that a row is made of.
+In: a decoder's configuration and a row. Out: the row's layout, and a mask for each kind of layer. Eager attention takes
+an additive mask, `packed_flex` takes blocks, and `packed` the causal sequences of the row.
 
 Shapes: L positions of a row.
 """
@@ -20,15 +20,15 @@ from .packing import PADDING, PROMPT, PackedRow, RowLayout
 def visible(row: PackedRow, query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """Whether position `query` may attend to position `key`: the one rule behind every mask.
 
-    Same pair, not later in the row, and the key is in the prompt or in the query's own response; a sliding window
-    counts position ids, so that the rejected response keeps the window it has as a sequence of its own. Padding sees
-    padding, so that no softmax is over nothing.
+    The key is in the same pair, not later in the row, and in the prompt or in the query's own response. A sliding
+    window counts position ids, so that the rejected response keeps the window that it has as a sequence of its own.
+    Padding attends to padding, so that no softmax is over nothing.
 
     Args:
         row: the packed row.
         query: int64 row positions, any shape.
         key: int64 row positions, broadcast with `query`.
-        window: tokens a sliding-window layer sees, the query's own included; None for full attention.
+        window: tokens that the layer sees, the query's own included; None for full attention.
 
     Returns:
         bool, the broadcast shape.
@@ -42,12 +42,7 @@ def visible(row: PackedRow, query: Tensor, key: Tensor, window: int | None) -> T
 
 
 def attention_mask(row: PackedRow, window: int | None) -> Tensor:
-    """The mask of one kind of layer as eager attention takes it: additive, float32 [1, 1, L, L].
-
-    Args:
-        row: the packed row, on the model's device.
-        window: as in `visible`.
-    """
+    """The additive mask of eager attention for a window as in `visible`, float32 [1, 1, L, L]."""
     size = row.input_ids_L.numel()
     index = torch.arange(size, device=row.input_ids_L.device)
     allowed_LL = visible(row, index[:, None], index[None, :], window)
@@ -63,13 +58,13 @@ def layout_for(config: Any) -> RowLayout:
 
 
 def masks_for(config: Any, row: PackedRow) -> Any:
-    """A row's attention masks as the decoder takes them: one for each kind of layer, or one alone if it names none."""
+    """A row's attention masks as the decoder takes them: by kind of layer, or one alone if no kind is named."""
     masks = {kind: _mask(row, window, config._attn_implementation) for kind, window in _windows(config).items()}
     return masks.get("", masks)
 
 
 def _windows(config: Any) -> dict[str, int | None]:
-    """The sliding window of each kind of layer, None for full attention; the kind is '' where none is named."""
+    """The sliding window of each kind of layer, None for full attention; the kind is '' if none is named."""
     window = getattr(config, "sliding_window", None)
     kinds = sorted(set(getattr(config, "layer_types", None) or ()))
     return {kind: window if kind == "sliding_attention" else None for kind in kinds} or {"": window}
@@ -84,9 +79,9 @@ def _mask(row: PackedRow, window: int | None, implementation: str) -> Any:
 
 
 def sequences_of(row: PackedRow) -> list[list[range]]:
-    """The causal sequences of a row, each as the ranges of row positions that it consists of.
+    """The causal sequences of a row, each as its ranges of row positions.
 
-    A pair has two, prompt · chosen and prompt · rejected; a conversation is one, and so is the padding.
+    A pair has two, prompt · chosen and prompt · rejected; a conversation is one, and padding, the last, is one.
     """
     changes = (row.pair_L[1:] != row.pair_L[:-1]) | (row.part_L[1:] != row.part_L[:-1])
     starts = [0, *(changes.nonzero().squeeze(1) + 1).tolist(), row.input_ids_L.numel()]

@@ -1,7 +1,7 @@
 """Pairs measured as the cache holds them: stage one's use of the forward pass.
 
-In: a frozen causal LM, pairs and SAEs. Out: each response's log-probability and largest pooled features, on
-the host. Nothing waits for the device inside a row: its results are copied while the next row is computed.
+In: a frozen causal LM, pairs and SAEs. Out: each response's log-probability and largest pooled features, on the host.
+The host does not wait for the device within a row: a row's results are copied while the next row is computed.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,7 +55,7 @@ def measure_pairs(
         if on_row:
             on_row(row)
 
-    # A row's results are read after the next row has been launched, so that the device never waits for the host.
+    # The next row is launched before a row's results are read, so that the device never waits for the host.
     before: tuple[PackedRow, _RowResult] | None = None
     for row in pack(pairs, token_budget, row_layout(model)):
         pinned = row.pin_memory() if device.type == "cuda" else row

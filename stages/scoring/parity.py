@@ -1,33 +1,34 @@
-"""How far two measurements of the same pairs are apart, and how far they may be.
+"""How far two measurements of the same pairs differ, and how far they may.
 
-In: two lists of measured pairs. Out: the largest difference of log-probabilities and of features. Stage one measures a
-sample twice, with two packings, and stores the difference as the cache's noise; stage two measures a sample with the
-policy and compares it with the cache, within a tolerance derived from that noise.
+In: two lists of measured pairs. Out: their largest differences of log-probs and of features. Stage one measures a
+sample in two packings and stores the difference as the cache's noise. Stage two measures a sample with the policy and
+compares it with the cache, within a tolerance derived from that noise.
 
-Noise is bounded: two packings of a response of T tokens may differ by what rounding explains. More is a model whose
-values depend on what it is packed with, and stops stage one; whatever noise a cache states, stage two allows no more.
+The bound is the largest difference that rounding explains between two packings of a response of T tokens. A larger one
+means that a model's values depend on what it is packed with: it stops stage one. Stage two allows no more than the
+bound, whatever noise a cache states.
 
-- Log-probs: `LOGP_BOUND` · √T nats. The errors of tokens hardly depend on one another, so that their sum grows as √T;
-  measured, for T from 4 to 400: SmolLM2-135M up to 1.1e-5 · √T in fp32 and 0.11 · √T in bf16 (0.07 in the root mean
-  square), random Llamas with logits far from ordinary up to 1.8e-5 · √T and 0.22 · √T. In fp32, where the bound costs
-  nothing, it is 60 times that, for deeper models; in bf16, 4 to 5 times the root mean square.
-- D_F: one feature that fires in one packing alone, at every token (see the floor below; `FLIPS_BOUND`). Measured: 0.05.
+- Log-probs: `LOGP_BOUND` · √T nats. The errors of tokens are almost independent, so that their sum grows as √T.
+  Measured for T from 4 to 400: SmolLM2-135M up to 1.1e-5 · √T in fp32 and 0.11 · √T in bf16 (root mean square 0.07),
+  random Llamas with extreme logits up to 1.8e-5 · √T and 0.22 · √T. The bound is 60 times that in fp32, where it costs
+  nothing, for deeper models; in bf16 it is 4 to 5 times the root mean square.
+- D_F: one feature that fires in one packing alone, at every token (`FLIPS_BOUND`; see the floor). Measured: 0.05.
 
-The tolerance of a response is the larger of two numbers, for log-probs as for D_F, but at most that bound:
+The tolerance of a response, for log-probs as for D_F, is the larger of two numbers, but at most the bound:
 
-- 8 times the noise (`NOISE_FACTOR`). The noise is the largest difference of a few responses, the difference found is
-  the largest of 16 others, perhaps longer ones. Were differences normal, it would be twice the noise or more in one
-  start of four where the noise is of two pairs, 8 times in one of 400; of four pairs, 8 times in one of 50,000.
-- A floor. Most responses round to the same bits in two packings, so the noise of a few is often 0; and the policy may
-  run on another device than the reference did.
-  Log-probs: 1e-3 nats in fp32, which is 2e-6 a token over 500 tokens (what packing may cost, tests/pairs.py); 1 nat in
-  bf16, where all that is below 2^-9 of a number is rounding. Weights changed by a hundred-thousandth move responses of
-  11 tokens of the embedded world by up to 0.4 nats there.
-  D_F: a feature near its threshold fires in one measurement and not in the other. Of T tokens that moves the mean by
-  its activation / T, whatever the dtype; one such flip in every tenth token moves D_F by (D_F against no feature at
-  all) / 10 T, up to the share that the feature has of all that fires. This is the floor.
+- 8 times the noise (`NOISE_FACTOR`). The noise is the largest difference of a few responses; the difference found is
+  the largest of 16 others, which may be longer. If differences were normal and the noise came from two pairs, it would
+  exceed twice the noise in one start of four and 8 times in one of 400; from four pairs, 8 times in one of 50,000.
+- A floor. Most responses round to the same bits in two packings, so that the noise of a few is often 0; and the policy
+  may run on another device than the reference.
+  Log-probs: 1e-3 nats in fp32, or 2e-6 a token over 500 tokens (what packing may cost, tests/pairs.py); 1 nat in bf16,
+  which rounds by up to 2^-9 of a number. There, weights changed by a hundred-thousandth move responses of 11 tokens of
+  the embedded world by up to 0.4 nats.
+  D_F: a feature near its threshold fires in one measurement and not in the other. At one of T tokens, that moves the
+  mean by activation / T, in any dtype. One such flip in every tenth token moves D_F by (D_F to no feature at all) /
+  10 T, times at most the feature's share of all that fires. This is the floor.
 
-What each kind of wrong start differs by, and what is too small to be seen, is in docs/reliability.md.
+docs/reliability.md says how far each kind of wrong start differs, and what is too small to be seen.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ from ..model.models import Recipe
 from ..model.sae import SiteSAE
 from .measure import measure_pairs
 
-# k of the D_F in which feature differences are stated; a run's own --top-k may be another.
+# k of the D_F in which feature differences are stated; a run's --top-k may differ.
 TOP_K = 50
 
 NOISE_FACTOR = 8.0
@@ -57,18 +58,14 @@ NO_FEATURES = SparseFeatures(np.zeros(0, np.uint16), np.zeros(0, np.float32), fl
 
 
 def feature_mse(first: SparseFeatures, second: SparseFeatures, top_k: int = TOP_K) -> float:
-    """D_F between two cached sets of features of one response (method.md section 2); a feature not kept counts as 0."""
+    """D_F between two cached sets of features of one response (method.md section 2); missing features count as 0."""
     values = [dict(zip(side.ids.tolist(), side.values.astype(np.float64), strict=True)) for side in (first, second)]
     union = set().union(*(sorted(side, key=lambda i: (-side[i], i))[:top_k] for side in values))
     return float(sum((values[0].get(i, 0.0) - values[1].get(i, 0.0)) ** 2 for i in union)) / top_k
 
 
 def apart(first: Sequence[CachedPair], second: Sequence[CachedPair]) -> list[Noise]:
-    """Differences between two measurements of the same pairs.
-
-    Args:
-        first: one measurement.
-        second: another, of the same pairs in the same order and at the same sites.
+    """Differences between two measurements of the same pairs, in the same order and at the same sites.
 
     Returns:
         One entry a response, chosen and rejected in turn: `logp` in nats, `feature_mse` by site.
@@ -94,15 +91,7 @@ def _responses(rows: Sequence[CachedPair]) -> list[ReferenceResponse]:
 
 
 def bound(recipe: Recipe, sample: Sequence[CachedPair]) -> list[Noise]:
-    """The largest differences that rounding can explain.
-
-    Args:
-        recipe: the compute recipe.
-        sample: pairs as measured once.
-
-    Returns:
-        One entry a response, chosen and rejected in turn.
-    """
+    """The largest differences that rounding explains, one entry a response of `sample`, as in `apart`."""
     responses = _responses(sample)
     sizes_SR = _sizes(responses)
     logps = [max(LOGP_FLOOR[recipe], LOGP_BOUND[recipe] * response.num_tokens**0.5) for response in responses]
@@ -114,15 +103,15 @@ def bound(recipe: Recipe, sample: Sequence[CachedPair]) -> list[Noise]:
 
 
 def tolerance(noise: Noise, recipe: Recipe, sample: Sequence[CachedPair]) -> list[Noise]:
-    """The largest differences that count as noise.
+    """The largest differences to a cache that count as noise.
 
     Args:
-        noise: of the cache, at the sample's sites.
+        noise: the cache's, at the sample's sites.
         recipe: the compute recipe.
         sample: pairs of the cache.
 
     Returns:
-        One entry a response, chosen and rejected in turn.
+        One entry a response, as in `apart`.
     """
     responses = _responses(sample)
     sizes = [np.mean(sizes_R) for sizes_R in _sizes(responses)]
@@ -146,12 +135,7 @@ def _sizes(responses: Sequence[ReferenceResponse]) -> list[np.ndarray]:
 
 
 def check_packings(first: Sequence[CachedPair], second: Sequence[CachedPair], recipe: Recipe) -> None:
-    """Checks that two measurements of the same pairs, in two packings, differ by no more than rounding explains.
-
-    Args:
-        first: one measurement.
-        second: another, of the same pairs in the same order and at the same sites.
-        recipe: the compute recipe of both.
+    """Checks that measurements of the same pairs in two packings differ by no more than rounding explains.
 
     Raises:
         UserError: they differ by more; names the pairs, with both numbers of the one that is farthest off.
@@ -178,16 +162,16 @@ def check_packings(first: Sequence[CachedPair], second: Sequence[CachedPair], re
 
 
 def check_cache(cache: Cache, saes: Sequence[SiteSAE], recipe: Recipe, top_k: int) -> None:
-    """Checks that a cache is one that a run can read.
+    """Checks that a cache fits a run.
 
     Args:
         cache: opened with the sites of `saes`.
         saes: the SAEs of the constraint, in the order of the cache's sites; empty for methods without one.
-        recipe: the compute recipe of the run.
+        recipe: the run's compute recipe.
         top_k: k of D_F.
 
     Raises:
-        UserError: if the recipe, a site or an SAE is another, or the cache keeps fewer than `top_k` features.
+        UserError: recipes, sites or SAEs differ, or the cache keeps fewer than `top_k` features.
     """
     meaning = cache.manifest.meaning
     if meaning.recipe != recipe:
@@ -229,7 +213,7 @@ def check_parity(
     token_budget: int,
     allow_different_start: bool = False,
 ) -> dict[str, float]:
-    """Scores a sample of the cache with the policy and compares.
+    """Measures a sample of the cache with the policy and compares.
 
     Args:
         model: the policy before its first step.
@@ -238,13 +222,14 @@ def check_parity(
         recipe: the compute recipe.
         pairs: how many pairs, spread evenly over the cache.
         token_budget: tokens of a packed row.
-        allow_different_start: report a difference, do not refuse it.
+        allow_different_start: report a difference instead of refusing it.
 
     Returns:
         The largest differences, `parity/logps` in nats and with SAEs `parity/mse` (D_F), and their tolerances.
 
     Raises:
-        UserError: if a difference is larger than the cache's noise explains, unless that is allowed.
+        UserError: a difference exceeds its tolerance and is not allowed.
+        FloatingPointError: the policy's log-probs or features are not finite.
     """
     count = min(pairs, len(cache))
     sample = [cache[round(i * (len(cache) - 1) / max(1, count - 1))] for i in range(count)]

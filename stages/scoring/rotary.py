@@ -1,7 +1,7 @@
-"""Rotary frequencies that depend on the length of a sequence, which a row of several sequences does not have.
+"""Rotary frequencies that depend on the length of a sequence, for rows that hold sequences of several lengths.
 
-In: a packed row, and a model. Out: the row itself, or one row for each set of frequencies that its sequences need
-(`dynamic` scaling beyond the length of pre-training, `longrope` on either side of it).
+In: a packed row and a model. Out: the row itself, or one row for each set of frequencies that its sequences need. Under
+`dynamic` scaling each length above that of pre-training has its own set; under `longrope` there are two.
 
 Shapes: L positions of a row, T response tokens.
 """
@@ -28,8 +28,8 @@ class _Scaling:
     Attributes:
         module: the embedding.
         prefix: prefix of its attributes for that kind of layer.
-        dynamic: whether the frequencies change with every length above the threshold, or once, at the threshold.
-        threshold: the longest sequence with the frequencies of pre-training.
+        dynamic: whether the frequencies change with every length above the threshold; else they change once, at it.
+        threshold: length of the longest sequence that has the frequencies of pre-training.
     """
 
     module: Any
@@ -60,7 +60,7 @@ def _scalings_of(module: Any) -> Iterator[_Scaling]:
 
 
 def forget_lengths(model: nn.Module) -> None:
-    """Makes a model forget its longest sequence so far (`dynamic`): it scores the next one as a fresh model does."""
+    """Makes a model with `dynamic` scaling forget its longest sequence, so that it scores as a fresh model does."""
     for scaling in _scalings(model):
         if scaling.dynamic:
             module, name = scaling.module, f"{scaling.prefix}inv_freq"
@@ -83,11 +83,11 @@ def of_same_frequencies(model: nn.Module, row: PackedRow, layout: RowLayout) -> 
     Args:
         model: the decoder, or a module around it.
         row: the packed row.
-        layout: the layout that the row was packed for.
+        layout: the row's layout.
 
     Returns:
-        Rows, each with the indices (int64) of those targets of `row` that it predicts; None where it is `row` itself. A
-        pair whose responses need different frequencies is in two rows, its prompt in both.
+        Rows, each with the indices (int64) of the targets of `row` that it predicts, or None for `row` itself. A pair
+        whose responses need different frequencies is in two rows, its prompt in both.
     """
     if not _scalings(model):
         return [(row, None)]
@@ -136,7 +136,7 @@ def _part(
 def unknown_scaling(model: nn.Module) -> str | None:
     """The class of a rotary embedding that depends on length in an unknown way; None for none.
 
-    Judged by its values at the second position of sequences of many lengths.
+    Such an embedding gives the second position other values in some lengths of sequence than in others.
     """
     known = {scaling.module for scaling in _scalings(model)}
     for module in model.modules():
@@ -149,7 +149,7 @@ def unknown_scaling(model: nn.Module) -> str | None:
             positions = torch.tensor([[0, 1, length - 1]], device=weight.device)
             try:
                 found = module(weight.new_zeros(1, 3, 8), positions)
-            except Exception:  # noqa: BLE001 (of another form: the trial of the whole model judges it)
+            except Exception:  # noqa: BLE001 (it takes other arguments: the trial of the whole model judges it)
                 break
             values.append([part[0, 1] for part in found if isinstance(part, Tensor) and part.ndim == 3])
         if any(not torch.equal(a, b) for later in values for a, b in zip(later, values[0], strict=True)):

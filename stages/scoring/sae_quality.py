@@ -1,7 +1,7 @@
-"""How well an SAE fits the activations that it is given: how many features fire, and what they explain.
+"""How well an SAE fits activations: how many features fire, and how much variance they explain.
 
-In: an SAE and activations, or a reference model with the first pairs of its data. Out: an `SAEFit`, or an error for an
-SAE that is of no use there.
+In: an SAE and activations, or a reference model with the first pairs of its data. Out: an `SAEFit`; a UserError for an
+SAE that is of no use for the model.
 
 Shapes: N activations, D hidden size, M SAE width.
 """
@@ -26,11 +26,11 @@ from .features import CHUNK_ENTRIES
 from .forward import row_layout, run_body
 from .packing import pack
 
-# Prediction positions that stage one looks at before it starts: enough to tell a dead SAE from a sparse one.
+# Prediction positions that stage one tries before it starts: enough to tell a dead SAE from a sparse one.
 POSITIONS = 1024
 # Below this many positions the variance is too uncertain to refuse an SAE by it.
 LEAST_POSITIONS = 128
-# With fewer features firing at a position, pooled features are empty for much of the data.
+# If fewer features fire at a position, many responses have no pooled features.
 LEAST_L0 = 1.0
 
 
@@ -40,9 +40,9 @@ class SAEFit:
 
     Attributes:
         l0: mean number of features that fire on an activation; NaN if an activation is not finite.
-        explained_variance: 1 - squared error / variance of the activations; 1 is perfect, 0 as good as their mean, NaN
-            if they do not vary.
-        dead: share of the features that fire on none of them.
+        explained_variance: 1 - squared error / variance of the activations; 1 is perfect, 0 is as good as their mean,
+            NaN if they do not vary.
+        dead: share of the features that never fire.
         tokens: number of activations.
     """
 
@@ -60,7 +60,7 @@ class SAEFit:
 
 
 class FitSums:
-    """The sums that `SAEFit` is computed from, over activations that come in parts; `sae` is a `sae_lens.SAE`."""
+    """The sums behind an `SAEFit`, over activations that come in parts; `sae` is a `sae_lens.SAE`."""
 
     def __init__(self, sae: Any) -> None:
         self._sae, self._count, self._fired_total = sae, 0, 0
@@ -81,7 +81,7 @@ class FitSums:
         self._count += len(x)
 
     def fit(self) -> SAEFit:
-        """The fit on all that was added."""
+        """The fit on all activations so far."""
         variance = self._squares - float(self._total.square().sum()) / self._count
         return SAEFit(
             l0=self._fired_total / self._count if math.isfinite(self._squares) else math.nan,
@@ -95,7 +95,7 @@ class FitSums:
 def fit_on_pairs(
     model: nn.Module, pairs: Sequence[Pair], saes: Sequence[SiteSAE], recipe: Recipe, *, token_budget: int
 ) -> list[SAEFit]:
-    """The fit of each SAE at the positions that predict the responses of some pairs, where features are pooled."""
+    """The fit of each SAE at the pairs' prediction positions, over which features are pooled."""
     device = next(model.parameters()).device
     sums = [FitSums(site.sae) for site in saes]
     for row in pack(pairs, token_budget, row_layout(model)):
@@ -123,10 +123,10 @@ def first_pairs(model: nn.Module, preferences: Preferences, chat: ChatFormat, li
 
 
 def check_fit(sae: SiteSAE, fit: SAEFit) -> None:
-    """Refuses an SAE that is dead or explains nothing; scoring refuses numbers that are not finite, and names the pair.
+    """Refuses an SAE that is dead or explains nothing; numbers that are not finite are left to scoring.
 
     Raises:
-        UserError: the SAE is of no use for this model.
+        UserError: too few features fire, or they explain no variance.
     """
     if fit.l0 < LEAST_L0:
         fault = f"{fit.l0:.2g} features fire at a position"

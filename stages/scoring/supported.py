@@ -1,8 +1,8 @@
 """Whether a model is supported, decided by trying the model itself.
 
-In: a causal LM. Out: nothing, or one line that says what would be wrong. Packed rows are compared with plain
-transformers on each of their sequences alone (log-probabilities, hidden states, activations at every site), and a
-policy in training mode with itself under another random seed.
+In: a causal LM. Out: nothing, or a UserError that says what would be wrong. Packed rows are compared with plain
+transformers on each of their sequences (log-probs, hidden states, activations at every site), and a policy in training
+mode with itself under another random seed.
 
 Shapes: T response tokens, L positions of a sequence, D hidden size, V vocabulary.
 """
@@ -29,27 +29,27 @@ from .forward import row_layout, run_body, run_head
 from .packing import PackedRow, pack
 from .rotary import forget_lengths, frequencies_of, of_same_frequencies, unknown_scaling
 
-# What rounding explains in fp32: nats of a token's log-probability; the part of an activation's norm that may differ.
-# What architectures get wrong is a hundred times as much.
+# Differences that rounding explains in fp32: nats of a token's log-prob; share of an activation's norm. An architecture
+# that is not supported differs by a hundred times as much.
 LOGP_TOLERANCE = 1e-3
 ACTS_TOLERANCE = 1e-3
 # Prompt, chosen and rejected: longer than `WINDOW`, and of one token.
 SHORT = ((7, 12, 6), (1, 5, 13))
 WINDOW = 4
 WINDOWS = re.compile(r"window(_size)?$")  # `sliding_window`, Doge's `keep_window_size`
-# For effects beyond a distance that no configuration names (GPT-Neo's 256); through the first layers alone.
+# Shows effects beyond a distance that no configuration names (GPT-Neo's 256); only the first layers run it.
 LONG = (9, 300, 10)
-# A router that rounding sends to another expert differs in one draw of tokens, a fault in all.
+# Rounding may send a router to another expert in one draw of tokens; a fault shows in all.
 DRAWS = 3
-# The dropout of an adapter, which its user asked for.
+# An adapter's dropout, which its user has asked for.
 ADAPTER_DROPOUT = "lora_dropout"
 
-# The attention under which models were found right.
+# The attention under which a model was last found right.
 _RIGHT: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def check_model(model: nn.Module) -> None:
-    """Checks that packed rows mean the same to this model as separate sequences, and that scoring reads all it trains.
+    """Checks that the model scores packed rows as separate sequences, and that scoring reads all of its output head.
 
     The model is tried as it is, attention and masks included; one that was found right is not tried again.
 
@@ -74,7 +74,7 @@ def check_model(model: nn.Module) -> None:
         fault = _fault(inner)
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 (any error of a model's own code means that it does not run packed rows)
+    except Exception as error:  # noqa: BLE001 (whatever a model's own code raises, it does not run packed rows)
         fault = f"an error in its own code ({type(error).__name__}: {' '.join(str(error).split())})"
     if fault:
         expected = f"packed rows (attention: {attention}) to score as separate sequences"
@@ -88,18 +88,18 @@ def load_supported(
     """Loads a model under the first attention implementation that is right for it.
 
     Args:
-        load: called with `attention`, as `load_model`.
+        load: `load_model` of everything but `attention`.
         attentions: from `attentions_to_try`, the fastest first.
-        tell: called with a line if it is not the first.
+        tell: called with a line if the first is not right.
 
     Raises:
-        UserError: as `load`, or because the model is right under none.
+        UserError: as `load`, or the model is right under none.
     """
     model: PreTrainedModel | None = None
     reasons = []
     for attention in attentions:
         try:
-            if model is None:  # a class may lack an attention that its flags promise
+            if model is None:  # also after a failure: a class may lack an attention that its flags promise
                 model = load(attention=attention)
             else:
                 model.set_attn_implementation(attention)
@@ -109,7 +109,7 @@ def load_supported(
             if attention == attentions[-1]:
                 raise
             reasons.append(f"not {attention}: {error}")
-    if reasons and tell is not None:
+    if reasons and tell:
         tell(f"attention: {attention}; {'; '.join(reasons)}")
     assert model is not None, "there is an attention to try"
     return model
@@ -119,7 +119,7 @@ def check_length(model: Any, max_length: int) -> None:
     """Checks that a model with learnt position embeddings (GPT-2, OPT) has one for each position of the longest text.
 
     Raises:
-        UserError: it has not.
+        UserError: it has fewer.
     """
     config, words = model.config.get_text_config(decoder=True), model.get_input_embeddings()
     longest = getattr(config, "max_position_embeddings", None)
@@ -137,31 +137,27 @@ def check_length(model: Any, max_length: int) -> None:
 
 @torch.no_grad()
 def _fault(inner: Any) -> str | None:
-    """What is wrong, in a few words; None for nothing."""
+    """The fault, in a few words; None if the model is right."""
     kinds = set(getattr(inner.get_decoder().config, "layer_types", None) or ())
     if unknown := kinds - {"full_attention", "sliding_attention"}:
         return f"layers of {', '.join(sorted(unknown))}"
     if scaling := unknown_scaling(inner):
         return f"rotary frequencies that depend on length in a way of their own ({scaling})"
-    if any(frequencies_of(layer, 1) for layer in decoder_layers(inner)):  # checkpointing would compute them anew
+    if any(frequencies_of(layer, 1) for layer in decoder_layers(inner)):  # checkpointing would compute them again
         return "rotary frequencies that depend on length inside its layers"
     with quiet(inner):
         found = anatomy(inner)
         sites = [Site(layer, "resid_post") for layer, known in enumerate(found.resid_post) if known]
         sites += [Site(layer, "mlp_out") for layer, part in enumerate(found.mlp_out) if part is not None]
         for attempt in (partial(_try_whole, inner, sites), partial(_try_long, inner)):
-            first: str | None = None
-            for seed in range(DRAWS):
-                if (fault := attempt(seed)) is None:
-                    break
-                first = first or fault
-            else:
+            faults = map(attempt, range(DRAWS))
+            if (first := next(faults)) and all(faults):
                 return first
     return None
 
 
 def _try_whole(inner: Any, sites: Sequence[Site], seed: int) -> str | None:
-    """Some short pairs in one row, through the whole model, with windows that they exceed."""
+    """Runs short pairs in one row through the whole model, with windows that they exceed."""
     with _window(inner, WINDOW):
         row, sequences = _row(inner, SHORT, seed)
         hidden_TD, acts = run_body(inner, row, sites)
@@ -184,7 +180,7 @@ def _try_whole(inner: Any, sites: Sequence[Site], seed: int) -> str | None:
 
 
 def _try_long(inner: Any, seed: int) -> str | None:
-    """One pair of some hundred tokens, through the first layers of each kind, with windows as they are."""
+    """Runs one pair of some hundred tokens through the first layers of each kind, with windows as they are."""
     layers, config = decoder_layers(inner), inner.get_decoder().config
     kinds = list(getattr(config, "layer_types", None) or ())
     depth = min(len(layers), max([2, *(kinds.index(kind) + 1 for kind in set(kinds))]))
@@ -206,11 +202,11 @@ def _try_long(inner: Any, seed: int) -> str | None:
 
 
 class _ReachedError(Exception):
-    """A forward pass has reached the layer whose output, its argument, was wanted."""
+    """A forward pass has reached the layer whose output was asked for; the argument is that output."""
 
 
 def _up_to(layer: nn.Module, call: Callable[[], Any]) -> Tensor:
-    """The output [L, D] of a layer; nothing after it is computed."""
+    """The output [L, D] of a layer; `call` is stopped there."""
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _ReachedError(first_tensor(output))
@@ -225,7 +221,7 @@ def _up_to(layer: nn.Module, call: Callable[[], Any]) -> Tensor:
 
 
 def _differs(found: Tensor, expected: Tensor, what: str) -> str | None:
-    """Says by how much `found` differs, relative to the norm of each position, if rounding does not explain it."""
+    """Says by how much of each position's norm `found` differs; None if rounding explains it."""
     if found.shape != expected.shape:
         return f"{what} of shape {list(found.shape)}, expected {list(expected.shape)}"
     if not expected.isfinite().all():
@@ -236,7 +232,7 @@ def _differs(found: Tensor, expected: Tensor, what: str) -> str | None:
 
 
 def _row(inner: Any, shapes: Sequence[Sequence[int]], seed: int) -> tuple[PackedRow, list[tuple[Tensor, slice]]]:
-    """Random pairs packed into one row; and each of its sequences, with the positions that predict its response."""
+    """Random pairs packed into one row, and each of its sequences with the positions that predict its response."""
     pairs, sequences = [], []
     for number, sizes in enumerate(shapes):
         parts = probe_ids(inner, sum(sizes), 10 * seed + number).split(list(sizes))
@@ -250,7 +246,7 @@ def _row(inner: Any, shapes: Sequence[Sequence[int]], seed: int) -> tuple[Packed
 
 @contextmanager
 def _window(inner: Any, tokens: int) -> Iterator[None]:
-    """Shortens every attention window to `tokens`: the same masks without thousands of tokens."""
+    """Shortens every attention window to `tokens`, so that a short row exceeds it."""
     places: dict[int, Any] = {id(part): part for part in inner.modules()}
     places |= {id(part.config): part.config for part in inner.modules() if hasattr(part, "config")}
     held = [
@@ -280,13 +276,13 @@ def _plain_attention(inner: Any) -> Iterator[None]:
 
 
 def policy_mode(model: nn.Module, *, checkpointing: bool) -> None:
-    """Puts a policy into the mode that training uses: evaluation, in which noise and skipped layers are off.
+    """Puts a policy into eval mode, without noise or skipped layers, but for two kinds of modules that must train.
 
-    Only what must train does: an adapter's dropout, and modules that ask whether they train before they save memory.
+    These are an adapter's dropout, and modules that checkpoint activations, which they do in training mode alone.
 
     Args:
         model: the policy, perhaps wrapped.
-        checkpointing: whether the backward will compute activations again, even if the model is not yet set to.
+        checkpointing: whether activations will be checkpointed, even if the model is not set so yet.
     """
     model.eval()
     for name, module in model.named_modules():
@@ -297,15 +293,15 @@ def policy_mode(model: nn.Module, *, checkpointing: bool) -> None:
 
 @torch.no_grad()
 def check_repeats(model: nn.Module, score: Callable[[], Tensor], *, checkpointing: bool) -> None:
-    """Checks that training computes the same whatever the random seed, as evaluation does.
+    """Checks that training computes the same under every random seed, an adapter's dropout apart.
 
     Args:
-        model: the policy, perhaps wrapped; its mode is restored. An adapter's dropout is left out.
-        score: runs it and gives log-probabilities, nats.
+        model: the policy, perhaps wrapped; its mode is restored.
+        score: runs the policy and returns log-probs, nats.
         checkpointing: as in `policy_mode`.
 
     Raises:
-        UserError: it does not.
+        UserError: log-probs differ from one seed to another.
     """
     before = model.training
     policy_mode(model, checkpointing=checkpointing)
@@ -316,11 +312,11 @@ def check_repeats(model: nn.Module, score: Callable[[], Tensor], *, checkpointin
         first, other = _seeded(score, 0), _seeded(score, 1)
         if torch.equal(first, other):
             return
-        # Some GPU kernels add up in any order, so that they differ from themselves under one seed too.
+        # GPU kernels that add in any order differ under one seed too.
         found, own = (float((values - first).abs().max()) for values in (other, _seeded(score, 0)))
     finally:
         model.train(before)
-    if found > 8 * own:  # False for NaN, which the first step names with its pair
+    if found > 8 * own:  # False for NaN, which the first step reports with its pair
         raise UserError(
             f"model: expected one that computes the same in training as in evaluation, found log-probs that differ by "
             f"{found:.3g} nats from one seed to another; set what makes it random to 0 in its config.json"
@@ -335,13 +331,13 @@ def _seeded(score: Callable[[], Tensor], seed: int) -> Tensor:
 
 
 def freeze(model: Any, recipe: Recipe, *, compiled: bool, sites: Sequence[Site] = ()) -> None:
-    """Checks a model that will only be read and makes it as fast as it can be; a second call does nothing.
+    """Checks a model that will not be trained, casts its weights and compiles its layers; a second call does nothing.
 
     Args:
         model: a causal LM with fp32 weights, on its device.
         recipe: the compute recipe.
-        compiled: whether its layers are compiled.
-        sites: those that will be read.
+        compiled: whether to compile its layers.
+        sites: the sites that will be read.
 
     Raises:
         UserError: the model is not supported.

@@ -2,7 +2,8 @@ import logging
 
 import pytest
 import torch
-from fpo.stages.scoring import flex, logprobs
+from fpo.stages.model import flex
+from fpo.stages.scoring import logprobs
 from fpo.stages.scoring.logprobs import chunk_tokens, token_scores
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def test_chunks_give_the_values_and_gradients_of_full_logits(fused, softcap, wit
     body_64, head_64 = (tensor.detach().double().requires_grad_() for tensor in (body, head))
     inputs, ids = random(TOKENS, HIDDEN, seed=2), torch.arange(TOKENS)
     # Of another hidden size: a reference need not have the policy's.
-    reference = (random(TOKENS, 4, seed=3), random(VOCABULARY, 4, seed=4)) if with_reference else None
+    reference = (random(TOKENS, 4, seed=3), random(VOCABULARY, 4, seed=4), None) if with_reference else None
 
     hidden, hidden_64 = (
         torch.tanh((head[ids] if tied else inputs).to(body.dtype) @ body)
@@ -88,24 +89,15 @@ def test_a_bias_and_a_scale_give_the_values_and_gradients_of_full_logits(fused, 
     inputs = [random(TOKENS, HIDDEN), random(VOCABULARY, HIDDEN, seed=1), random(VOCABULARY, seed=2)]
     hidden, head, bias = (tensor.requires_grad_() for tensor in inputs)
     hidden_64, head_64, bias_64 = (tensor.detach().double().requires_grad_() for tensor in inputs)
-    reference = (random(TOKENS, HIDDEN, seed=3), random(VOCABULARY, HIDDEN, seed=4)) if with_reference else None
-    reference_bias = random(VOCABULARY, seed=6) if with_reference else None
-    logps, kl = token_scores(
-        hidden,
-        head,
-        targets(),
-        bias_V=bias,
-        scale=scale,
-        softcap=softcap,
-        reference=reference,
-        reference_bias_V=reference_bias,
-    )
+    theirs = random(TOKENS, HIDDEN, seed=3), random(VOCABULARY, HIDDEN, seed=4), random(VOCABULARY, seed=6)
+    reference = theirs if with_reference else None
+    logps, kl = token_scores(hidden, head, targets(), bias_V=bias, scale=scale, softcap=softcap, reference=reference)
 
     log_softmax = full_log_softmax(hidden_64, head_64, softcap, bias_64, scale)
     expected_logps = log_softmax.gather(1, targets()[:, None]).squeeze(1)
     expected_kl = torch.zeros(TOKENS, dtype=torch.float64)
     if reference is not None:
-        ref = full_log_softmax(reference[0].double(), reference[1].double(), softcap, reference_bias, scale)
+        ref = full_log_softmax(reference[0].double(), reference[1].double(), softcap, reference[2], scale)
         expected_kl = torch.nn.functional.kl_div(log_softmax, ref, log_target=True, reduction="none").sum(-1)
     assert_close(logps, expected_logps)
     assert_close(kl, expected_kl)
@@ -143,14 +135,16 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_still_do(fused):
 def test_no_gradient_reaches_the_reference():
     hidden, head = random(TOKENS, HIDDEN).requires_grad_(), random(VOCABULARY, HIDDEN, seed=1).requires_grad_()
     reference = (random(TOKENS, HIDDEN, seed=2).requires_grad_(), random(VOCABULARY, HIDDEN, seed=3).requires_grad_())
-    token_scores(hidden, head, targets(), reference=reference)[1].sum().backward()
+    token_scores(hidden, head, targets(), reference=(*reference, None))[1].sum().backward()
     assert hidden.grad.abs().max() > 0
     assert reference[0].grad is reference[1].grad is None
 
 
 def test_the_divergence_from_itself_is_0_to_the_bit(fused):
     hidden, head = 5 * random(TOKENS, HIDDEN), random(VOCABULARY, HIDDEN, seed=1)
-    assert token_scores(hidden, head, targets(), softcap=3.0, reference=(hidden, head))[1].tolist() == [0.0] * TOKENS
+    assert (
+        token_scores(hidden, head, targets(), softcap=3.0, reference=(hidden, head, None))[1].tolist() == [0.0] * TOKENS
+    )
 
 
 def test_the_result_does_not_depend_on_the_chunks(monkeypatch):
@@ -163,7 +157,7 @@ def test_the_result_does_not_depend_on_the_chunks(monkeypatch):
 def test_what_backward_keeps_is_smaller_than_the_logits(fused):
     tokens = 50
     hidden, head = random(tokens, HIDDEN).requires_grad_(), random(VOCABULARY, HIDDEN, seed=1).requires_grad_()
-    reference = (random(tokens, HIDDEN, seed=2), random(VOCABULARY, HIDDEN, seed=3))
+    reference = (random(tokens, HIDDEN, seed=2), random(VOCABULARY, HIDDEN, seed=3), None)
     kept: list[int] = []
 
     def count(tensor: Tensor) -> Tensor:
