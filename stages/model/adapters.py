@@ -1,6 +1,6 @@
-"""LoRA adapters on disk, each with the model that it belongs to.
+"""LoRA adapters on disk, each with its base model.
 
-In: a folder or hub id that holds an adapter, and perhaps its base model. Out: a causal LM whose layers compute with the
+In: the folder or hub id of an adapter, and perhaps its base model. Out: a causal LM whose layers compute with the
 adapter, as a policy under training does; hashes that identify both.
 """
 
@@ -26,7 +26,7 @@ from .models import (
 )
 
 WEIGHTS = "adapter_model.safetensors"
-# Settings that say where the base model is, and not what the adapter computes.
+# Settings that do not change what the adapter computes.
 _PLACES = ("base_model_name_or_path", "revision", "inference_mode")
 
 
@@ -37,7 +37,7 @@ class AdapterSource:
     Attributes:
         name: as the user gave it.
         folder: local folder of its files.
-        base: the model that it belongs to.
+        base: its base model.
     """
 
     name: str
@@ -46,7 +46,7 @@ class AdapterSource:
 
     @property
     def tokenizer(self) -> ModelSource:
-        """Where the tokenizer is: beside the adapter, with the chat template of its training, or else its base's."""
+        """Where the tokenizer is: beside the adapter, with the chat template of its training, else at its base."""
         return ModelSource(self.name, self.folder, None) if list(self.folder.glob("tokenizer*")) else self.base
 
     @cached_property
@@ -62,10 +62,10 @@ def find_policy(name: str, base: str | None = None) -> ModelSource | AdapterSour
 
     Args:
         name: as `find_model` takes it, or the same of an adapter.
-        base: the model that an adapter belongs to; default the one that its configuration names.
+        base: an adapter's base model; default the one that its configuration names.
 
     Raises:
-        UserError: as `find_model`; the adapter or its base model cannot be used; `base` is given with a model.
+        UserError: as `find_model`; the adapter or its base model cannot be used; `base` is given for a model.
     """
     source = find_files(name)
     if source.gguf_file is not None or not (source.folder / ADAPTER_CONFIG).exists():
@@ -115,7 +115,7 @@ def load_adapter(source: AdapterSource, *, attention: str, device: torch.device 
         A `peft.PeftModel`.
 
     Raises:
-        UserError: as `load_model`; the adapter does not fit the model, or one of them lacks weights of the other.
+        UserError: as `load_model`; the adapter does not fit the model, or one lacks weights of the other.
         FloatingPointError: a weight is not finite.
     """
     from peft import LoraConfig, PeftModel

@@ -1,7 +1,7 @@
 """Where a causal LM's layers are, how its head's output becomes logits, and which parts compute the sites of SAEs.
 
-In: a causal LM. Out: its `Anatomy`, found by one forward pass of a few tokens. Names of modules and settings are not
-relied on, because architectures call the same thing, and scale residuals and logits, by many of them.
+In: a causal LM. Out: its `Anatomy`, found by one forward pass of a few tokens, not by names of modules and settings:
+architectures use many names for the same thing.
 
 Shapes: S tokens of the probe, D hidden size, V vocabulary.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...cache.errors import UserError
 
-# Relative to the largest entry: far above fp32's rounding, far below the effect of a factor that was missed.
+# Relative to the largest entry: far above fp32's rounding, far below the effect of a factor that is missing.
 TOLERANCE = 1e-4
 PROBE_TOKENS = 8
 
@@ -37,7 +37,7 @@ class Anatomy:
         scale: logits are `scale` times the head's output, then soft-capped.
         softcap: `c` of the final soft-capping `c·tanh(logits/c)`; None for none.
         resid_post: per layer, whether its output is the input of the next layer (or of the final norm).
-        mlp_out: per layer, the name of the part whose output is what the MLP adds to the residual stream; None where
+        mlp_out: per layer, the name of the part whose output is the MLP's contribution to the residual stream; None if
             no part computes it.
     """
 
@@ -103,7 +103,7 @@ def probe_ids(model: Any, tokens: int, seed: int) -> Tensor:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Puts the model into eval mode, without autocast, and restores every module's mode at the end."""
+    """Puts the model into eval mode, without autocast; at the end restores the mode of every module."""
     training = [part for part in model.modules() if part.training]
     model.eval()
     try:
@@ -132,36 +132,36 @@ def _examine(model: Any) -> Anatomy:
     layers, decoder = decoder_layers(model), model.get_decoder()
     calls: list[list[_Call]] = [[] for _ in layers]
     outputs: list[Any] = []
-    after: list[tuple[Any, Any]] = []  # input and output of the decoder's own parts, the final norm among them
+    after: list[tuple[Any, Any]] = []  # input and output of the decoder's other parts, the final norm among them
+
+    def note_part(module: nn.Module, args: Any, output: Any) -> None:
+        after.append((first_tensor(args), first_tensor(output)))
+
     with ExitStack() as hooks:
         note = decoder.register_forward_hook(lambda module, args, output: outputs.append(first_tensor(output)))
         hooks.enter_context(note)
         for part in decoder.children():
             if not isinstance(part, nn.ModuleList):
-                note = part.register_forward_hook(
-                    lambda module, args, output: after.append((first_tensor(args), first_tensor(output)))
-                )
-                hooks.enter_context(note)
+                hooks.enter_context(part.register_forward_hook(note_part))
         for layer, own in zip(layers, calls, strict=True):
             _watch(layer, own, hooks)
         scale, softcap = _head(model, outputs)
-    following = [[own[0].entered] if len(own) == 1 else [] for own in calls[1:]]
+    runs = [own[0] if len(own) == 1 else None for own in calls]  # a layer that runs more than once has no sites
+    following = [[run.entered] if run else [] for run in runs[1:]]
     following.append([outputs[0], *(taken for taken, made in after if _equal(made, outputs[0]))])
     resid_post = [
-        len(own) == 1
-        and getattr(own[0].left, "ndim", 0) == 3
-        and any(_equal(taken, own[0].left) for taken in next_inputs)
-        for own, next_inputs in zip(calls, following, strict=True)
+        run is not None and getattr(run.left, "ndim", 0) == 3 and any(_equal(taken, run.left) for taken in next_inputs)
+        for run, next_inputs in zip(runs, following, strict=True)
     ]
-    mlp_out = [_mlp_out(layer, own) for layer, own in zip(layers, calls, strict=True)]
+    mlp_out = [run and _mlp_out(layer, run) for layer, run in zip(layers, runs, strict=True)]
     return Anatomy(scale, softcap, tuple(resid_post), tuple(mlp_out))
 
 
 def _watch(layer: nn.Module, calls: list[_Call], hooks: ExitStack) -> None:
-    """Notes every call of a layer in `calls`.
+    """Appends every call of a layer to `calls`.
 
-    A weight that is not finite spoils everything after it, and then any part would look right. Such values are replaced
-    as they pass; scoring names them with their pair later.
+    A weight that is not finite spoils all values after it, so that any part would look right: such values are replaced
+    here. Scoring reports them later, with their pair.
     """
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -191,19 +191,19 @@ def _watch(layer: nn.Module, calls: list[_Call], hooks: ExitStack) -> None:
 
 
 def _made_finite(values: Any) -> Any:
-    """The same, or random numbers in place of a tensor that is not finite."""
+    """`values`, or random numbers in place of a tensor that is not finite."""
     if not isinstance(values, Tensor) or not values.is_floating_point() or bool(values.isfinite().all()):
         return values
     generator = torch.Generator().manual_seed(0)
     return torch.randn(values.shape, generator=generator).to(values)
 
 
-def _mlp_out(layer: nn.Module, calls: list[_Call]) -> str | None:
+def _mlp_out(layer: nn.Module, call: _Call) -> str | None:
     """The part whose output is added last: input + an earlier part's output + its own output = the layer's output."""
-    if len(calls) != 1 or not isinstance(calls[0].entered, Tensor) or not isinstance(calls[0].left, Tensor):
+    entered, left = call.entered, call.left
+    if not isinstance(entered, Tensor) or not isinstance(left, Tensor):
         return None
-    entered, left = calls[0].entered, calls[0].left
-    parts = [(name, out) for name, out in calls[0].parts if isinstance(out, Tensor) and out.shape == entered.shape]
+    parts = [(name, out) for name, out in call.parts if isinstance(out, Tensor) and out.shape == entered.shape]
     rounding = 8 * torch.finfo(entered.dtype).eps * _largest(left)
     for number, (name, added) in enumerate(parts):
         if any("Attention" in type(part).__name__ for part in layer.get_submodule(name).modules()):
@@ -216,9 +216,9 @@ def _mlp_out(layer: nn.Module, calls: list[_Call]) -> str | None:
 
 
 def _head(model: Any, outputs: list[Any]) -> tuple[float, float | None]:
-    """Scale and soft-cap of the logits, from a forward pass in which the head's output is replaced by a ramp.
+    """Scale and soft-cap of the logits, from a forward pass in which a ramp replaces the head's output.
 
-    The logits of a few tokens may be too small to show a soft-cap; a ramp is not. The decoder's hook fills `outputs`.
+    The logits of a few tokens may be too small to show a soft-cap; the ramp is not. The decoder's hook fills `outputs`.
     """
     taken: list[Tensor] = []
 
@@ -258,7 +258,7 @@ def _equal(found: Any, expected: Tensor) -> bool:
 
 
 def _near(found: Tensor, expected: Tensor, allowed: float) -> bool:
-    """Whether no finite difference exceeds `allowed`; scoring refuses values that are not finite."""
+    """Whether every finite difference is at most `allowed`; scoring refuses values that are not finite."""
     off = (found - expected).abs()
     return not bool((off[off.isfinite()] > allowed).any())
 

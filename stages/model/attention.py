@@ -1,10 +1,10 @@
-"""Attention over packed rows as the plain causal sequences that they are made of.
+"""Attention over a packed row, one causal sequence at a time.
 
-In: queries, keys and values of a row, and its sequences (`scoring/masks.py`). Out: what every position attends to, as
-under a mask. The kernel of scaled-dot-product attention skips what lies above the diagonal only where it is told that
-a sequence is causal, not where a mask says so.
+In: queries, keys and values of a row, and its sequences (`sequences_of`). Out: the attention that the row's mask would
+give. The kernel of scaled-dot-product attention skips the scores above the diagonal if it is told that a sequence is
+causal, but not if a mask says so.
 
-Registered with transformers under the name `packed`; without `sequences` it is its `sdpa`.
+Registered with transformers under the name `packed`; without `sequences` it is transformers' `sdpa`.
 
 Shapes: L positions of a row, S of a sequence, H heads, K heads of keys and values, D size of a head.
 """
@@ -39,8 +39,8 @@ def packed_attention(
         query_1HLD: the row's queries.
         key_1KLD: the row's keys.
         value_1KLD: the row's values.
-        attention_mask: read only without `sequences`.
-        sequences: the row's `sequences_of`; a prompt is computed in both of its sequences and taken from the first.
+        attention_mask: ignored if `sequences` are given.
+        sequences: from `sequences_of`; a prompt is computed in both of its sequences and taken from the first.
         sliding_window: tokens that the layer sees, the query's own included; None for all.
         kwargs: the interface's other arguments.
 

@@ -1,7 +1,7 @@
-"""How a decoder's layers run: compiled one by one, some of them checkpointed, frozen ones with weights cast once.
+"""How a decoder's layers run: compiled one by one, some of them checkpointed, with weights cast once if frozen.
 
-In: a causal LM or its layers, changed in place. Compiled code runs where a whole sequence passes through the layers;
-generation, token by token, runs them as they are.
+In: a causal LM or its layers. Out: the same, changed in place. Whole sequences run compiled code; generation, token by
+token, does not.
 
 Shapes: L positions of a row, D hidden size.
 """
@@ -21,7 +21,7 @@ from .sae import Site
 
 
 def cast_weights(layers: Iterable[nn.Module], recipe: Recipe) -> None:
-    """Casts to bf16, once, the weights that autocast would cast in every pass: the results are the same.
+    """Casts to bf16, once, the weights that autocast would cast in every pass; results do not change.
 
     Args:
         layers: of a frozen decoder, whose linear layers are nn.Linear.
@@ -39,12 +39,12 @@ def cast_weights(layers: Iterable[nn.Module], recipe: Recipe) -> None:
 def compile_layers(layers: Iterable[nn.Module], sites: Sequence[Site] = ()) -> None:
     """Compiles decoder layers one by one: one graph with gradient and one without, for all layers and lengths.
 
-    Activation checkpointing and hooks on layers stay outside what is compiled. A layer with a site inside it is left
-    as it is, because the hook would have to be compiled with it.
+    Activation checkpointing and hooks on layers stay outside the graphs. A layer with a site inside it is not compiled,
+    because the hook would have to be compiled with it.
 
     Args:
         layers: of a decoder.
-        sites: those that will be read.
+        sites: the sites that will be read.
     """
     inside = {site.layer for site in sites if site.kind != "resid_post"}
     for number, layer in enumerate(layers):
@@ -53,7 +53,7 @@ def compile_layers(layers: Iterable[nn.Module], sites: Sequence[Site] = ()) -> N
 
 
 def are_compiled(layers: Iterable[nn.Module]) -> bool:
-    """Whether any of them is."""
+    """Whether any of the layers is compiled."""
     return any(getattr(layer.forward, "__func__", None) is _forward for layer in layers)
 
 
@@ -64,7 +64,7 @@ def _forward(self: Any, hidden_1LD: Tensor, *args: Any, **kwargs: Any) -> Any:
     for tensor in (hidden_1LD, kwargs.get("position_ids"), *(kwargs.get("position_embeddings") or ())):
         if isinstance(tensor, Tensor):
             torch._dynamo.maybe_mark_dynamic(tensor, 1)
-    # transformers wraps a layer's forward in checkpointing; what is compiled is inside.
+    # transformers wraps a layer's forward in checkpointing; the function inside is compiled.
     plain = getattr(type(self).forward, "__wrapped__", type(self).forward)
     run = partial(_compiled(plain, flex.BACKEND), self, **kwargs)
     if self.training and getattr(self, "gradient_checkpointing", False):

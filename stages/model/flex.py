@@ -1,12 +1,12 @@
 """Attention over packed rows by one compiled kernel, for GPUs.
 
 In: queries, keys and values of a row, and its `RowBlocks`: which ranges of positions each position attends to, and
-which blocks of keys each block of queries needs. Out: the attention that `attention.visible` allows, without storing
-the scores.
+which blocks of keys each block of queries needs. Out: the attention that `masks.visible` allows, without storing the
+scores.
 
-torch compiles `flex_attention` again for every new value among its arguments that is not a tensor. So window, scale and
-soft-cap are passed as tensors and the lengths are dynamic. It still compiles once for each combination of gradient,
-soft-cap and dtype. Nothing falls back to a kernel that stores all scores.
+torch compiles `flex_attention` again for every new value of an argument that is not a tensor. So ranges, scale and
+soft-cap are tensors and lengths are dynamic; one compilation remains for each combination of gradient, soft-cap and
+dtype. Nothing falls back to a kernel that stores all scores.
 
 Registered with transformers under the name `packed_flex`; without `RowBlocks` it is eager attention.
 
@@ -35,7 +35,7 @@ FLEX = "packed_flex"
 BACKEND = "inductor"
 # Positions of a block: the size that flex attention's kernels are tuned for.
 BLOCK = 128
-# A compiler takes sizes of 1 for constants, so that a row of one block would be compiled for itself.
+# A compiler takes a size of 1 for a constant, so that it would compile a row of one block separately.
 LEAST_BLOCKS = 2
 
 
@@ -45,8 +45,8 @@ class RowBlocks:
 
     Attributes:
         window: tokens that the layer sees, the query's own included; None for all.
-        ranges_3L: position q attends to those from `ranges_3L[0, q]` to before `ranges_3L[1, q]`, which are of its
-            prompt, and to those from `ranges_3L[2, q]` to q, which are of its own part.
+        ranges_3L: position q attends to positions `ranges_3L[0, q]` to `ranges_3L[1, q] - 1` of its prompt, and to
+            `ranges_3L[2, q]` to q of its own part.
         kv_num_blocks_11N: for each block of queries, how many blocks of keys it attends to in part.
         kv_indices_11NN: the numbers of these blocks, then those of all others.
         full_kv_num_blocks_11N: for each block of queries, how many blocks of keys it attends to in full.
@@ -82,7 +82,7 @@ class RowBlocks:
 def row_blocks(
     position_ids_L: NDArray[Any], pair_L: NDArray[Any], part_L: NDArray[Any], window: int | None
 ) -> RowBlocks:
-    """The `RowBlocks` of a row by the rule of `attention.visible`, for one kind of layer.
+    """The `RowBlocks` of a row by the rule of `masks.visible`, for one kind of layer.
 
     Args:
         position_ids_L: as in `PackedRow`; L is a multiple of `BLOCK`.
@@ -97,7 +97,7 @@ def row_blocks(
     new_run_L = new_pair_L | np.append(True, part_L[1:] != part_L[:-1])
     pair_start_L = np.maximum.accumulate(np.where(new_pair_L, index_L, 0))
     run_start_L = np.maximum.accumulate(np.where(new_run_L, index_L, 0))
-    # An answer's first position id is the length of its prompt; a prompt's own is 0.
+    # A response's first position id is the length of its prompt; a prompt's is 0.
     prompt_stop_L = pair_start_L + position_ids_L[run_start_L]
     prompt_start_L = pair_start_L
     if window is not None:
@@ -114,7 +114,7 @@ def _blocks_seen(
     prompt_start_L: NDArray[Any], prompt_stop_L: NDArray[Any], own_start_L: NDArray[Any], index_L: NDArray[Any]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which blocks of keys a block of queries attends to in part, and which in full; bool [N, N] each."""
-    # Where a part follows its prompt, both are one range, which may fill a block that neither does.
+    # A part that follows its prompt joins it in one range, which may fill a block that neither fills alone.
     joined_L = prompt_stop_L == own_start_L
     starts_2L = np.stack([prompt_start_L, np.where(joined_L, np.minimum(prompt_start_L, own_start_L), own_start_L)])
     stops_2L = np.stack([np.where(joined_L, prompt_start_L, prompt_stop_L), index_L + 1])
@@ -185,7 +185,7 @@ def _attend(
 
 @cache
 def _compiled(backend: str) -> Any:
-    # fullgraph: an error, not uncompiled code, also when torch reaches its limit of recompilations.
+    # fullgraph: torch raises an error instead of running uncompiled code, even at its limit of recompilations.
     return torch.compile(_attend, backend=backend, fullgraph=True)
 
 
@@ -221,8 +221,8 @@ def packed_flex_attention(
         dropout: must be 0.
         s_aux: attention sinks; must be None.
         position_bias: must be None.
-        kwargs: the interface's other arguments, ignored. Among them is the layer's window: the mask has it already,
-            and to read it would compile the layer once more.
+        kwargs: the interface's other arguments, ignored. The layer's window is among them: the mask has it already,
+            and reading it would compile the layer once more.
 
     Returns:
         [1, L, H, D].
@@ -237,7 +237,7 @@ def packed_flex_attention(
         )
     scaling = query_1HLD.shape[-1] ** -0.5 if scaling is None else scaling
     device = query_1HLD.device
-    # Under autocast queries and keys leave the rotary embedding in fp32, values are bf16: the kernel takes one dtype.
+    # Under autocast, queries and keys are fp32 after the rotary embedding, values bf16; the kernel takes one dtype.
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else query_1HLD.dtype
     rows = query_1HLD.to(dtype), key_1KLD.to(dtype), value_1KLD.to(dtype)
     if not isinstance(attention_mask, RowMask):

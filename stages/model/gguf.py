@@ -1,9 +1,9 @@
-"""What a GGUF file says about its model, carried over to transformers' configuration.
+"""Settings of a GGUF file, carried over to transformers' configuration.
 
 In: a GGUF file and the configuration that transformers makes of it. Out: the configuration with every number that the
-file states or implies. transformers reads some keys of an architecture and silently takes defaults for the rest; here
-every key under the architecture's name is carried over, is known to change nothing, or is refused by name. What a key
-means, and what its absence means, follows llama.cpp (src/llama-model.cpp).
+file states or implies. transformers reads some keys of an architecture and silently takes defaults for the rest. This
+module carries over every key under the architecture's name, knows that it changes nothing, or refuses it by name. What
+a key means, and what its absence means, follows llama.cpp (src/llama-model.cpp).
 
 Shapes: F rotary frequencies of a head, half of its rotated size.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from ...cache.errors import UserError, reading
 
-# By GGUF key, the configuration's attribute that holds the same number.
+# By GGUF key, the attribute of the configuration for the same number.
 SHAPE = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
@@ -45,13 +45,13 @@ class Architecture:
 
     Attributes:
         names: by GGUF key, the attribute of the configuration.
-        rotary: whether positions are rotations.
+        rotary: whether positions are encoded as rotations.
         partial: whether the rotation may cover only a part of a head.
-        biases: by tensor, the attribute that says whether layers have it.
+        biases: pairs of a tensor and the attribute that says whether layers have it.
         period: one layer in `period` attends to all tokens, the others to the window; 0 if all layers are alike.
         deepest: layers of the one model that scales queries by hidden size over heads; 0 if the configuration has no
             scale of queries.
-        absent: attributes that hold where the file does not say otherwise.
+        absent: attributes and their values, unless the file states others.
     """
 
     names: Mapping[str, str]
@@ -87,7 +87,7 @@ ARCHITECTURES = {
         rotary=False,
     ),
 }
-# Carried over by rules of their own, below.
+# Keys with rules of their own, below.
 DERIVED = {"attention.key_length", "attention.value_length", "attention.scale", "attention.sliding_window_pattern"}
 ROPE = {
     *("rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scale_linear", "rope.scaling.type"),
@@ -95,9 +95,9 @@ ROPE = {
     *("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_log_multiplier"),
     *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
 }
-# Changes nothing that is computed: whether StableLM's layers run side by side is read from its tensors.
+# Keys that change no result: StableLM's tensors say whether its layers run in parallel.
 IRRELEVANT = {"tensor_data_layout", "rope.scaling.finetuned", "use_parallel_residual"}
-# Changes nothing where it has this value.
+# Keys that change no result if they have this value.
 NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale", "expert_weights_scale"), 1.0),
     **dict.fromkeys(("expert_count", "expert_used_count", "attention.max_alibi_bias", "attention.clamp_kqv"), 0),
@@ -115,7 +115,7 @@ class GGUFHeader:
 
     Attributes:
         architecture: llama.cpp's name.
-        metadata: the keys under that name, without it.
+        metadata: the keys under that name, without the name.
         tensors: names of all tensors.
         factors: by name, the tensors [F] of rotary frequency factors, float64.
     """
@@ -126,12 +126,7 @@ class GGUFHeader:
     factors: Mapping[str, np.ndarray]
 
 
-def read_header(path: Path) -> GGUFHeader:
-    """Reads the header of a GGUF file.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+def _header(path: Path) -> GGUFHeader:
     return _read_header(path, path.stat().st_mtime_ns)
 
 
@@ -163,9 +158,9 @@ def settle_config(config: Any, path: Path, name: str) -> None:
         name: what the user calls the model.
 
     Raises:
-        UserError: the architecture, or a key that may change what is computed, is not known here; names it.
+        UserError: the architecture, or a key that may change results, is not known here; names it.
     """
-    header = read_header(path)
+    header = _header(path)
     try:
         if (rule := ARCHITECTURES.get(header.architecture)) is None:
             known = ", ".join(sorted(ARCHITECTURES))
@@ -196,7 +191,7 @@ def _check_keys(header: GGUFHeader, rule: Architecture) -> None:
 
 
 def _attributes(header: GGUFHeader, rule: Architecture) -> dict[str, Any]:
-    """What the file says of each attribute of the configuration, rotary parameters apart."""
+    """The attributes of the configuration that the file states or implies, without rotary parameters."""
     metadata = header.metadata
     wanted = dict(rule.absent) | {name: metadata[key] for key, name in rule.names.items() if key in metadata}
     wanted |= {name: wanted[name] or None for name in CAPS if name in wanted}  # 0 means none
@@ -228,7 +223,7 @@ def _attributes(header: GGUFHeader, rule: Architecture) -> dict[str, Any]:
 
 
 def _rope_attributes(config: Any, metadata: Mapping[str, Any], main: dict[str, Any]) -> dict[str, Any]:
-    """The rotary parameters as this configuration holds them: once, or for each type of layer (Gemma-3)."""
+    """The rotary parameters in the form of this configuration: one set, or one a type of layer (Gemma-3)."""
     local = metadata.get("rope.freq_base_swa", 10_000.0)
     if "full_attention" in config.rope_parameters:
         within = {"rope_type": "default", "rope_theta": local}
@@ -236,7 +231,7 @@ def _rope_attributes(config: Any, metadata: Mapping[str, Any], main: dict[str, A
     if "rope.freq_base_swa" in metadata and local != main["rope_theta"]:
         raise UserError(f"expected one base of the rotary frequencies, found {main['rope_theta']:g} and {local:g}")
     wanted: dict[str, Any] = {"rope_parameters": main}
-    length = "original_max_position_embeddings"  # where the configuration has one of its own, that one counts
+    length = "original_max_position_embeddings"  # an attribute of this name takes precedence over the parameters
     if getattr(config, length, None) is not None and length in main:
         wanted[length] = main[length]
     return wanted
@@ -258,7 +253,7 @@ def _rope(header: GGUFHeader, head_dim: int, partial: bool) -> dict[str, Any]:
     if set(factors) == {LLAMA3}:
         if (known := _llama3(factors[LLAMA3], rope["rope_theta"], rotated, metadata)) is not None:
             return rope | known
-        factors = dict.fromkeys((LONG, SHORT), factors[LLAMA3])  # longrope that makes no difference of lengths
+        factors = dict.fromkeys((LONG, SHORT), factors[LLAMA3])  # longrope with the same factors at all lengths
     if factors or scaling["rope_type"] == "longrope":
         if missing := [name for name in (LONG, SHORT) if name not in factors]:
             raise UserError(f"expected the tensors {LONG} and {SHORT}, found no {' and no '.join(missing)}")
@@ -273,7 +268,7 @@ def _rope(header: GGUFHeader, head_dim: int, partial: bool) -> dict[str, Any]:
 
 
 def _scaling(metadata: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """The scaling that the metadata states; without a type it is linear, by default with factor 1."""
+    """The scaling that the metadata states; the default is linear with factor 1."""
     kind = metadata.get("rope.scaling.type", "linear")
     factor = float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 0.0)) or 1.0)
     for key in ("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"):
@@ -300,7 +295,7 @@ def _scaling(metadata: Mapping[str, Any], length: int) -> dict[str, Any]:
 
 
 def _llama3(factors_F: np.ndarray, theta: float, rotated: int, metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Llama 3.1's scaling, whose settings are recovered from its factors; None for factors of another making."""
+    """Llama 3.1's scaling, its settings recovered from its factors; None for factors of another scaling."""
     if np.allclose(factors_F, 1.0, rtol=1e-6):
         return {"rope_type": "default"}
     low, high, factor = 1.0, 4.0, float(factors_F.max())  # Llama 3.1 to 3.3; the lowest frequency has the whole factor
@@ -331,11 +326,11 @@ def check_tensors(model: Any, path: Path, name: str) -> None:
     """Checks that every tensor of the file is a weight of the model or was carried into its configuration.
 
     Raises:
-        UserError: there are others, which transformers leaves out.
+        UserError: there are others, which transformers would ignore.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    header = read_header(path)
+    header = _header(path)
     number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == header.architecture)
     names = get_tensor_name_map(number, model.config.num_hidden_layers)
     known = {*header.factors, "output.weight"}

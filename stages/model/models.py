@@ -1,7 +1,7 @@
 """A causal language model, from a hub id, a local folder or a GGUF file.
 
 In: a name. Out: the model with fp32 weights and without dropout, and the hash that identifies it in a cache's
-fingerprint. Both stages load through here, so policy and reference differ in nothing but their weights.
+fingerprint. Both stages load their models here, so that policy and reference differ in their weights alone.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 Recipe = Literal["fp32", "bf16"]
 
-# What a model needs; above all no pickled weights.
+# The files that a model needs; no pickled weights.
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "tokenizer*"]
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
-# Settings of dropout: `attn_pdrop`, `hidden_dropout_prob`, `layerdrop`, … Other numbers of randomness mean something in
-# evaluation too (PhiMoE's router masks by its `router_jitter_noise`).
+# Settings of dropout: `attn_pdrop`, `hidden_dropout_prob`, `layerdrop`, … Other random settings act in evaluation too
+# (PhiMoE's router masks by its `router_jitter_noise`).
 DROPOUT = re.compile(r"drop", re.IGNORECASE)
 
 
@@ -55,7 +55,7 @@ class ModelSource:
 
     @property
     def lasting_name(self) -> str:
-        """The name by which it can be found from anywhere: an absolute path, or the hub id."""
+        """A name that finds it from any folder: an absolute path, or the hub id."""
         local = Path(self.name).expanduser()
         return str(local.resolve()) if local.exists() else self.name
 
@@ -93,7 +93,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def find_files(name: str) -> ModelSource:
-    """Does what `find_model` does, without a look at what the folder holds."""
+    """`find_model` without a check of the folder's content."""
     path = _packaged_file(name) if name.startswith("package:") else Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -142,7 +142,7 @@ def check_model_folder(folder: Path, name: str) -> None:
         name: what the user calls it.
 
     Raises:
-        UserError: it has no configuration or no safetensors weights (a pickle could run code), has an adapter (which
+        UserError: it has no configuration, no safetensors weights (a pickle could run code), an adapter (which
             transformers would load too), or an index that names files elsewhere.
     """
     if (folder / ADAPTER_CONFIG).exists():
@@ -172,7 +172,7 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
     """Loads the model with fp32 weights, in eval mode, with every dropout set to 0.
 
     The weights are fp32 under both recipes: at the learning rates of preference optimization a bf16 weight does not
-    move. Compute runs in bf16 where autocast says so (`autocast`).
+    move. Under the bf16 recipe, `autocast` computes in bf16.
 
     Args:
         source: from `find_model`.
@@ -181,8 +181,8 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
 
     Raises:
         UserError: the files are not a whole causal language model, or it has no such attention implementation.
-        FloatingPointError: a weight is infinite, which soft-capped logits would hide; NaN is left to scoring, which
-            names the pairs.
+        FloatingPointError: a weight is infinite, which soft-capped logits would hide; scoring finds NaN and names the
+            pairs.
     """
     from transformers import AutoModelForCausalLM
 
@@ -191,12 +191,12 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
     with reading(f"model {source.name}: transformers cannot load it"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
-            config=config,  # without it, a configuration of a stranger's own code could take the place of ours
+            config=config,  # without it, a configuration with a stranger's own code could replace ours
             gguf_file=source.gguf_file,
             dtype=torch.float32,
             attn_implementation=attention,
             use_safetensors=True if source.gguf_file is None else None,
-            ignore_mismatched_sizes=True,  # they are refused below, with their names
+            ignore_mismatched_sizes=True,  # refused below, by name
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -231,7 +231,7 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
 
 
 def silence_config(config: Any) -> None:
-    """Sets every dropout of a transformers configuration, its parts included, to 0; the saved model keeps it so."""
+    """Sets every dropout of a transformers configuration, its parts included, to 0; a saved model keeps the zeros."""
     from transformers import PreTrainedConfig
 
     for name, value in list(vars(config).items()):
@@ -242,7 +242,7 @@ def silence_config(config: Any) -> None:
 
 
 def _silence_modules(model: nn.Module) -> None:
-    """Sets every dropout of a model's modules to 0: some are not in the configuration."""
+    """Sets every dropout of a model's modules to 0: the configuration does not list all of them."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -258,7 +258,7 @@ def _is_dropout(name: str, value: Any) -> bool:
 def attentions_to_try(requested: str, source: ModelSource, device: torch.device | str) -> tuple[str, ...]:
     """The attention implementation requested, or all that this model has and this device runs, the fastest first.
 
-    `load_supported` then tries which of them is right for the model. "packed" stands on sdpa, which has no
+    `load_supported` then takes the first that is right for the model. "packed" is built on sdpa, which has no
     soft-capping, so that Gemma-2 has only eager on CPU.
 
     Args:
@@ -267,7 +267,7 @@ def attentions_to_try(requested: str, source: ModelSource, device: torch.device 
         device: where it will run.
 
     Raises:
-        UserError: "packed_flex" is requested on CPU, or this is not a causal language model.
+        UserError: "packed_flex" is requested on CPU, or the model is not a causal language model.
     """
     if requested == FLEX and torch.device(device).type == "cpu":
         raise UserError(f"--attention: {FLEX} has no backward on CPU; leave the option out, or take eager")
@@ -298,12 +298,12 @@ def _config(source: ModelSource) -> Any:
 
 
 def autocast(recipe: Recipe, device: torch.device | str) -> torch.autocast:
-    """The compute recipe both stages run under: "fp32", or "bf16" autocast over fp32 weights."""
+    """The compute recipe of both stages: "fp32", or bf16 autocast over fp32 weights."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe == "bf16")
 
 
 def remembered_sha256(path: Path) -> str:
-    """SHA-256 of a file, remembered in the user's cache folder until its size or modification time changes."""
+    """SHA-256 of a file, remembered in the user's cache folder until the file's size or modification time changes."""
     path = path.resolve()
     with path.open("rb") as file:  # safetensors says of an unreadable file that it does not exist
         stat = os.fstat(file.fileno())
@@ -324,7 +324,7 @@ def remembered_sha256(path: Path) -> str:
 def _read_hashes(memory: Path) -> dict[str, Any]:
     try:
         content = json.loads(memory.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # then it is hashed again
+    except (FileNotFoundError, json.JSONDecodeError):  # files are hashed again
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -1,9 +1,8 @@
 """A sparse autoencoder (SAE), and the site in a model whose activations it reads.
 
-In: what a user writes for an SAE; a causal LM. Out: the SAE with its site and hash; the activations at sites as a
-forward pass computes them. `resid_post` is the output of a decoder layer; `mlp_out` is what a layer's MLP adds to the
-residual stream. Which module computes it depends on the architecture (Gemma-2: `post_feedforward_layernorm`, Llama:
-`mlp`); `anatomy.py` finds it.
+In: the name of an SAE; a causal LM. Out: the SAE with its site and hash; the activations at sites, as a forward pass
+computes them. `resid_post` is the output of a decoder layer; `mlp_out` is what a layer's MLP adds to the residual
+stream. `anatomy.py` finds the module that computes it (Gemma-2: `post_feedforward_layernorm`, Llama: `mlp`).
 """
 
 import hashlib
@@ -28,8 +27,8 @@ from .anatomy import anatomy, decoder_layers, first_tensor
 
 SiteKind = Literal["resid_post", "mlp_out"]
 
-# These encode each position by itself and reconstruct the activation that they read. SAELens saves BatchTopK SAEs as
-# "jumprelu". Transcoders reconstruct another activation; temporal SAEs read other positions too.
+# Architectures that encode each position by itself and reconstruct the activation that they read: neither transcoders
+# nor temporal SAEs. SAELens saves BatchTopK SAEs as "jumprelu".
 ARCHITECTURES = ("standard", "gated", "topk", "jumprelu")
 _SITES = (
     "blocks.L.hook_resid_post, blocks.L.hook_resid_pre, blocks.L.hook_mlp_out, model.layers.L or transformer.h.L (with "
@@ -40,17 +39,17 @@ _SPELLINGS: tuple[tuple[str, SiteKind], ...] = (
     (r"blocks\.(\d+)\.hook_resid_post", "resid_post"),
     (r"blocks\.(\d+)\.hook_mlp_out", "mlp_out"),
     (_LAYER + r"(?:\.output)?", "resid_post"),
-    # Wherever these names occur, they are the last norm before the sum (Gemma-2, OLMo-2; GLM-4).
+    # In every architecture that has them, these are the last norm before the sum (Gemma-2, OLMo-2; GLM-4).
     (_LAYER + r"\.(?:post_feedforward_layernorm|post_mlp_layernorm)(?:\.output)?", "mlp_out"),
 )
-# The arrays of an npz file may unpack to this many bytes, or to this multiple of the file's size if that is more:
+# The arrays of an npz file may unpack to this many bytes or this multiple of the file's size, whichever is more:
 # `np.savez` does not compress, and weights hardly compress.
 NPZ_BYTES, NPZ_RATIO = 1 << 26, 4
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """Where in a model an SAE reads: a layer (from 0) and a hook."""
+    """Where an SAE reads in a model: a layer (from 0) and a hook."""
 
     layer: int
     kind: SiteKind
@@ -69,7 +68,7 @@ class SiteSAE:
         site: the site.
         sae: a `sae_lens.SAE`.
         sha256: hash of its weights and of every setting but device and metadata; the same for every file format.
-        spec: what the user wrote.
+        spec: its name, as the user wrote it.
     """
 
     site: Site
@@ -98,7 +97,7 @@ def parse_site(text: str) -> Site:
         if match := re.fullmatch(pattern, text):
             return Site(int(match[1]), kind)
     if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", text):
-        if int(match[1]) > 0:  # the input of a layer is the output of the one before
+        if int(match[1]) > 0:  # a layer's input is the output of the layer before
             return Site(int(match[1]) - 1, "resid_post")
         raise UserError(f"expected a site after a layer, found {text!r}, which is before the first; choose another")
     raise UserError(f"expected a site as {_SITES}, got {text!r}")
@@ -112,28 +111,30 @@ def load_sae(spec: str, *, device: torch.device | str = "cpu") -> SiteSAE:
             `release:sae_id`, a name in SAELens' list of published SAEs, fetched from the hub;
             a folder that SAELens saved (`cfg.json`, `sae_weights.safetensors`);
             a Gemma Scope file with its site, `path/params.npz@blocks.25.hook_resid_post`.
-            `@site` may follow the others too, and must follow a folder whose metadata names no site.
+            `@site` may follow the others too, and must follow a folder whose metadata name no site.
         device: where the SAE goes.
 
     Raises:
-        UserError: the SAE does not exist or cannot be read, the hub is out of reach, its site is unknown or not the one
-            in `spec`, or it is not of a kind that encodes one activation by itself.
+        UserError: the SAE does not exist or cannot be read, the hub is out of reach, its site is unknown or not that of
+            `spec`, or it does not encode each activation by itself.
     """
     where, given = spec, None
     if "@" in spec and not Path(spec).exists():
         where, _, site_text = spec.rpartition("@")
         given = parse_site(site_text)
-    if where.endswith(".npz"):
-        sae = _read_gemma_scope(Path(where))
-    elif Path(where).is_dir():
-        sae = _read_folder(Path(where))
-    elif re.fullmatch(r"[^:]+:[^:]+", where):
-        sae = _fetch(*where.split(":"))
-    else:
-        raise UserError(
-            f"expected an SAE as release:sae_id, as a folder that SAELens saved or as params.npz@site; "
-            f"there is no folder {where!r} and it is not release:sae_id"
-        )
+    with warnings.catch_warnings():  # SAELens advises to load the model with TransformerLens
+        warnings.filterwarnings("ignore", r"\s*This SAE has non-empty model_from_pretrained_kwargs", UserWarning)
+        if where.endswith(".npz"):
+            sae = _read_gemma_scope(Path(where))
+        elif Path(where).is_dir():
+            sae = _read_folder(Path(where))
+        elif re.fullmatch(r"[^:]+:[^:]+", where):
+            sae = _fetch(*where.split(":"))
+        else:
+            raise UserError(
+                f"expected an SAE as release:sae_id, as a folder that SAELens saved or as params.npz@site; "
+                f"there is no folder {where!r} and it is not release:sae_id"
+            )
     _check_readable(sae, spec)
     site = _site_of(sae, given, spec)
     if _reads_centred(sae):
@@ -143,7 +144,7 @@ def load_sae(spec: str, *, device: torch.device | str = "cpu") -> SiteSAE:
 
 
 def _read_gemma_scope(path: Path) -> Any:
-    """Builds a JumpReLU SAE from a Gemma Scope file, which holds float32 arrays and nothing about the model."""
+    """Builds a JumpReLU SAE from a Gemma Scope file, which holds float32 arrays alone."""
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
     arrays = read_npz(path)
@@ -173,7 +174,7 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     with path.open("rb") as raw, reading(f"expected an npz file of plain arrays, {path} is not one"):
         with zipfile.ZipFile(raw) as archive:
             members = archive.infolist()
-        # Of these two zipfile unpacks no more at a time than it is asked for.
+        # For these two, zipfile unpacks no more at a time than it is asked for.
         if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
             raise UserError("expected arrays as np.savez writes them, found another compression")
         limit, total = max(NPZ_BYTES, NPZ_RATIO * size), sum(member.file_size for member in members)
@@ -192,7 +193,7 @@ def _read_folder(folder: Path) -> Any:
             found = sorted(path.name for path in folder.iterdir())
             raise UserError(f"expected {name} in {folder}, as SAELens saves an SAE; found {found}")
         (folder / name).open("rb").close()  # safetensors says of an unreadable file that it does not exist
-    with reading(f"SAELens cannot read the SAE in {folder}"), _no_advice():
+    with reading(f"SAELens cannot read the SAE in {folder}"):
         return SAE.load_from_disk(folder, device="cpu")
 
 
@@ -200,8 +201,7 @@ def _fetch(release: str, sae_id: str) -> Any:
     from sae_lens import SAE
 
     try:
-        with _no_advice():
-            return SAE.from_pretrained(release, sae_id, device="cpu")
+        return SAE.from_pretrained(release, sae_id, device="cpu")
     except (OSError, ValueError) as error:  # a ValueError: SAELens lists no such release or SAE
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(
@@ -210,16 +210,8 @@ def _fetch(release: str, sae_id: str) -> Any:
         ) from error
 
 
-@contextmanager
-def _no_advice() -> Iterator[None]:
-    """Silences SAELens' advice on loading the model with TransformerLens."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"\s*This SAE has non-empty model_from_pretrained_kwargs", UserWarning)
-        yield
-
-
 def _check_readable(sae: Any, spec: str) -> None:
-    """Refuses an SAE that does not map one activation of a Hugging Face model to the features of that position."""
+    """Refuses an SAE that does not encode each activation of a Hugging Face model by itself, to finite features."""
     architecture, normalization = sae.cfg.architecture(), sae.cfg.normalize_activations
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -287,7 +279,7 @@ def _hash(sae: Any) -> str:
 
 
 def check_fits(site_sae: SiteSAE, model: PreTrainedModel) -> None:
-    """Checks that the model has the SAE's layer and activations of its size.
+    """Checks that the model has the SAE's site, with activations of its size.
 
     Raises:
         UserError: it does not.
@@ -310,12 +302,12 @@ def check_fits(site_sae: SiteSAE, model: PreTrainedModel) -> None:
 def capture_sites(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
     """Captures the activations at `sites` of a forward pass that runs inside the context.
 
-    Gradients flow through them. Activation checkpointing must be the non-reentrant kind (`use_reentrant=False`): under
-    the reentrant kind `mlp_out` gets no gradient, silently.
+    Gradients flow through them. Activation checkpointing must be non-reentrant (`use_reentrant=False`): otherwise
+    `mlp_out` silently gets no gradient.
 
     Args:
         model: a causal LM; for a PEFT model, the model inside.
-        sites: which activations to capture.
+        sites: the sites to read.
 
     Yields:
         A dict that the forward pass fills: `[batch, length, d]` for every site, in the model's dtype.

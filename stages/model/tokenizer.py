@@ -1,6 +1,6 @@
 """The tokenizer of a model: loaded, identified, and checked against the model's embeddings.
 
-In: a `ModelSource`. Out: the tokenizer; the hash that identifies it in a cache's fingerprint.
+In: a `ModelSource`. Out: the tokenizer; its hash for a cache's fingerprint.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
-    """Loads the tokenizer that lies beside the weights.
+    """Loads the tokenizer beside the weights.
 
     Raises:
         UserError: there is none.
@@ -31,7 +31,7 @@ def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder, gguf_file=source.gguf_file, local_files_only=True, trust_remote_code=False
         )
-        # Without its files transformers makes up a tokenizer that knows no word.
+        # Without the tokenizer's files, transformers makes up a tokenizer of special tokens alone.
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise UserError("expected a tokenizer beside the weights, found no tokens; add the tokenizer's files")
     return tokenizer
@@ -40,7 +40,7 @@ def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
 def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int] = ()) -> None:
     """Checks that the model embeds every ordinary token, and `ids`, which a chat template writes.
 
-    Added tokens may lack an embedding: some tokenizers have added tokens that nothing writes.
+    Other added tokens may lack an embedding: some tokenizers have added tokens that no text contains.
 
     Raises:
         UserError: a token has no embedding.
@@ -75,7 +75,7 @@ def check_tokens(
 
 
 def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Hash of the tokenizer's pipeline and special tokens, whatever files it came from; not of its chat template."""
+    """Hash of the tokenizer's pipeline and special tokens, not of its files or its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pipeline: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     if backend is not None:  # state of the last call

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...cache.errors import UserError
 from ...cache.schema import Pair
@@ -42,17 +43,6 @@ class RowLayout(NamedTuple):
     def padding(self, tokens: int) -> int:
         """How many padding positions a row of `tokens` tokens gets."""
         return max(-tokens % self.pad_to, LEAST_BLOCKS * BLOCK - tokens if self.windows else 0)
-
-    def blocks(
-        self,
-        position_ids_L: NDArray[np.int64],
-        pair_L: NDArray[np.int64],
-        part_L: NDArray[np.int64],
-        device: torch.device | str = "cpu",
-    ) -> tuple[RowBlocks, ...]:
-        """The `RowBlocks` of a row for each window."""
-        made = (row_blocks(position_ids_L, pair_L, part_L, window) for window in self.windows)
-        return tuple(blocks.with_tensors(lambda tensor: tensor.to(device)) for blocks in made)
 
 
 UNPADDED = RowLayout()
@@ -225,25 +215,33 @@ def _row(
     targets: Sequence[NDArray[Any]],
 ) -> PackedRow:
     """Joins the pieces of a row and pads it."""
+
+    def tensor(values: Any) -> Tensor:
+        return torch.from_numpy(np.asarray(values, np.int64))
+
     sizes = [piece.ids.size for piece in pieces]
-    padding = layout.padding(sum(sizes))
-
-    def padded(values: NDArray[Any], fill: int) -> NDArray[np.int64]:
-        return np.pad(values.astype(np.int64), (0, padding), constant_values=fill)
-
-    position_ids_L = padded(np.concatenate([p.position + np.arange(p.ids.size) for p in pieces]), 0)
-    pair_L = padded(np.repeat([piece.pair for piece in pieces], sizes), PADDING)
-    part_L = padded(np.repeat([piece.part for piece in pieces], sizes), PROMPT)
-    return PackedRow(
+    row = PackedRow(
         pairs=tuple(indices),
         names=tuple(names),
-        input_ids_L=torch.from_numpy(padded(np.concatenate([piece.ids for piece in pieces]), 0)),
-        position_ids_L=torch.from_numpy(position_ids_L),
-        pair_L=torch.from_numpy(pair_L),
-        part_L=torch.from_numpy(part_L),
-        sources_T=torch.from_numpy(np.concatenate(sources).astype(np.int64)),
-        targets_T=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        input_ids_L=tensor(np.concatenate([piece.ids for piece in pieces])),
+        position_ids_L=tensor(np.concatenate([piece.position + np.arange(piece.ids.size) for piece in pieces])),
+        pair_L=tensor(np.repeat([piece.pair for piece in pieces], sizes)),
+        part_L=tensor(np.repeat([piece.part for piece in pieces], sizes)),
+        sources_T=tensor(np.concatenate(sources)),
+        targets_T=tensor(np.concatenate(targets)),
         lengths=tuple(part.size for part in targets),
         tokens=sum(sizes),
-        blocks=layout.blocks(position_ids_L, pair_L, part_L),
     )
+    return padded(row, layout)
+
+
+def padded(row: PackedRow, layout: RowLayout) -> PackedRow:
+    """Pads a row and adds the blocks of its layout."""
+    fills = {"input_ids_L": 0, "position_ids_L": 0, "pair_L": PADDING, "part_L": PROMPT}
+    ends = (0, layout.padding(row.tokens))
+    changed: dict[str, Any] = {name: pad(getattr(row, name), ends, value=fill) for name, fill in fills.items()}
+    row = replace(row, **changed)
+    structure = [values_L.numpy(force=True) for values_L in (row.position_ids_L, row.pair_L, row.part_L)]
+    blocks = (row_blocks(*structure, window) for window in layout.windows)
+    device = row.input_ids_L.device
+    return replace(row, blocks=tuple(one.with_tensors(lambda tensor: tensor.to(device)) for one in blocks))

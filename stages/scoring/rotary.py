@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .masks import sequences_of
-from .packing import PADDING, PROMPT, PackedRow, RowLayout
+from .packing import PADDING, PackedRow, RowLayout, padded
 
 # Unknown rotary embeddings are tried at these lengths, and on either side of the configuration's longest.
 _LENGTHS = (64, 1024, 4097, 8193, 32769, 131073, 1048577)
@@ -111,26 +111,18 @@ def _part(
     new_L[kept_L] = torch.arange(len(kept), device=device)
     response_T = torch.repeat_interleave(torch.tensor(row.lengths, device=device))
     targets_T = torch.isin(response_T, torch.tensor(numbers, device=device)).nonzero().squeeze(1)
-    padding = layout.padding(len(kept))
-
-    def of(values_L: Tensor, fill: int) -> Tensor:
-        return torch.nn.functional.pad(values_L[kept_L], (0, padding), value=fill)
-
-    structure = of(row.position_ids_L, 0), of(row.pair_L, PADDING), of(row.part_L, PROMPT)
-    position_ids_L, pair_L, part_L = (values_L.cpu().numpy() for values_L in structure)
     part = replace(
         row,
-        input_ids_L=of(row.input_ids_L, 0),
-        position_ids_L=structure[0],
-        pair_L=structure[1],
-        part_L=structure[2],
-        blocks=layout.blocks(position_ids_L, pair_L, part_L, device),
+        input_ids_L=row.input_ids_L[kept_L],
+        position_ids_L=row.position_ids_L[kept_L],
+        pair_L=row.pair_L[kept_L],
+        part_L=row.part_L[kept_L],
         sources_T=new_L[row.sources_T[targets_T]],
         targets_T=row.targets_T[targets_T],
         lengths=tuple(row.lengths[number] for number in numbers),
         tokens=len(kept),
     )
-    return part, targets_T
+    return padded(part, layout), targets_T
 
 
 def unknown_scaling(model: nn.Module) -> str | None:

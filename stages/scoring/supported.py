@@ -77,8 +77,7 @@ def check_model(model: nn.Module) -> None:
     except Exception as error:  # noqa: BLE001 (whatever a model's own code raises, it does not run packed rows)
         fault = f"an error in its own code ({type(error).__name__}: {' '.join(str(error).split())})"
     if fault:
-        expected = f"packed rows (attention: {attention}) to score as separate sequences"
-        raise not_supported(inner, expected, fault)
+        raise not_supported(inner, f"packed rows (attention: {attention}) to score as separate sequences", fault)
     _RIGHT[inner] = attention
 
 
@@ -247,11 +246,10 @@ def _row(inner: Any, shapes: Sequence[Sequence[int]], seed: int) -> tuple[Packed
 @contextmanager
 def _window(inner: Any, tokens: int) -> Iterator[None]:
     """Shortens every attention window to `tokens`, so that a short row exceeds it."""
-    places: dict[int, Any] = {id(part): part for part in inner.modules()}
-    places |= {id(part.config): part.config for part in inner.modules() if hasattr(part, "config")}
+    parts = list(inner.modules())
     held = [
         (place, name, value)
-        for place in places.values()
+        for place in [*parts, *(part.config for part in parts if hasattr(part, "config"))]
         for name, value in list(vars(place).items())
         if WINDOWS.search(name) and isinstance(value, int) and value > tokens
     ]
@@ -344,8 +342,7 @@ def freeze(model: Any, recipe: Recipe, *, compiled: bool, sites: Sequence[Site] 
     """
     model.requires_grad_(False).eval()
     layers = decoder_layers(causal_lm(model))
-    cast = any(weight.dtype == torch.bfloat16 for weight in layers.parameters())
-    if are_compiled(layers) or cast:
+    if are_compiled(layers) or any(weight.dtype == torch.bfloat16 for weight in layers.parameters()):
         return
     check_model(model)  # while its weights are fp32
     cast_weights(layers, recipe)
