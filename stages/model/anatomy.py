@@ -153,7 +153,7 @@ def _examine(model: Any) -> Anatomy:
         run is not None and getattr(run.left, "ndim", 0) == 3 and any(_equal(taken, run.left) for taken in next_inputs)
         for run, next_inputs in zip(runs, following, strict=True)
     ]
-    mlp_out = [run and _mlp_out(layer, run) for layer, run in zip(layers, runs, strict=True)]
+    mlp_out = [None if run is None else _mlp_out(layer, run) for layer, run in zip(layers, runs, strict=True)]
     return Anatomy(scale, softcap, tuple(resid_post), tuple(mlp_out))
 
 

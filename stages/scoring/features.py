@@ -143,10 +143,11 @@ class LargestFeatures:
     floor_R: Tensor
     nnz_R: Tensor
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors, in the order of the attributes."""
-        return [tensor for tensor in vars(self).values() if tensor is not None]
+    def to(self, device: torch.device | str) -> "LargestFeatures":
+        """A copy with its tensors on `device`, made without waiting."""
+        return LargestFeatures(
+            *(value if value is None else value.to(device, non_blocking=True) for value in vars(self).values())
+        )
 
     def stored(self, width: int) -> list[SparseFeatures]:
         """One entry a response; ids are uint16, or uint32 above 65,536 features. The tensors must be on the host."""

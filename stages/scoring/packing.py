@@ -241,6 +241,8 @@ def padded(row: PackedRow, layout: RowLayout) -> PackedRow:
     ends = (0, layout.padding(row.tokens))
     changed: dict[str, Any] = {name: pad(getattr(row, name), ends, value=fill) for name, fill in fills.items()}
     row = replace(row, **changed)
+    if not layout.windows:
+        return row
     structure = [values_L.numpy(force=True) for values_L in (row.position_ids_L, row.pair_L, row.part_L)]
     blocks = (row_blocks(*structure, window) for window in layout.windows)
     device = row.input_ids_L.device

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fpo.stages.model.anatomy import anatomy
 from fpo.stages.model.sae import Site
-from fpo.stages.scoring.measure import HostCopy, measure_pairs
+from fpo.stages.scoring.measure import RowResult, measure_pairs
 from pairs import calm_gemma2, random_pairs
 from tiny import tiny_sae
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,14 +32,14 @@ class Waits(TorchDispatchMode):
 def test_a_row_is_read_once_however_many_responses_it_holds(monkeypatch, count, keep):
     saes = [tiny_sae(), tiny_sae(site=Site(1, "mlp_out"), seed=1)]
     waits, reads = Waits(), Counter()
-    plain_read = HostCopy.read
+    plain_read = RowResult.read
 
-    def read(self: HostCopy) -> list[torch.Tensor]:
+    def read(self: RowResult, *args: Any) -> Any:
         reads["read"] += 1
         for name in ("cpu", "tolist", "numpy"):  # from here on all is on the host
             monkeypatch.setattr(torch.Tensor, name, plain[name])
         try:
-            return plain_read(self)
+            return plain_read(self, *args)
         finally:
             reads["finished"] += 1
 
@@ -54,7 +54,7 @@ def test_a_row_is_read_once_however_many_responses_it_holds(monkeypatch, count, 
 
     for name in plain:
         monkeypatch.setattr(torch.Tensor, name, counted(name))
-    monkeypatch.setattr(HostCopy, "read", read)
+    monkeypatch.setattr(RowResult, "read", read)
     model = calm_gemma2()
     anatomy(model)  # found once a model
     with waits:
