@@ -70,7 +70,7 @@ def find_policy(name: str, base: str | None = None) -> ModelSource | AdapterSour
     source = find_files(name)
     if source.gguf_file is not None or not (source.folder / ADAPTER_CONFIG).exists():
         if base is not None:
-            raise UserError(f"--base: {name} is a model and no adapter ({ADAPTER_CONFIG}); leave it out")
+            raise UserError(f"--base: {name} is a model, not an adapter ({ADAPTER_CONFIG}); leave it out")
         if source.gguf_file is None:
             check_model_folder(source.folder, name)
         return source
@@ -127,10 +127,13 @@ def load_adapter(source: AdapterSource, *, attention: str, device: torch.device 
         adapted = PeftModel(model, config)
         report = adapted.load_adapter(str(source.folder), "default", torch_device=str(device))
         if wrong := [*report.missing_keys, *report.unexpected_keys]:
-            raise UserError(f"{len(wrong)} weights are in one of them alone, as {wrong[0]}; give another --base")
+            raise UserError(
+                f"expected one set of LoRA weights, found {len(wrong)} in the file or in the model alone, such as "
+                f"{wrong[0]}; give another --base"
+            )
     if infinite := [name for name, weight in adapted.named_parameters() if not weight.isfinite().all()]:
         raise FloatingPointError(
-            f"adapter {source.name}: expected finite weights, found others in {len(infinite)} of them, as "
+            f"adapter {source.name}: expected finite weights, found {len(infinite)} with other values, such as "
             f"{infinite[0]}; give another copy"
         )
     return adapted.to(device).eval()

@@ -223,7 +223,7 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
     infinite = [name for name, weight in model.named_parameters() if weight.isinf().any()]
     if infinite:
         raise FloatingPointError(
-            f"model {source.name}: expected finite weights, found infinities in {len(infinite)} of them, as "
+            f"model {source.name}: expected finite weights, found {len(infinite)} with infinities, such as "
             f"{infinite[0]}; give another copy"
         )
     _silence_modules(model)

@@ -11,7 +11,7 @@ I = 2K looked-up features.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -145,9 +145,8 @@ class LargestFeatures:
 
     def to(self, device: torch.device | str) -> "LargestFeatures":
         """A copy with its tensors on `device`, made without waiting."""
-        return LargestFeatures(
-            *(value if value is None else value.to(device, non_blocking=True) for value in vars(self).values())
-        )
+        tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
     def stored(self, width: int) -> list[SparseFeatures]:
         """One entry a response; ids are uint16, or uint32 above 65,536 features. The tensors must be on the host."""

@@ -135,7 +135,7 @@ def run_head(
     """
     inner = causal_lm(model)
     found, head = anatomy(inner), inner.get_output_embeddings()
-    theirs = reference and (reference.hidden_TD, reference.head_VD, reference.bias_V)
+    theirs = None if reference is None else (reference.hidden_TD, reference.head_VD, reference.bias_V)
 
     def forward(self: nn.Linear, hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
         return token_scores(

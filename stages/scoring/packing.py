@@ -243,7 +243,8 @@ def padded(row: PackedRow, layout: RowLayout) -> PackedRow:
     row = replace(row, **changed)
     if not layout.windows:
         return row
-    structure = [values_L.numpy(force=True) for values_L in (row.position_ids_L, row.pair_L, row.part_L)]
-    blocks = (row_blocks(*structure, window) for window in layout.windows)
+    structure = (row.position_ids_L, row.pair_L, row.part_L)
+    position_ids_L, pair_L, part_L = (values_L.numpy(force=True) for values_L in structure)
+    blocks = (row_blocks(position_ids_L, pair_L, part_L, window) for window in layout.windows)
     device = row.input_ids_L.device
     return replace(row, blocks=tuple(one.with_tensors(lambda tensor: tensor.to(device)) for one in blocks))

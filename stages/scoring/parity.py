@@ -156,8 +156,8 @@ def check_packings(first: Sequence[CachedPair], second: Sequence[CachedPair], re
         worst, *others = sorted(wrong, key=lambda name: -wrong[name][0])
         more = f", and {', '.join(others[:3])}{' …' if len(others) > 3 else ''}" if others else ""
         raise UserError(
-            f"expected a pair to mean the same in two packings, found {worst}: {wrong[worst][1]}{more}; what this "
-            "model computes depends on what it is packed with: give --attention eager, or another model"
+            f"expected a pair to mean the same in two packings, found {worst}: {wrong[worst][1]}{more}; "
+            "this model's results depend on what a pair is packed with: give --attention eager, or another model"
         )
 
 

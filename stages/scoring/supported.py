@@ -64,8 +64,8 @@ def check_model(model: nn.Module) -> None:
     read = {id(getattr(head, name, None)) for name in ("weight", "bias")}
     if unread := [name for name, part in head.named_parameters() if id(part) not in read]:
         raise UserError(
-            f"expected an output head of its own weight alone, found an adapter on it ({unread[0]}), which "
-            "is not supported; leave the head out of the adapter's target modules"
+            f"expected no adapter on the output head, found one ({unread[0]}), which is not supported; leave the head "
+            "out of the adapter's target modules"
         )
     attention = inner.config._attn_implementation
     if _RIGHT.get(inner) == attention:

@@ -102,7 +102,7 @@ def test_an_infinite_weight_that_soft_capping_would_hide_stops_every_command(
         evaluate(world, out, model),
         sft(world, tmp_path, model=model),
     ):
-        stopped(result, rf"fpo: model {model}: expected finite weights, found infinities in 1 of them, as {name}")
+        stopped(result, rf"fpo: model {model}: expected finite weights, found 1 with infinities, such as {name}")
         tally("numbers that are not finite, caught")
     assert not out.exists()
 

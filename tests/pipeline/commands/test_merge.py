@@ -179,11 +179,14 @@ UNUSABLE: dict[str, tuple[Change, str]] = {
         },
         "PEFT cannot put it into .*other",
     ),
-    "weights are missing": (lambda c, w, t: {"model": cut(c())}, "weights are in one of them alone, as base_model"),
+    "weights are missing": (
+        lambda c, w, t: {"model": cut(c())},
+        "in the file or in the model alone, such as base_model",
+    ),
     "another kind": (lambda c, w, t: {"model": c(peft_type="IA3")}, "expected a LoRA adapter, found peft_type 'IA3'"),
     "a pickle": (lambda c, w, t: {"model": pickled(c())}, "expected adapter_model.safetensors"),
     "not finite": (lambda c, w, t: {"model": spoilt(c())}, "expected finite weights"),
-    "base of a model": (lambda c, w, t: {"model": w.gemma, "base": w.gemma}, "--base: .* is a model and no adapter"),
+    "base of a model": (lambda c, w, t: {"model": w.gemma, "base": w.gemma}, "--base: .* is a model, not an adapter"),
 }
 
 

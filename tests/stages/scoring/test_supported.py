@@ -174,7 +174,7 @@ def test_an_adapter_on_the_output_head_is_refused():
         return get_peft_model(calm_llama(tie_word_embeddings=False), config)
 
     check_model(adapted("q_proj", "down_proj"))
-    with pytest.raises(ValueError, match=r"\A[^\n]*adapter on it \(lora_A[^\n]*leave the head out[^\n]*\Z"):
+    with pytest.raises(ValueError, match=r"\A[^\n]*adapter on the output head, found one \(lora_A[^\n]*leave the head out[^\n]*\Z"):
         check_model(adapted("q_proj", "lm_head"))
     model = calm_llama(tie_word_embeddings=False)
     check_model(model)  # what was found right before is not right with the adapter
