@@ -18,15 +18,13 @@ from ..config import TableConfig
 from ..world.world import begin, in_the_world, is_made, provide, world_folder, world_steps
 from . import figures
 from .claims import Claim, ablation_claims, comparison_claims
-from .facts import facts_of, note_of, short_note
-from .page import Page, PageFigure, Table, write_page
+from .page import Page, PageFigure, Table, facts_of, note_of, short_note, write_page
 from .paper import paper_columns, win_rates
 from .plan import Plan, Run, make_plan
 from .preflight import missing, print_plan
 from .records import (
-    ACCURACY,
+    ABLATION_COLUMNS,
     COLUMNS,
-    ENTROPY,
     Column,
     Curve,
     Record,
@@ -44,8 +42,6 @@ from .style import save
 
 # Whose tokens are compared with Appendix B's bound.
 BOUND_ROWS = ("dpo", "tdpo2", "simpo", "fpo")
-
-ABLATION_KEYS = ("length/finished", "kl/chosen", "kl/rejected", "features/mse_chosen", "features/mse_rejected")
 
 
 def run_table(name: str, config: TableConfig) -> None:
@@ -205,9 +201,8 @@ def _report_ablations(plan: Plan, parts: dict[str, list[Run]], facts: dict[str, 
         "alpha": "Table 3, right: α, with and without stop-gradient (sg)",
         "layers": "Table 7: the constraint at several sites",
     }
-    columns = (ACCURACY, ENTROPY, *(column for column in COLUMNS if column.key in ABLATION_KEYS))
     records = {name: [read_record(run, plan.evaluation(run)) for run in runs] for name, runs in parts.items() if runs}
-    tables = [_table(plan, name, captions[name], found, columns) for name, found in records.items()]
+    tables = [_table(plan, name, captions[name], found, ABLATION_COLUMNS) for name, found in records.items()]
     _write(plan, "ablations", tables, ablation_claims(records.get("sites", []), records["alpha"]), [], facts)
 
 
