@@ -157,7 +157,7 @@ class Renderer:
                 text = self._tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
                     # An empty list would be announced by some templates.
-                    tools=[_without_nulls(tool) for tool in tools] or None,
+                    tools=[without_nulls(tool) for tool in tools] or None,
                     chat_template=template,
                     tokenize=False,
                     add_generation_prompt=answer_next,
@@ -186,7 +186,7 @@ class Renderer:
 
 def _message(message: Mapping[str, Any], arguments: Any) -> dict[str, Any]:
     """A message as templates read it, the arguments of its tool calls changed by `arguments`."""
-    found: dict[str, Any] = _without_nulls(message)
+    found: dict[str, Any] = without_nulls(message)
     if calls := found.get("tool_calls"):
         found["tool_calls"] = [
             {**call, "function": arguments(call["function"])} if "function" in call else arguments(call)
@@ -213,7 +213,8 @@ def _encoded(function: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """A value without the null fields that Arrow adds where other rows have a field."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
