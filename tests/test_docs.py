@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 from fpo.pipeline.cli import app
+from fpo.pipeline.config import COMMANDS
+from fpo.pipeline.config_files import load_config
 
 PROJECT = Path(__file__).parents[1]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -57,9 +59,13 @@ def test_a_script_that_the_pages_name_exists():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_parses_and_links_resolve(page):
+def test_python_and_yaml_parse_and_links_resolve(page, tmp_path):
     for block in blocks(page, "python"):
         ast.parse(block)
+    for number, block in enumerate(blocks(page, "yaml")):
+        (tmp_path / f"{number}.yaml").write_text(block)
+        for command in COMMANDS.values():
+            load_config(command, str(tmp_path / f"{number}.yaml"), {})
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         path, _, anchor = target.partition("#")
         if path.startswith("http"):

@@ -9,8 +9,8 @@ import torch
 import transformers
 import yaml
 from fpo.cache.reader import open_cache
+from fpo.stages.model import attention as packed
 from fpo.stages.model import flex
-from fpo.stages.scoring import attention as packed
 from seams.lab import Lab, plain_model
 from seams.of_training import TRAINING, loss_of
 from seams.options import effect

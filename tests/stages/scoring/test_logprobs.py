@@ -2,7 +2,8 @@ import logging
 
 import pytest
 import torch
-from fpo.stages.scoring import flex, logprobs
+from fpo.stages.model import flex
+from fpo.stages.scoring import logprobs
 from fpo.stages.scoring.logprobs import chunk_tokens, token_scores
 from torch import Tensor
 
