@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 import torch
 from fpo.pipeline.report import page
-from fpo.pipeline.report.facts import processor_name
 
 from .measuring import Result
 
@@ -89,7 +88,7 @@ def hardware() -> Result:
     """What the figures were measured on."""
     found = {
         "machine": platform.machine(),
-        "cpu": processor_name(),
+        "cpu": page.processor_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

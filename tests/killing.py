@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from fpo.pipeline.cli import app
-from fpo.pipeline.commands.jobs import COMMANDS, SLOW_IMPORTS
+from fpo.pipeline.commands.jobs import MODULES, SLOW_IMPORTS
 
-PRELOAD = [f"fpo.pipeline.commands.{name}" for name in COMMANDS] + SLOW_IMPORTS
+PRELOAD = [f"fpo.pipeline.commands.{name}" for name in MODULES] + SLOW_IMPORTS
 KILLED = -signal.SIGKILL
 
 

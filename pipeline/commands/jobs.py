@@ -1,8 +1,8 @@
-"""Runs the steps of a plan, several at a time, each in a process of its own.
+"""Runs the steps of a plan, several at a time, each in its own process.
 
-In: steps, each one command of `fpo` with its configuration. Out: their folders, each with `step.json` once it is done.
-What is done is not run again; what was stopped goes on where its command can, and starts again where it cannot. A fresh
-process a step keeps its peak memory its own; it is forked from a server that has the heavy imports behind it.
+In: steps, each one `fpo` command with its configuration. Out: their folders, with a `step.json` in each finished one.
+Finished steps are skipped. An interrupted step resumes if its command can, else it starts again. Each step has a fresh
+process, so that its peak memory is its own; a fork server does the slow imports once for all of them.
 """
 
 import json
@@ -24,6 +24,7 @@ from typing import Any
 import typer
 from tqdm import tqdm
 
+from ...cache.errors import UserError
 from ...cache.files import write_atomically
 from ..config import AlignConfig
 from ..errors import is_expected, one_line
@@ -31,7 +32,7 @@ from . import run_command
 
 DONE = "step.json"
 
-# What the server that steps are forked from imports once.
+# What the fork server imports once.
 MODULES = ("precompute", "sft", "train_sae", "align", "evaluate")
 SLOW_IMPORTS = ["sae_lens", "scipy.stats", "transformers.models.gemma2.modeling_gemma2"]
 
@@ -42,9 +43,9 @@ class Step:
 
     Attributes:
         command: its name: precompute, align, sft, train-sae or evaluate.
-        label: what a person reads.
-        config: its configuration, `out` included.
-        needs: folders of the steps that it stands on.
+        label: its name for people.
+        config: the configuration of that command, `out` included.
+        needs: output folders of the steps that must finish first.
     """
 
     command: str
@@ -60,25 +61,25 @@ class Step:
 
     @property
     def log(self) -> Path:
-        """What it said, beside its folder."""
+        """Everything that it prints, in a file beside its folder."""
         return self.out.with_name(f"{self.out.name}.log")
 
     @property
     def done(self) -> bool:
-        """Whether it ran to its end."""
+        """Whether it has finished."""
         return (self.out / DONE).is_file()
 
 
 def run_steps(steps: Sequence[Step], jobs: int) -> None:
-    """Runs every step that is not done, in their order as far as what they need allows.
+    """Runs the unfinished steps, each as soon as the steps that it needs are done.
 
     Args:
-        steps: the steps; what a step needs stands before it.
-        jobs: how many run at a time; each has its share of the cores.
+        steps: the steps; each comes after those that it needs.
+        jobs: how many run at a time; they share the cores equally.
 
     Raises:
-        ValueError: if a step failed; the others that were running have been waited for.
-        KeyboardInterrupt: if stopped; running steps were told to stop.
+        UserError: a step failed; the steps that were running beside it have finished.
+        KeyboardInterrupt: stopped by a signal; the running steps were stopped too.
     """
     waiting = [step for step in steps if not step.done]
     finished = {step.out for step in steps} - {step.out for step in waiting}
@@ -93,9 +94,9 @@ def run_steps(steps: Sequence[Step], jobs: int) -> None:
                 while not failed and len(running) < jobs and (step := _next(waiting, finished)) is not None:
                     waiting.remove(step)
                     child = context.Process(target=_work, args=(step, threads, os.getpid()))
-                    child.start()  # where this is stopped there is nothing to terminate yet
+                    child.start()  # interrupted here, there is no child to terminate
                     running[step] = child
-                assert running, "a step stands before what it needs"
+                assert running, "a step comes before one that it needs"
                 bar.set_postfix_str(", ".join(step.label for step in running))
                 wait([process.sentinel for process in running.values()])
                 for step, process in list(running.items()):
@@ -115,7 +116,7 @@ def run_steps(steps: Sequence[Step], jobs: int) -> None:
             for process in running.values():
                 process.join()
     if failed:
-        raise ValueError(_failure(*failed[0]))
+        raise UserError(_failure(*failed[0]))
 
 
 def seconds_of(step: Step) -> float:
@@ -124,25 +125,26 @@ def seconds_of(step: Step) -> float:
 
 
 def _failure(step: Step, exitcode: int) -> str:
-    """Why a step failed: the last line that it said, unless it was killed."""
+    """Why a step failed: the signal that killed it, or the last line of its log."""
     if exitcode < 0:
-        reason = f"killed by {signal.Signals(-exitcode).name}, for want of memory if by nobody; run it again to go on"
+        name = signal.Signals(-exitcode).name
+        reason = f"killed by {name}, probably because memory ran out; run the same command again to resume"
     else:
-        said = step.log.read_text(errors="replace").strip().splitlines() if step.log.exists() else []
-        reason = said[-1] if said else "it died"
-    return f"{step.label}: {reason} (all it said: {step.log})"
+        lines = step.log.read_text(errors="replace").strip().splitlines() if step.log.exists() else []
+        reason = lines[-1] if lines else f"it ended with exit code {exitcode} and printed nothing"
+    return f"{step.label}: {reason} (full log: {step.log})"
 
 
 def _next(waiting: Sequence[Step], finished: set[Path]) -> Step | None:
-    """The first step all of whose needs are there."""
+    """The first step that needs no unfinished one; None if all must wait."""
     return next((step for step in waiting if finished.issuperset(step.needs)), None)
 
 
 def _work(step: Step, threads: int, parent: int) -> None:
-    """What the process of a step does: its command, with everything it says in its log.
+    """Runs a step in its process, with standard output and standard error in its log.
 
-    Ctrl-C reaches every process of the terminal; the one that plans then stops the others. A process that is stopped
-    cleans up behind itself, where one that is killed would leave semaphores, of which Python warns.
+    Ctrl-C reaches every process of the terminal: the step ignores it and waits for the parent's SIGTERM. It exits
+    through SystemExit, so that it releases its semaphores; Python warns of those that a killed process leaves.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
@@ -157,20 +159,20 @@ def _work(step: Step, threads: int, parent: int) -> None:
     except Exception as error:
         if not is_expected(error):
             raise
-        print(one_line(error, "run it again to go on"), file=sys.stderr)  # noqa: T201 (this is the log)
+        print(one_line(error, "run the same command again to resume"), file=sys.stderr)  # noqa: T201 (this is the log)
         sys.exit(2)
     for checkpoint in step.out.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)  # for going on; with the optimiser's state they are thrice the model
+        shutil.rmtree(checkpoint)  # needed only to resume; with the optimiser's state, three times the model's size
     record = {"command": step.command, "label": step.label, "seconds": round(time.monotonic() - started, 2)}
     write_atomically(step.out / DONE, json.dumps(record).encode())
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit("stopped; run it again to go on")
+    raise SystemExit("stopped; run the same command again to resume")
 
 
 def _leave_with(parent: int) -> None:
-    """Ends this process when the one that plans is gone, however it went: nobody would take its result."""
+    """Ends this process when its parent is gone, even if that was killed; checks once a second."""
     while True:
         time.sleep(1)
         try:

@@ -1,7 +1,7 @@
-"""The paper's qualitative claims, asked of what was measured.
+"""Whether the paper's qualitative claims hold in what was measured.
 
-In: records of a comparison or an ablation (`records.py`). Out: each claim with yes or no and the figures that say so.
-The thresholds are ours; the paper gives none.
+In: records of a comparison or an ablation (`records.py`). Out: each claim with yes or no, and the figures behind it.
+The thresholds are this project's: the paper gives none.
 """
 
 import statistics
@@ -20,9 +20,9 @@ class Claim:
     """One claim with its answer.
 
     Attributes:
-        text: what is claimed, with the threshold.
-        holds: whether it does here; None where these runs cannot tell.
-        figures: what was measured.
+        text: the claim, with its threshold.
+        holds: whether it holds here; None if these runs cannot tell.
+        figures: the measured figures that decide it.
     """
 
     text: str
@@ -31,16 +31,16 @@ class Claim:
 
     @property
     def answer(self) -> str:
-        """Yes or no, or that it stays open."""
+        """`holds` as a word for the table."""
         return {True: "yes", False: "no", None: "cannot tell"}[self.holds]
 
 
 def comparison_claims(records: Sequence[Record], correlations: Mapping[int, float]) -> list[Claim]:
-    """Claims about methods.
+    """Claims about the methods.
 
     Args:
-        records: of all methods, the reference included.
-        correlations: rank correlation of KL and feature MSE across methods, by step, under the first record's seed.
+        records: those of all rows, the reference included.
+        correlations: rank correlation of KL and feature MSE across methods by step, for the seed of the first record.
     """
     rows = by_row(records)
     steps = ", ".join(f"step {step}: {value:.2f}" for step, value in sorted(correlations.items())) or "no ranks"
@@ -60,11 +60,11 @@ def comparison_claims(records: Sequence[Record], correlations: Mapping[int, floa
 
 
 def ablation_claims(sites: Sequence[Record], weights: Sequence[Record]) -> list[Claim]:
-    """Claims about where and how the constraint acts.
+    """Claims about the constraint's site and weight.
 
     Args:
-        sites: one site after the other, earliest first (Table 3, left).
-        weights: α with and without stop-gradient (Table 3, right).
+        sites: records of the site ablation, earliest site first (Table 3, left).
+        weights: records of the ablation of α and the stop-gradient (Table 3, right).
     """
     means = {row: _mean(runs, "accuracy/raw") for row, runs in by_row(sites).items()}
     claims = []
@@ -100,7 +100,7 @@ def ablation_claims(sites: Sequence[Record], weights: Sequence[Record]) -> list[
 
 @dataclass(frozen=True)
 class _Gain:
-    """A difference of two sets of runs, paired by seed: mean and sample standard deviation over seeds."""
+    """The difference between two sets of runs, paired by seed: its mean and sample standard deviation over seeds."""
 
     mean: float
     deviation: float
@@ -108,18 +108,18 @@ class _Gain:
 
     @property
     def tells(self) -> bool | None:
-        """Whether it is above two deviations."""
+        """Whether the mean exceeds two standard deviations; None if one seed cannot tell."""
         return _over_seeds(self.mean > 2 * self.deviation, self.seeds)
 
     def text(self, scale: float, digits: int, unit: str) -> str:
-        """The difference with its spread."""
+        """The mean with its standard deviation, both times `scale`."""
         spread = _spread(scale * self.deviation, self.seeds, digits)
         paired = ", paired by seed" if self.seeds > 1 else ""
         return f"{scale * self.mean:+.{digits}f} {unit} ({spread}{paired})"
 
 
 def _gain(better: Sequence[Record], worse: Sequence[Record], key: str) -> _Gain:
-    """By how much one set of runs is above another; a seed's value is the mean over its runs."""
+    """By how much `better` exceeds `worse` in `key`; the value of a seed is the mean over its runs."""
     high, low = _by_seed(better, key), _by_seed(worse, key)
     gains = [high[seed] - low[seed] for seed in high if seed in low]
     return _Gain(statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else 0.0, len(gains))
@@ -137,7 +137,7 @@ def _mean(runs: Sequence[Record], key: str) -> float:
 
 
 def _over_seeds(holds: bool, seeds: int) -> bool | None:
-    """One seed has no deviation to be above; what fails even without one fails."""
+    """`holds`, but None if it is true of a single seed, which has no deviation; a claim that fails there is false."""
     return None if holds and seeds < 2 else holds
 
 
@@ -165,7 +165,7 @@ def _beats_reference(rows: Mapping[str, list[Record]]) -> Claim:
 
 
 def _constraint_tells(rows: Mapping[str, list[Record]]) -> Claim:
-    """Whether FPO can be told from FPO without its constraint, by seeds paired."""
+    """Whether FPO beats FPO without its constraint, paired by seed."""
     gain = _gain(rows["fpo"], rows["fpo-alpha0"], "accuracy/raw")
     return Claim(
         "FPO's accuracy is above that of α = 0 by more than two standard deviations of the difference",

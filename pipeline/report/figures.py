@@ -1,8 +1,8 @@
-"""The figures of the reproduction table: the paper's Figures 2 (left), 3 and 4, and two more that test its claims.
+"""The figures of the comparison: the paper's Figures 2 (left), 3 and 4, and two more that test its claims.
 
 In: curves, bars and tokens. Out: matplotlib figures, for `style.save`.
 
-Every figure takes `title_note`, its small print: what was run, and on what. A method looks the same in all of them.
+Every figure takes `title_note`, the small print that says which runs it shows. A method looks the same in all figures.
 Legend: R responses, K ranks, T tokens.
 """
 
@@ -40,7 +40,7 @@ class Bars:
     """One quantity per method and seed.
 
     Attributes:
-        values: row of the comparison to one value a seed; drawn in this order.
+        values: one value per seed for each row of the comparison, in the order in which they are drawn.
         unit: unit of the values.
     """
 
@@ -49,7 +49,7 @@ class Bars:
 
     @property
     def axis_label(self) -> str:
-        """The unit, and what bars and whiskers are."""
+        """The unit, and what bars and whiskers show."""
         counts = {len(values) for values in self.values.values()}
         if counts == {1}:
             return f"{self.unit}, one seed"
@@ -58,22 +58,22 @@ class Bars:
 
     @property
     def means(self) -> list[float]:
-        """Mean over seeds, per method."""
+        """Mean over seeds for each method."""
         return [float(np.mean(values)) for values in self.values.values()]
 
     @property
     def deviations(self) -> list[float]:
-        """Standard deviation over seeds (n - 1), per method; 0 for one seed, which has none to draw."""
+        """Sample standard deviation over seeds for each method; 0 for one seed, which has none."""
         return [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in self.values.values()]
 
 
 @styled
 def activation_by_rank(pooled_RK: NDArray[np.float64], k: int, title_note: str) -> Figure:
-    """Figure 2, left: how fast pooled feature activations fall with their rank, and what the top k hold of them.
+    """Figure 2, left: pooled feature activations by their rank, and the share of their sum in the top k.
 
     Args:
-        pooled_RK: pooled activations of each response, descending, from 0; 0 fills short rows.
-        k: features that the constraint reads.
+        pooled_RK: pooled activations of each response, descending and at least 0; short rows are padded with 0.
+        k: the number of features that the constraint reads.
         title_note: small print.
     """
     ranks = pooled_RK.shape[1]
@@ -97,7 +97,7 @@ def activation_by_rank(pooled_RK: NDArray[np.float64], k: int, title_note: str) 
 
 @styled
 def kl_over_training(curves: Sequence[Curve], title_note: str) -> Figure:
-    """Figure 3: sequential KL on chosen and on rejected responses, and their margin, over training."""
+    """Figure 3: sequential KL over training, on chosen responses, on rejected ones, and the margin between them."""
     figure = new_figure(11, 4.0, title_note)
     panels = figure.subplots(1, 3)
     panels[1].sharey(panels[0])
@@ -118,7 +118,7 @@ def kl_over_training(curves: Sequence[Curve], title_note: str) -> Figure:
 
 @styled
 def peak_memory(memory: Bars, title_note: str) -> Figure:
-    """Figure 4, left: peak memory of tensors in training; mean over seeds, its sd, and a dot a seed."""
+    """Figure 4, left: peak memory of tensors in training: mean and standard deviation, and a dot for each seed."""
     figure = new_figure(7, 1.4 + 0.36 * len(memory.values), title_note)
     axes = figure.subplots()
     rows = zip(memory.values.items(), memory.means, memory.deviations, strict=True)
@@ -136,7 +136,7 @@ def peak_memory(memory: Bars, title_note: str) -> Figure:
 
 @styled
 def feature_mse(chosen: Bars, rejected: Bars, title_note: str) -> Figure:
-    """Figure 4, right: feature MSE after training on chosen and rejected responses; mean over seeds and its sd."""
+    """Figure 4, right: feature MSE after training on chosen and rejected responses: mean, deviation and seeds."""
     figure = new_figure(8.5, 4.2, title_note)
     axes = figure.subplots()
     for bars, offset, alpha, hatch in ((chosen, -0.2, 1.0, ""), (rejected, 0.2, 0.45, "////")):
@@ -155,7 +155,7 @@ def feature_mse(chosen: Bars, rejected: Bars, title_note: str) -> Figure:
 
 @styled
 def kl_against_mse(curves: Sequence[Curve], title_note: str) -> Figure:
-    """Whether KL and feature MSE rank the methods alike: both at every step, and `rank_correlations` beside them."""
+    """KL against feature MSE for each method and step, and at each step the rank correlation across methods."""
     correlations = rank_correlations(curves)
     last = max(step for curve in curves for step in curve.step)
     points = [(c, [step for step in c.step if c.kl[step] > 0 and c.mse[step] > 0]) for c in curves]
@@ -181,7 +181,7 @@ def _correlation_panel(axes: Axes, correlations: dict[int, float], methods: int)
     steps = list(correlations)
     axes.axvline(0, color=GREY, linewidth=0.8)
     axes.scatter(list(correlations.values()), range(len(steps)), s=20, color="black", zorder=3)
-    # Every dot is drawn; labels of a long run are thinned, to stay apart.
+    # Every dot is drawn, but only so many labels that they do not overlap.
     labelled = range(0, len(steps), math.ceil(len(steps) / 18))
     axes.set_yticks(labelled, [f"{steps[row]}" for row in labelled])
     values = axes.secondary_yaxis("right")
@@ -194,7 +194,7 @@ def _correlation_panel(axes: Axes, correlations: dict[int, float], methods: int)
 
 @styled
 def token_bound(tokens: Sequence[Tokens], title_note: str) -> Figure:
-    """Appendix B per token: KL against its bound, a panel a method; what lies above the line breaks the bound."""
+    """Appendix B per token: KL against its bound, one panel per method; points above the line violate the bound."""
     drawn = [(each.kl_T > 0) & (each.bound_T > 0) for each in tokens]
     points = [(each.bound_T[keep], each.kl_T[keep]) for each, keep in zip(tokens, drawn, strict=True)]
     everything = np.concatenate([part for pair in points for part in pair])

@@ -1,7 +1,7 @@
-"""Whether the hub would give what is needed of it, or has given it before.
+"""Whether hub repositories can be downloaded, or are in the local cache already.
 
-In: repositories. Out: one line for each that cannot be had, which says what to do. The hub is asked only about what is
-not in the local cache, about all at once, and not for long.
+In: repositories. Out: one line for each that is unavailable, which says what to do. The hub is asked only about
+repositories that are not in the local cache, about all at the same time, and for a few seconds at most.
 """
 
 import threading
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# How long the hub may take to answer, for all questions together.
+# Seconds that the hub may take to answer all questions together.
 HUB_SECONDS = 5.0
 OFFLINE_HINT = "check the network, or give a local folder"
 
@@ -23,9 +23,9 @@ class Repo:
     """A repository of the hub that a plan needs.
 
     Attributes:
-        kind: as the hub tells them apart; SAEs are models.
-        name: owner/name.
-        part: the folder or file in it that is needed; empty for all.
+        kind: the hub's kind of repository; SAEs lie in those of models.
+        name: `owner/name`.
+        part: the folder or file that is needed; empty for the whole repository.
     """
 
     kind: RepoKind
@@ -34,7 +34,7 @@ class Repo:
 
 
 def missing_repos(repos: Sequence[Repo]) -> list[str]:
-    """Repositories that are not in the local cache and that the hub would not give."""
+    """One line for each repository that is neither in the local cache nor available from the hub."""
     from huggingface_hub import is_offline_mode
 
     wanted = dict.fromkeys((repo.kind, repo.name) for repo in repos if not in_local_cache(repo))
@@ -48,7 +48,7 @@ def missing_repos(repos: Sequence[Repo]) -> list[str]:
     def ask(kind: RepoKind, name: str) -> None:
         answers[kind, name] = refusal(kind, name)
 
-    # The hub's client would wait for ever: daemons ask, and are left behind.
+    # The hub's client has no overall time limit, so daemon threads ask; those without an answer in time are abandoned.
     threads = [threading.Thread(target=ask, args=repo, daemon=True) for repo in wanted]
     for thread in threads:
         thread.start()
@@ -61,7 +61,7 @@ def missing_repos(repos: Sequence[Repo]) -> list[str]:
 
 
 def refusal(kind: RepoKind, name: str) -> str | None:
-    """Why the hub does not give a repository, and what to do; None if it does."""
+    """Why the hub refuses a repository, and what to do; None if it does not refuse."""
     from huggingface_hub import auth_check
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
@@ -80,7 +80,7 @@ def refusal(kind: RepoKind, name: str) -> str | None:
 
 
 def in_local_cache(repo: Repo) -> bool:
-    """Whether what is needed of a repository was fetched before."""
+    """Whether the needed part of a repository is in the local cache."""
     if repo.kind == "dataset":
         from datasets import config
         from datasets.naming import camelcase_to_snakecase

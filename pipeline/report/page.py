@@ -1,10 +1,14 @@
-"""The page of the reproduction table: one HTML file that needs nothing beside it.
+"""The page of the comparison: tables, figures, and the facts that one needs to judge them.
 
-In: tables, figures and facts, all as text that is ready to read. Out: a page with its styles and figures inside and no
-scripts, for screens of any width, dark or light, and for paper.
+In: tables, figures and facts, as text ready to read; a plan, for the facts. Out: one self-contained HTML file, with its
+styles and figures inside and no scripts, for screens of any width, dark or light, and for paper.
 """
 
+import importlib.metadata
 import importlib.resources
+import json
+import os
+import platform
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +18,13 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ...cache.files import write_atomically
+from ..world.world import world_folder
+from .plan import Plan
+
+TOY = (
+    "A toy: a made-up language and a Gemma-2 of under a million parameters, trained in minutes. It shows what the "
+    "methods do to it, under equal conditions; it says little about language models."
+)
 
 
 @dataclass(frozen=True)
@@ -22,9 +33,9 @@ class Table:
 
     Attributes:
         caption: what it shows.
-        header: one name a column; the first column names the rows.
-        rows: one cell a column, as shown.
-        prose: whether its cells are sentences, which wrap on the page.
+        header: one name for each column; the first column names the rows.
+        rows: one cell for each column, as shown.
+        prose: whether its cells are sentences, which the page wraps.
     """
 
     caption: str
@@ -39,7 +50,7 @@ class Table:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A header and rows of cells as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -50,8 +61,8 @@ class PageFigure:
 
     Attributes:
         caption: what it shows.
-        svg: text of an SVG file, with a `viewBox`.
-        alt: what a reader who cannot see it is told.
+        svg: the text of an SVG file with a `viewBox`.
+        alt: the description for readers who cannot see it.
     """
 
     caption: str
@@ -61,14 +72,14 @@ class PageFigure:
 
 @dataclass(frozen=True)
 class Page:
-    """All of the page.
+    """All that a page shows, from top to bottom.
 
     Attributes:
         title: its heading.
         note: what a reader must know first, such as that the model is a toy; empty for none.
-        tables: in their order.
-        figures: in their order.
-        facts: name to value: hardware, versions, command, date, wall time.
+        tables: the tables.
+        figures: the figures.
+        facts: hardware, versions, command and time, by name.
     """
 
     title: str
@@ -89,11 +100,11 @@ def write_page(path: Path, page: Page) -> None:
 
 
 def _inline(figure: PageFigure, prefix: str) -> Markup:
-    """The SVG as a part of the page; the prefix keeps its names and styles from those of the other drawings."""
+    """The SVG as a part of the page; the prefix keeps its ids and styles apart from those of other figures."""
     root = ET.fromstring(figure.svg)
     box = root.attrib["viewBox"].split()
     for element in root.iter():
-        # HTML knows SVG's tags by their bare names.
+        # In HTML, SVG tags and attributes have no namespace.
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
         for name, value in element.attrib.items():
@@ -108,3 +119,60 @@ def _inline(figure: PageFigure, prefix: str) -> Markup:
     root.attrib = {"id": f"{prefix}drawing", "viewBox": " ".join(box), "role": "img", "aria-label": figure.alt}
     root.set("style", f"--width: {float(box[2]):g}")
     return Markup(ET.tostring(root, encoding="unicode"))
+
+
+def note_of(plan: Plan) -> str:
+    """The note above the tables of a plan: what its results can show."""
+    name = Path(plan.name).stem
+    limits = f"{len(plan.config.seeds)} seed{'s' if len(plan.config.seeds) > 1 else ''}, held-out pairs"
+    return f"{TOY} ({limits}.)" if is_toy(plan) else f"Profile {name}: {limits}."
+
+
+def short_note(plan: Plan) -> str:
+    """The same in a few words, for the foot of a figure."""
+    return "embedded toy world, under 1 M parameters" if is_toy(plan) else f"profile {Path(plan.name).stem}"
+
+
+def is_toy(plan: Plan) -> bool:
+    """Whether a plan's model is that of the embedded world."""
+    return Path(plan.model).is_relative_to(world_folder())
+
+
+def facts_of(plan: Plan, command: str) -> dict[str, str]:
+    """Command, hardware, versions and settings, by name; for the embedded world also its baselines and SAEs."""
+    import torch
+
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("fpo", "torch", "transformers", "sae-lens", "datasets")
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    facts = {
+        "Command": command,
+        "Hardware": f"{processor_name()}, {os.cpu_count()} cores, {gpu}; {plan.config.jobs} runs at a time",
+        "Versions": f"Python {platform.python_version()}, {versions}",
+        "Settings": f"profile {Path(plan.name).name}; seeds {', '.join(map(str, plan.config.seeds))}",
+    }
+    if is_toy(plan):
+        world = json.loads((world_folder() / "world.json").read_text())
+        quality = ", ".join(
+            f"{site} {sae['l0']:.0f} / {sae['explained_variance']:.2f}" for site, sae in world["saes"].items()
+        )
+        facts["Right by length alone, by one word alone"] = ", ".join(
+            f"{100 * v:.1f} %" for v in world["baselines"].values()
+        )
+        facts["SAEs, L0 / explained variance"] = quality
+        facts["Making the world took"] = f"{world['seconds']:.0f} s"
+    return facts
+
+
+def processor_name() -> str:
+    """The processor's name from /proc/cpuinfo, else from `platform`."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")
+        ]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()

@@ -1,7 +1,7 @@
-"""The paper's own figures (Yin et al., ICML 2025, arXiv 2411.07618v4), to stand beside ours.
+"""The paper's own results (Yin et al., ICML 2025, arXiv 2411.07618v4), to show beside the measured ones.
 
-In: which model was aligned. Out: columns and tables of figures that were never measured here, and are labelled so. The
-win rates need a judge model.
+In: the base model. Out: columns and tables, labelled as the paper's: none of these figures was measured here. The win
+rates need a judge model.
 """
 
 from collections.abc import Sequence
@@ -60,12 +60,12 @@ SUMS = {"+".join(f"blocks.{layer}.hook_resid_post" for layer in key.split("+")):
 
 
 def paper_columns(model: str | None, table: str, rows: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Columns with the paper's figures for a table's rows; no column where the paper has none.
+    """Header and cells of the paper's results for a table's rows; no columns for a model other than Gemma-2-2B.
 
     Args:
         model: the base model.
-        table: comparison, sites, alpha or layers.
-        rows: the keys of the rows.
+        table: `comparison`, `sites`, `alpha` or `layers`.
+        rows: the keys of the rows; a row that the paper lacks gets an en dash.
     """
     if model != GEMMA_2B:
         return [], [[] for _ in rows]
@@ -77,7 +77,7 @@ def paper_columns(model: str | None, table: str, rows: Sequence[str]) -> tuple[l
 
 
 def win_rates(model: str | None) -> tuple[list[str], list[list[str]]] | None:
-    """Header and body of the paper's Table 2, left, for this model; None where the paper did not judge it."""
+    """Header and body of the paper's Table 2, left, for this model; None if the paper has none."""
     if model not in (GEMMA_2B, GEMMA_9B):
         return None
     side = 0 if model == GEMMA_2B else 1

@@ -1,8 +1,8 @@
-"""What the comparison consists of: for each row of a table, the commands that lead to it.
+"""The plan of the comparison: for each row of a table, the commands that lead to it.
 
-In: a profile. Out: steps (`jobs.py` runs them), and for each trained run where its results will be. A step's folder
-carries a hash of its whole configuration, and a configuration holds the folders of what it stands on: other settings
-give other folders, and equal ones are run once, whichever table asks.
+In: a profile. Out: steps, which `jobs.py` runs, and the folders of their results. A folder's name carries a hash of its
+step's configuration, which names the folders of the steps before it. So other settings give another folder, and a step
+that several tables share runs once.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from ..config_files import has_section, load_config
 from ..world.world import in_the_world, located, world_folder
 from .style import LABELS
 
-# The rows of the paper's comparison, and one that it lacks: α = 0. The reference itself has no options.
+# The rows of the paper's comparison, and α = 0, which it lacks. The reference (SFT) is not trained: it has no options.
 ROWS: dict[str, dict[str, Any] | None] = {
     "sft": None,
     "dpo": {"method": "dpo"},
@@ -34,7 +34,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
 }
 ALPHAS = (0.1, 0.5, 1.0, 2.0)
 
-WHERE = {"out", "resume"}  # of a step's configuration, what its result does not depend on
+WHERE = {"out", "resume"}  # options of a step on which its result does not depend
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Run:
     """One row of a table under one seed.
 
     Attributes:
-        row: its key.
-        label: its name.
-        seed: of data order and sampling.
-        train: the step that trains it; None for the reference itself.
+        row: the row's key.
+        label: the row's name in tables and figures.
+        seed: the seed of data order and sampling.
+        train: the step that trains it; None for the reference.
         method: the objective; None for the reference.
     """
 
@@ -58,16 +58,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """A profile's steps.
+    """The steps of a profile.
 
     Attributes:
-        name: the profile or file.
+        name: the profile's name or file.
         config: its settings for `table` or `tune`.
-        base: fine-tuning, where the profile has it.
-        base_model: what was fine-tuned.
-        model: the reference and every policy's start.
+        base: the fine-tuning (SFT) step, if the profile has one.
+        base_model: the model before fine-tuning.
+        model: the fine-tuned model: the reference, and the start of every policy.
         saes: the SAE at each site.
-        world: the folder of the embedded world, whether or not it has been made.
+        world: the folder of the embedded world, which need not exist yet.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Plan:
     world: Path
 
     def comparison(self) -> list[Run]:
-        """The paper's methods, each under every seed."""
+        """All rows of the comparison under every seed; runs of the first seed save snapshots."""
         return [
             self.run(row, LABELS[row], seed, options, followed=seed == self.config.seeds[0])
             for seed in self.config.seeds
@@ -87,11 +87,11 @@ class Plan:
         ]
 
     def site_ablation(self) -> list[Run]:
-        """Table 3, left: FPO constrained at one site after the other."""
+        """Table 3, left: FPO with its constraint at one site, for each of the profile's sites."""
         return self._fpo_runs({site: {"site": (site,)} for site in self.config.ablation_sites})
 
     def weight_ablation(self) -> list[Run]:
-        """Table 3, right: α with and without the stop-gradient, and without a constraint."""
+        """Table 3, right: FPO for each α with and without stop-gradient, and for α = 0."""
         rows: dict[str, dict[str, Any]] = {"α = 0": {"alpha": 0.0}}
         for stop in (False, True):
             for alpha in ALPHAS:
@@ -99,11 +99,11 @@ class Plan:
         return self._fpo_runs(rows)
 
     def sum_ablation(self) -> list[Run]:
-        """Table 7: FPO constrained at several sites at once."""
+        """Table 7: FPO with its constraint at several sites at once."""
         return self._fpo_runs({sites: {"site": tuple(sites.split("+"))} for sites in self.config.ablation_sums})
 
     def _fpo_runs(self, rows: Mapping[str, dict[str, Any]]) -> list[Run]:
-        """FPO with other settings; where the comparison has such a run, that one."""
+        """FPO under each row's settings and every seed; a run that the comparison has too is that one."""
         known = {_settings(run.train): run.train for run in self.comparison() if run.train}
         found = []
         for seed in self.config.seeds:
@@ -114,7 +114,15 @@ class Plan:
         return found
 
     def run(self, row: str, label: str, seed: int, options: Mapping[str, Any] | None, *, followed: bool = False) -> Run:
-        """A row under one seed; options None is the reference itself. Runs that are not followed save no snapshots."""
+        """One row under one seed.
+
+        Args:
+            row: its key.
+            label: its name.
+            seed: the seed.
+            options: what differs from the profile's `align` section; None for the reference, which is not trained.
+            followed: whether the run saves snapshots.
+        """
         if options is None:
             return Run(row, label, seed, None)
         if not followed:
@@ -124,7 +132,7 @@ class Plan:
         )
 
     def training(self, label: str, options: Mapping[str, Any]) -> Step:
-        """The step that trains a policy; `options` are the method, the seed and what else differs from the profile."""
+        """The step that trains a policy; `options` holds the method, the seed and all that differs from the profile."""
         config = self._load("align", {"model": self.model, "cache": self.train_cache.out, **options})
         sites = config.site if config.method == "fpo" else ()
         needed: dict[str, Any] = {"sae": tuple(self.saes[site] for site in sites), "site": sites}
@@ -133,12 +141,12 @@ class Plan:
         return self._step("align", label, config.model_copy(update=needed), self.train_cache)
 
     def evaluation(self, run: Run, model: Path | None = None, *, prompts: int | None = None) -> Step:
-        """The step that measures a run.
+        """The step that evaluates a run on the held-out cache.
 
         Args:
             run: the run.
-            model: one of its snapshots; default its end.
-            prompts: to sample answers to; default the profile's number.
+            model: one of its snapshots; default its final model.
+            prompts: how many prompts to sample answers to; default the profile's number.
         """
         trained = model or (run.train.out if run.train else None)
         given: dict[str, Any] = {"model": str(trained or self.model), "reference": self.model, "seed": run.seed}
@@ -151,7 +159,7 @@ class Plan:
         return self._step("evaluate", label, config, self.heldout_cache, *((run.train,) if run.train else ()))
 
     def cache(self, split: str) -> Step:
-        """Stage one over a split, with every SAE that a table needs."""
+        """Stage one over a split, with all of the profile's SAEs."""
         config = self._load("precompute", {"model": self.model, "split": split})
         config = located(config, self.world)
         config = config.model_copy(update={"sae": tuple(self.saes.values())})
@@ -159,12 +167,12 @@ class Plan:
 
     @cached_property
     def train_cache(self) -> Step:
-        """The cache that every method trains on."""
+        """The step that makes the training cache, which all methods share."""
         return self.cache(self.config.split)
 
     @cached_property
     def heldout_cache(self) -> Step:
-        """The cache that every method is measured on."""
+        """The step that makes the held-out cache, on which all methods are evaluated."""
         return self.cache(self.config.heldout_split)
 
     def _load(self, command: str, given: Mapping[str, Any]) -> Any:
@@ -176,7 +184,7 @@ class Plan:
 
 
 def _settings(train: Step) -> str:
-    """What a training's result depends on: defaults of the method filled in, snapshots left out."""
+    """The settings on which a training's result depends, as JSON: method defaults filled in, snapshots left out."""
     content = train.config.model_dump(mode="json", exclude={*WHERE, "snapshot_steps"})
     defaults = METHODS[train.config.method].defaults
     return canonical_json(content | {name: value for name, value in defaults.items() if content[name] is None})
@@ -186,12 +194,12 @@ def make_plan(name: str, config: ComparisonConfig, world: Path | None = None) ->
     """The plan of a profile.
 
     Args:
-        name: profile or file.
+        name: the profile's name or file.
         config: its settings for `table` or `tune`, `runs` included.
         world: the folder of the embedded world; default the user's.
 
     Raises:
-        UserError: if there is not one SAE a site, or none at a site that the methods or ablations read.
+        UserError: the numbers of SAEs and sites differ, or a site that a method or ablation reads has no SAE.
     """
     has_sft = has_section(name, SFTConfig) and not in_the_world(config.model)
     world = world or world_folder()

@@ -1,8 +1,8 @@
-"""A plan before it runs: every step, what it reads and writes, and what would make it fail.
+"""Checks a plan before it runs: what each step reads and writes, and what is missing for it.
 
-In: steps. Out: a table of them, and one line for each thing that is missing, which says what to do. Only steps that are
-not done count, and what an earlier step writes is not missing. Nothing is estimated: the bytes are those of weights,
-gradients and optimiser state, which follow from the model's configuration, and those of files that are there.
+In: steps. Out: a table of them, and one line for each missing thing, which says what to do. Finished steps need
+nothing, and nothing is missing that another step writes. Nothing is estimated: the bytes are those of weights,
+gradients and optimiser state, which follow from the model's configuration, and those of finished caches.
 """
 
 import difflib
@@ -16,6 +16,7 @@ import psutil
 import torch
 import typer
 
+from ...cache.errors import UserError
 from ...cache.manifest import Manifest
 from ...stages.data.raw_rows import may_be_hub_id
 from ...stages.data.row_files import kind_of
@@ -31,14 +32,15 @@ OPTIMISER_BYTES = {"adam": 8, "rmsprop": 4}
 
 
 def missing(steps: Sequence[Step], jobs: int) -> list[str]:
-    """Everything that keeps steps from running.
+    """Everything that keeps the unfinished steps from running.
 
     Args:
-        steps: the steps; those that are done need nothing.
+        steps: the steps, finished or not.
         jobs: how many run at a time.
 
     Returns:
-        One line each, with what to do; empty if all is there.
+        One line for each missing thing, with what to do; empty if nothing is missing. Devices that do not exist are
+        reported alone, and memory only if nothing else is missing.
     """
     makers = {step.out: step for step in steps}
     todo = [step for step in steps if not step.done]
@@ -50,7 +52,7 @@ def missing(steps: Sequence[Step], jobs: int) -> list[str]:
 
 
 def print_plan(steps: Sequence[Step]) -> None:
-    """Prints a line for each group of steps that differ in the seed (or the snapshot) alone."""
+    """Prints a table with one line for each group of steps that differ only in the seed or the snapshot."""
     makers = {step.out: step for step in steps}
     groups: dict[str, list[Step]] = {}
     for step in steps:
@@ -66,33 +68,33 @@ def print_plan(steps: Sequence[Step]) -> None:
     done = sum(step.done for step in steps)
     typer.echo(f"{len(steps) - done} to do, {done} done, in {steps[-1].out.parent}\n")
     typer.echo(markdown(["step", "reads", "writes", "bytes", "done"], body))
-    typer.echo("bytes: weights, gradients and optimiser state that a step holds in fp32, activations aside")
-    typer.echo("of a finished cache: those of its files")
+    typer.echo("bytes: fp32 weights, gradients and optimiser state, no activations; of a finished cache: its files")
 
 
 def maker_of(name: str, makers: Mapping[Path, Step]) -> Step | None:
-    """The step that writes a folder, or the one that it lies in (snapshots)."""
+    """The step that writes this folder or one of its parents (a snapshot lies in its run); None if no step does."""
     path = Path(name)
     return next((makers[folder] for folder in (path, *path.parents) if folder in makers), None)
 
 
 def state_bytes(step: Step, makers: Mapping[Path, Step]) -> int | None:
-    """Bytes of fp32 weights, and where a step trains of gradients and optimiser state; None if the model is not here.
+    """Bytes of a step's fp32 weights and, if it trains, of gradients and optimiser state.
 
-    A live reference is counted with its weights; adapters (LoRA) and SAEs are left out, which makes it a lower bound.
+    A lower bound: it counts the weights of a live reference, but neither SAEs nor adapters (LoRA). None if the model's
+    configuration is not on this machine.
     """
     config = step.config
     parameters = parameter_count(_base_model(step, makers))
     if parameters is None:
         return None
     trains = step.command in ("align", "sft") and getattr(config, "lora_r", None) is None
-    live = step.command in ("align", "evaluate") and config.reference not in (None, config.model)
+    live = _reads_cache(step) and config.reference not in (None, config.model)
     return parameters * (4 + (4 + OPTIMISER_BYTES[config.optimizer] if trains else 0) + (4 if live else 0))
 
 
 @cache
 def parameter_count(name: str) -> int | None:
-    """Parameters of a model by its configuration, tied weights once; None if its files are not on this machine."""
+    """Parameters of a model by its configuration, tied weights once; None if that is not on this machine."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -109,7 +111,7 @@ def parameter_count(name: str) -> int | None:
 
 
 def memory_too_small(steps: Sequence[Step], makers: Mapping[Path, Step], jobs: int) -> list[str]:
-    """The largest steps that would run at a time do not fit the device by their weights and states alone."""
+    """A line if `jobs` steps of the largest size do not fit the device, even without their activations."""
     if not steps:
         return []
     device, together = device_of(steps[0].config), min(jobs, len(steps))
@@ -124,18 +126,18 @@ def memory_too_small(steps: Sequence[Step], makers: Mapping[Path, Step], jobs: i
 
 
 def wrong_devices(steps: Sequence[Step]) -> list[str]:
-    """`--device` names one that is not here."""
+    """Devices that steps ask for and this machine does not have."""
     lines = []
-    for config in (step.config for step in steps):
+    for step in steps:
         try:
-            device_of(config)
-        except ValueError as error:
+            device_of(step.config)
+        except UserError as error:
             lines.append(str(error).splitlines()[0])
     return _unique(lines)
 
 
 def wrong_recipes(steps: Sequence[Step]) -> list[str]:
-    """What a CPU cannot do, or only so slowly that nobody would want it."""
+    """Options that need a GPU, in steps that run on a CPU."""
     lines = []
     for config in (step.config for step in steps if device_of(step.config) == "cpu"):
         if getattr(config, "dtype", "fp32") == "bf16":
@@ -146,55 +148,53 @@ def wrong_recipes(steps: Sequence[Step]) -> list[str]:
 
 
 def missing_files(steps: Sequence[Step], makers: Mapping[Path, Step]) -> list[str]:
-    """Local models, data, SAEs, caches, templates and questions that are not there and that no step writes."""
-    lines = []
+    """Local models, data, SAEs, caches, templates and questions that do not exist and that no step writes."""
+    lines: list[str] = []
+
+    def need(option: str, expected: str, place: str | Path, advice: str, *, file: str = "") -> None:
+        if not (Path(place).expanduser() / file).exists():
+            lines.append(f"{option}: expected {expected} at {place}, found none; {advice}")
+
     for step in steps:
         config = step.config
         for name in _outer_models(step, makers):
             if not is_hub_id(name):
                 lines += _no_model(name)
         for spec in _outer_saes(step, makers):
-            if not _is_published(spec) and not Path(spec).exists():
-                lines.append(
-                    f"sae: expected a folder that SAELens saved, params.npz@site or release:sae_id, found none at "
-                    f"{spec}; train it with `fpo train-sae`, or correct the name"
-                )
-        if _reads_data(step) and config.dataset and not _is_hub_data(config.dataset) and not _there(config.dataset):
-            lines.append(f"dataset: expected a file or folder at {config.dataset}, found none; correct the path")
-        if step.command in ("align", "evaluate"):
+            if not _is_published(spec):
+                expected = "a folder that SAELens saved, params.npz@site or release:sae_id"
+                need("sae", expected, spec, "train it with `fpo train-sae`, or correct the name")
+        if _reads_data(step) and config.dataset and not _is_hub_data(config.dataset):
+            need("dataset", "a file or folder", config.dataset, "correct the path")
+        if _reads_cache(step):
             for cache in (config.cache, getattr(config, "eval_cache", None)):
-                if (
-                    isinstance(cache, Path)
-                    and maker_of(str(cache), makers) is None
-                    and not (cache / "manifest.json").exists()
-                ):
-                    lines.append(
-                        f"cache: expected a finished cache at {cache}, found none; make it with `fpo precompute`"
-                    )
+                if isinstance(cache, Path) and maker_of(str(cache), makers) is None:
+                    need("cache", "a finished cache", cache, "make it with `fpo precompute`", file="manifest.json")
         for option in ("chat_template", "questions"):
-            path = getattr(config, option, None)
-            if path is not None and not _there(str(path)):
-                lines.append(f"{option}: expected a file at {path}, found none; correct the path")
+            if (path := getattr(config, option, None)) is not None:
+                need(option, "a file", path, "correct the path")
     return _unique(lines)
 
 
 def unknown_saes(steps: Sequence[Step], makers: Mapping[Path, Step]) -> list[str]:
-    """`release:sae_id` that SAELens' list does not have."""
+    """Each `release:sae_id` that SAELens does not list, with the nearest name that it does list."""
     lines = []
     for spec in _published(steps, makers):
         release, sae_id = spec.split(":")
         releases = _registry()
         if release not in releases:
-            near = difflib.get_close_matches(release, releases, n=1, cutoff=0.0)[0]
-            lines.append(f"sae {spec}: SAELens knows no release '{release}'; the nearest name is '{near}'")
-        elif sae_id not in releases[release].saes_map:
-            near = difflib.get_close_matches(sae_id, releases[release].saes_map, n=1, cutoff=0.0)[0]
-            lines.append(f"sae {spec}: release '{release}' has no '{sae_id}'; the nearest name is '{near}'")
+            lines.append(f"sae {spec}: SAELens knows no release '{release}'; {_nearest(release, releases)}")
+        elif sae_id not in (known := releases[release].saes_map):
+            lines.append(f"sae {spec}: release '{release}' has no '{sae_id}'; {_nearest(sae_id, known)}")
     return lines
 
 
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    return f"the nearest name is '{difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]}'"
+
+
 def needed_repos(steps: Sequence[Step], makers: Mapping[Path, Step]) -> list[Repo]:
-    """What steps would take from the hub: models, data, SAEs that SAELens knows."""
+    """The hub repositories that steps read: models, data sets, and SAEs that SAELens lists."""
     repos: list[Repo] = []
     for step in steps:
         repos += [Repo("model", name) for name in _outer_models(step, makers) if is_hub_id(name)]
@@ -209,7 +209,7 @@ def needed_repos(steps: Sequence[Step], makers: Mapping[Path, Step]) -> list[Rep
 
 
 def free_memory(device: str) -> int:
-    """Bytes that the device has left: of a GPU its own, of a CPU what programs could take."""
+    """Free bytes of a GPU, or on a CPU the memory that the system says is available."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
@@ -219,14 +219,18 @@ def _reads_data(step: Step) -> bool:
     return step.command in ("precompute", "sft", "train-sae")
 
 
+def _reads_cache(step: Step) -> bool:
+    return step.command in ("align", "evaluate")
+
+
 def _outer_models(step: Step, makers: Mapping[Path, Step]) -> list[str]:
     """Models that a step loads and no step writes."""
-    names = [step.config.model, step.config.reference if step.command in ("align", "evaluate") else None]
+    names = [step.config.model, step.config.reference if _reads_cache(step) else None]
     return [name for name in names if name is not None and maker_of(name, makers) is None]
 
 
 def _outer_saes(step: Step, makers: Mapping[Path, Step]) -> list[str]:
-    """SAEs that a step loads and no step writes, without the site that may follow them."""
+    """SAEs that a step loads and no step writes, without `@site`."""
     if not _loads_saes(step):
         return []
     specs = [spec if Path(spec).exists() else spec.partition("@")[0] for spec in step.config.sae]
@@ -234,7 +238,7 @@ def _outer_saes(step: Step, makers: Mapping[Path, Step]) -> list[str]:
 
 
 def _published(steps: Sequence[Step], makers: Mapping[Path, Step]) -> list[str]:
-    """SAEs by SAELens' names."""
+    """The SAEs that are named as `release:sae_id`."""
     return _unique([spec for step in steps for spec in _outer_saes(step, makers) if _is_published(spec)])
 
 
@@ -249,17 +253,14 @@ def _registry() -> Mapping[str, Any]:
 
 
 def _is_hub_data(source: str) -> bool:
-    return not _there(source) and may_be_hub_id(source) and kind_of(Path(source)) is None
-
-
-def _there(path: str) -> bool:
-    return Path(path).expanduser().exists()
+    there = Path(source).expanduser().exists()
+    return not there and may_be_hub_id(source) and kind_of(Path(source)) is None
 
 
 def _no_model(name: str) -> list[str]:
     try:
         find_model(name)
-    except (ValueError, OSError) as error:
+    except UserError as error:
         return [str(error)]
     return []
 
@@ -275,17 +276,17 @@ def _loads_saes(step: Step) -> bool:
 
 
 def _base_model(step: Step, makers: Mapping[Path, Step]) -> str:
-    """The model that a step's model was trained from: no other step writes it."""
+    """The model from which the steps before this one trained its model; no step writes it."""
     assert step.config.model is not None
     maker = maker_of(step.config.model, makers)
     return step.config.model if maker is None else _base_model(maker, makers)
 
 
 def _reads(step: Step, makers: Mapping[Path, Step]) -> list[str]:
-    """What a step reads: labels of the steps that it stands on, hub ids, the last part of paths."""
+    """What a step reads, in short: labels of the steps that write it, hub ids, last parts of paths."""
     config = step.config
     names = [config.model, getattr(config, "reference", None)]
-    names.append(str(config.cache) if step.command in ("align", "evaluate") else config.dataset)
+    names.append(str(config.cache) if _reads_cache(step) else config.dataset)
     found = []
     for name in names:
         if name is not None:
@@ -305,7 +306,7 @@ def _size(step: Step, makers: Mapping[Path, Step]) -> str:
 
 
 def _label(step: Step) -> str:
-    """A step's label without its seed and snapshot, sites in short."""
+    """A step's label without seed and snapshot, and with short site names."""
     label = re.sub(r", (seed \d+|step-\d+)", "", step.label)
     label = re.sub(r"blocks\.(\d+)\.hook_(\w+)", r"\1 \2", label)
     return step.command if label == f"{step.command} {step.command}" else label

@@ -1,7 +1,7 @@
-"""What finished runs say: records, means over seeds, curves over training, and the files that they are written to.
+"""The results of finished runs: records, means over seeds, curves over training, and the files that hold them.
 
-In: runs of a plan (`plan.py`) and the folders of their steps. Out: one flat record a run, as JSON lines and CSV; cells
-of a table; curves and arrays that the figures are drawn from.
+In: runs of a plan (`plan.py`) and the folders of their steps. Out: one flat record for each run, as JSON lines and CSV;
+the cells of a table; curves and arrays for the figures.
 
 Legend: R responses, K ranks, T tokens.
 """
@@ -33,10 +33,10 @@ class Column:
     """One column of a table.
 
     Attributes:
-        key: of the record.
+        key: the record's field that it shows.
         title: its header, with the unit.
-        scale: what the record's value is multiplied by.
-        digits: after the decimal point.
+        scale: the factor from the record's unit to the header's.
+        digits: digits after the decimal point.
     """
 
     key: str
@@ -45,11 +45,10 @@ class Column:
     digits: int = 3
 
 
-ACCURACY, ENTROPY = Column("accuracy/raw", "accuracy raw, %", 100, 1), Column("diversity/entropy", "H, nats/token")
 COLUMNS = (
-    ACCURACY,
+    Column("accuracy/raw", "accuracy raw, %", 100, 1),
     Column("accuracy/implicit", "accuracy implicit, %", 100, 1),
-    ENTROPY,
+    Column("diversity/entropy", "H, nats/token"),
     Column("length/finished", "answers that end, %", 100, 0),
     Column("kl/chosen", "KL chosen, nats"),
     Column("kl/rejected", "KL rejected, nats"),
@@ -62,14 +61,16 @@ COLUMNS = (
     Column("train/seconds", "training, s", 1, 1),
 )
 COSTS = tuple(column for column in COLUMNS if column.key.startswith("train/"))
+NOT_ABLATED = ("accuracy/implicit", "kl/margin", "features/mse_margin")
+ABLATION_COLUMNS = tuple(column for column in COLUMNS if column not in COSTS and column.key not in NOT_ABLATED)
 
 
 def read_record(run: Run, evaluation: Step) -> Record:
-    """One run's settings, metrics and cost.
+    """One run's settings, metrics and training cost.
 
     Returns:
-        `row`, `label`, `seed`, `method` and settings; each metric's mean under its name, and `… low`, `… high`;
-        `train/…` of the training run. The reference has no training.
+        `row`, `label`, `seed`, `method` and settings; each metric's mean under its name, and the ends of its confidence
+        interval as `… low` and `… high`; and, except for the reference, `train/…`, the cost of the training.
     """
     record: Record = {"row": run.row, "label": run.label, "seed": run.seed, "method": run.method}
     if run.train is not None:
@@ -85,7 +86,7 @@ def read_record(run: Run, evaluation: Step) -> Record:
 
 
 def training_cost(run: Path) -> Record:
-    """Peak memory, tokens per second and time, as the run itself logged them."""
+    """Steps, seconds, tokens per second and peak memory in bytes, from the run's own `metrics.jsonl`."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in reversed(lines) if "train_runtime" in line)
     return {
@@ -97,7 +98,7 @@ def training_cost(run: Path) -> Record:
 
 
 def by_row(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records of each row, in the order of their first appearance."""
+    """The records of each row; rows in the order in which they first appear."""
     rows: dict[str, list[Record]] = {}
     for record in records:
         rows.setdefault(record["row"], []).append(record)
@@ -105,7 +106,7 @@ def by_row(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def mean_and_deviation(records: Sequence[Record], key: str) -> tuple[float, float] | None:
-    """Mean and sample standard deviation over seeds (0 for one seed); None where the row does not have it."""
+    """Mean and sample standard deviation over seeds (0 for one seed); None where no record has the key."""
     values = [record[key] for record in records if record.get(key) is not None]
     if not values:
         return None
@@ -113,7 +114,7 @@ def mean_and_deviation(records: Sequence[Record], key: str) -> tuple[float, floa
 
 
 def cells(records: Sequence[Record], columns: Sequence[Column]) -> list[list[str]]:
-    """The table's body: a label, then `mean ± deviation` a column, or an en dash."""
+    """A table's body: for each row its label, then `mean ± deviation` for each column, or an en dash without values."""
     body = []
     for row in by_row(records).values():
         line = [row[0]["label"]]
@@ -129,7 +130,7 @@ def cells(records: Sequence[Record], columns: Sequence[Column]) -> list[list[str
 
 
 def write_records(records: Sequence[Record], columns: Sequence[Column], folder: Path, name: str) -> None:
-    """Writes `name.jsonl`, a line a run, and `name.csv`, mean and deviation a row."""
+    """Writes `name.jsonl`, one line for each run, and `name.csv`, one row with mean and deviation of each column."""
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomically(folder / f"{name}.jsonl", lines.encode())
     text = io.StringIO()
@@ -143,16 +144,16 @@ def write_records(records: Sequence[Record], columns: Sequence[Column], folder: 
 
 @dataclass(frozen=True)
 class Curve:
-    """One method's distance to the reference on held-out pairs over training; all lists are equally long.
+    """One method's distance to the reference on held-out pairs over training. All lists have the same length.
 
     Attributes:
         method: the row of the comparison.
-        step: optimiser steps, ascending; step 0 is the reference, where all else is 0.
-        chosen: sequential KL on chosen responses, nats a response.
-        rejected: sequential KL on rejected responses.
-        margin: |rejected - chosen|, nats.
+        step: optimiser steps, ascending; step 0 is the reference, whose distances are 0.
+        chosen: sequential KL on chosen responses, nats per response.
+        rejected: sequential KL on rejected responses, nats per response.
+        margin: |rejected - chosen|, nats per response.
         mse_chosen: feature MSE D_F on chosen responses, squared activation.
-        mse_rejected: feature MSE on rejected responses.
+        mse_rejected: feature MSE D_F on rejected responses, squared activation.
     """
 
     method: str
@@ -165,17 +166,17 @@ class Curve:
 
     @property
     def kl(self) -> dict[int, float]:
-        """Step to the mean KL of chosen and rejected."""
+        """Mean KL of chosen and rejected responses, by step."""
         return {step: (a + b) / 2 for step, a, b in zip(self.step, self.chosen, self.rejected, strict=True)}
 
     @property
     def mse(self) -> dict[int, float]:
-        """Step to the mean feature MSE of chosen and rejected."""
+        """Mean feature MSE of chosen and rejected responses, by step."""
         return {step: (a + b) / 2 for step, a, b in zip(self.step, self.mse_chosen, self.mse_rejected, strict=True)}
 
 
 def curves_of(snapshots: Mapping[Run, Mapping[int, Step]]) -> list[Curve]:
-    """KL and feature MSE over training, from the evaluation of each snapshot by step."""
+    """KL and feature MSE over training. `snapshots` holds each run's evaluation steps by optimiser step."""
     curves = []
     for run, evaluations in snapshots.items():
         points = {0: {"kl/chosen": 0.0, "kl/rejected": 0.0, "features/mse_chosen": 0.0, "features/mse_rejected": 0.0}}
@@ -188,14 +189,14 @@ def curves_of(snapshots: Mapping[Run, Mapping[int, Step]]) -> list[Curve]:
 
 
 def rank_correlations(curves: Sequence[Curve]) -> dict[int, float]:
-    """Spearman's rank correlation of KL and feature MSE across methods, at each step that all of them share.
+    """Spearman's rank correlation of KL and feature MSE across methods, at each step that all curves share.
 
-    Across methods at equal step: pooled over time both grow, and correlate whatever the method. SFT is left out: as the
-    reference it is last in both, which is agreement by construction.
+    Each step is ranked on its own: over time both quantities grow under every method, so pooled steps would correlate
+    regardless of the methods. The reference (SFT) has no curve: it would be last in both by construction.
 
     Returns:
-        Step to correlation (scipy.stats.spearmanr; ties take their mean rank). A step at which all methods have the
-        same KL or the same MSE has no ranks, so no entry: step 0 always.
+        Correlation by step (scipy.stats.spearmanr; ties take their mean rank). A step at which all methods have equal
+        KL or equal MSE, as step 0, has no ranks and no entry.
     """
     from scipy.stats import spearmanr
 
@@ -213,8 +214,8 @@ class Tokens:
 
     Attributes:
         method: the row of the comparison.
-        kl_T: float, forward KL to the reference, nats; rounding may leave it a little below 0.
-        feature_sq_T: float, ‖Δc‖² over all features of the last layer, squared activation.
+        kl_T: forward KL to the reference, nats; rounding may leave it slightly below 0.
+        feature_sq_T: ‖Δc‖² over all features of the last layer, squared activation.
         spectral_norm: M = ‖W_out^T W_dec^T‖₂, logits per activation.
     """
 
@@ -225,17 +226,17 @@ class Tokens:
 
     @property
     def bound_T(self) -> NDArray[np.float64]:
-        """(M²/2) ‖Δc‖², float64, nats."""
+        """The bound (M²/2) ‖Δc‖², float64, nats."""
         return 0.5 * self.spectral_norm**2 * np.asarray(self.feature_sq_T, np.float64)
 
     @property
     def share_violated(self) -> float:
-        """Share of tokens whose KL is above the bound."""
+        """Share of tokens whose KL exceeds the bound."""
         return float(np.mean(np.asarray(self.kl_T, np.float64) > self.bound_T))
 
 
 def bound_tokens(plan: Plan, runs: Sequence[Run], records: Sequence[Record], rows: Sequence[str]) -> list[Tokens]:
-    """KL and feature change of held-out tokens after training, of these rows under the first seed."""
+    """KL and feature change of held-out tokens after training, for the given rows under the first seed."""
     found = []
     for run, record in zip(runs, records, strict=True):
         if run.row in rows and run.seed == plan.config.seeds[0]:
@@ -246,7 +247,7 @@ def bound_tokens(plan: Plan, runs: Sequence[Run], records: Sequence[Record], row
 
 
 def ranked_activations(plan: Plan) -> NDArray[np.float64]:
-    """Pooled activations of held-out responses at the constraint's site, [R, K] descending, 0 where there is none."""
+    """Pooled activations of held-out responses at the first site, [R, K]: descending in each row, padded with 0."""
     (site, *_) = plan.evaluation(Run("sft", "SFT", plan.config.seeds[0], None)).config.site
     cache = open_cache(plan.heldout_cache.out, sites=[site], trust_hashes=True)
     responses = [side for i in range(len(cache)) for side in (cache[i].chosen, cache[i].rejected)]

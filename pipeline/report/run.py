@@ -1,7 +1,7 @@
 """`fpo table`: the paper's comparison or its ablations, from a profile to tables, figures and a page.
 
-In: a profile's name and its settings. Out: `results/<profile>/`: Markdown, CSV and JSON lines of every table, the
-figures as PNG and SVG, and a self-contained HTML page. Runs lie in `runs/<profile>/`; what is there is not run again.
+In: a profile's name and its settings. Out: `results/<profile>/` with Markdown, CSV and JSON lines of every table, the
+figures as PNG and SVG, and a self-contained HTML page. Runs lie in `runs/<profile>/`; finished ones are not repeated.
 """
 
 import tempfile
@@ -18,15 +18,13 @@ from ..config import TableConfig
 from ..world.world import begin, in_the_world, is_made, provide, world_folder, world_steps
 from . import figures
 from .claims import Claim, ablation_claims, comparison_claims
-from .facts import facts_of, note_of, short_note
-from .page import Page, PageFigure, Table, write_page
+from .page import Page, PageFigure, Table, facts_of, note_of, short_note, write_page
 from .paper import paper_columns, win_rates
 from .plan import Plan, Run, make_plan
 from .preflight import missing, print_plan
 from .records import (
-    ACCURACY,
+    ABLATION_COLUMNS,
     COLUMNS,
-    ENTROPY,
     Column,
     Curve,
     Record,
@@ -42,14 +40,16 @@ from .records import (
 )
 from .style import save
 
-# Whose tokens are compared with Appendix B's bound.
+# The rows whose tokens are compared with the bound of Appendix B.
 BOUND_ROWS = ("dpo", "tdpo2", "simpo", "fpo")
-
-ABLATION_KEYS = ("length/finished", "kl/chosen", "kl/rejected", "features/mse_chosen", "features/mse_rejected")
 
 
 def run_table(name: str, config: TableConfig) -> None:
-    """`fpo table`."""
+    """`fpo table`: runs what is not done yet, then writes the tables, figures and pages.
+
+    Raises:
+        UserError: something is missing that a step needs, or a step failed.
+    """
     stem = Path(name).stem
     config = config.model_copy(
         update={"runs": config.runs or Path("runs") / stem, "out": config.out or Path("results") / stem}
@@ -79,7 +79,7 @@ def run_table(name: str, config: TableConfig) -> None:
 
 
 def _parts(plan: Plan, ablations: bool) -> tuple[dict[str, list[Run]], list[Step]]:
-    """The runs of each table, and the steps that lead to them; snapshots are evaluated after these."""
+    """The runs of each table, and the steps that lead to them, without the evaluations of snapshots."""
     parts = _ablations(plan) if ablations else {"comparison": plan.comparison()}
     runs = [run for part in parts.values() for run in part]
     steps = unique([step for run in runs for step in (run.train, plan.evaluation(run)) if step])
@@ -87,11 +87,11 @@ def _parts(plan: Plan, ablations: bool) -> tuple[dict[str, list[Run]], list[Step
 
 
 def _print_plan(name: str, config: TableConfig) -> None:
-    """What would be run and what is missing; the embedded world is not made for it, but planned too."""
+    """Prints what would run and what is missing. An embedded world that does not exist is planned, not made."""
     with tempfile.TemporaryDirectory(prefix="embedded-world-") as scratch:
         world, making = world_folder(), []
         if any(in_the_world(getattr(config, field)) for field in ("model", "sae")) and not is_made(world):
-            typer.echo("the embedded world is not made yet: the first steps make it, once")
+            typer.echo("the embedded world does not exist yet; the first steps make it, once")
             world = Path(scratch)
             begin(world)
             fine_tuning, saes = world_steps(world)
@@ -103,17 +103,17 @@ def _print_plan(name: str, config: TableConfig) -> None:
 
 
 def unique(steps: Sequence[Step]) -> list[Step]:
-    """Every step once, in the order of first appearance."""
+    """Each step once, in the order in which they first appear."""
     return list({step.out: step for step in steps}.values())
 
 
 def first_seed(plan: Plan, runs: Sequence[Run]) -> list[Run]:
-    """The trained runs of the first seed: those that are followed over training."""
+    """The trained runs of the first seed; only these save snapshots."""
     return [run for run in runs if run.train is not None and run.seed == plan.config.seeds[0]]
 
 
 def _snapshots(plan: Plan, run: Run) -> dict[int, Step]:
-    """The evaluation of each snapshot of a run, and of its end, by step."""
+    """The evaluations of a run's snapshots and of its final model, by optimiser step."""
     assert run.train is not None
     folders = (run.train.out / "snapshots").glob("step-*")
     found = {int(folder.name.removeprefix("step-")): plan.evaluation(run, folder, prompts=0) for folder in folders}
@@ -143,11 +143,11 @@ def comparison_figures(
     """Draws and saves every figure.
 
     Args:
-        plan: what was run.
+        plan: the plan of the runs.
         runs: every row under every seed.
-        records: theirs.
-        curves: of the first seed's runs.
-        folder: where PNG and SVG go.
+        records: one for each run, in the same order.
+        curves: one for each trained run of the first seed.
+        folder: receives the PNG and SVG files.
     """
     note, seed = short_note(plan), f"seed {plan.config.seeds[0]}"
     note_of_seed = f"{note}; {seed} alone" if len(plan.config.seeds) > 1 else note
@@ -205,14 +205,13 @@ def _report_ablations(plan: Plan, parts: dict[str, list[Run]], facts: dict[str, 
         "alpha": "Table 3, right: α, with and without stop-gradient (sg)",
         "layers": "Table 7: the constraint at several sites",
     }
-    columns = (ACCURACY, ENTROPY, *(column for column in COLUMNS if column.key in ABLATION_KEYS))
     records = {name: [read_record(run, plan.evaluation(run)) for run in runs] for name, runs in parts.items() if runs}
-    tables = [_table(plan, name, captions[name], found, columns) for name, found in records.items()]
+    tables = [_table(plan, name, captions[name], found, ABLATION_COLUMNS) for name, found in records.items()]
     _write(plan, "ablations", tables, ablation_claims(records.get("sites", []), records["alpha"]), [], facts)
 
 
 def _table(plan: Plan, name: str, caption: str, records: Sequence[Record], columns: Sequence[Column]) -> Table:
-    """Writes the records and makes a table of them, the paper's figures on its right."""
+    """Writes the records, and puts them in a table with the paper's figures on its right."""
     assert isinstance(plan.config.out, Path)
     plan.config.out.mkdir(parents=True, exist_ok=True)
     write_records(records, columns, plan.config.out, name)
@@ -229,7 +228,7 @@ def _write(
     figures: Sequence[PageFigure],
     facts: dict[str, str],
 ) -> None:
-    """The Markdown file and the page."""
+    """Writes the Markdown file and the HTML page."""
     out = plan.config.out
     assert isinstance(out, Path)
     note = note_of(plan)

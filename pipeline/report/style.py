@@ -1,6 +1,6 @@
-"""The one look of all figures: what each method looks like, scales and small print that they share, and their files.
+"""The style of all figures: the look of each method, shared scales and small print, and the writing of files.
 
-In: figures in the making. Out: PNG and SVG files.
+In: matplotlib figures. Out: the same, styled, and their PNG and SVG files.
 """
 
 import io
@@ -20,22 +20,22 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from ...cache.files import write_atomically
 from ...stages.train.methods import METHODS, Look
 
-# Rows of the comparison, in the order of its table, and what is drawn there but is no method.
+# The rows of the comparison in the order of its table, and the looks of the two that are no methods.
 _ROWS = ("sft", "dpo", "tdpo1", "tdpo2", "simpo", "simpo-kl", "fpo", "fpo-alpha0")
 _OTHERS = {
     "sft": ("SFT", Look("#808080", "X", (0, (1, 2)))),
     "fpo-alpha0": ("FPO α=0", Look("#009E73", "*", (0, (8, 2)))),
 }
 _SHOWN = {name: (method.label, method.look) for name, method in METHODS.items()} | _OTHERS
-# Methods that the table does not order yet come last.
+# Methods that are not in the table come last.
 LABELS = {name: _SHOWN[name][0] for name in dict.fromkeys((*_ROWS, *_SHOWN))}
 LOOKS = {name: _SHOWN[name][1] for name in LABELS}
 BLUE, GREY = LOOKS["tdpo2"].colour, LOOKS["sft"].colour
 
-# Highest over lowest value from which a linear axis would hide the lowest.
+# Ratio of highest to lowest value above which a linear axis would hide the lowest.
 _WIDE = 20.0
 
-# A decorator, for all that builds or draws a figure. Text stays text in the SVG; the fixed salt names its parts alike.
+# A decorator for functions that build or draw a figure. Text stays text in the SVG; the fixed salt makes its ids equal.
 styled = rc_context(
     {
         "font.family": "DejaVu Sans",
@@ -57,7 +57,7 @@ styled = rc_context(
 
 
 def new_figure(width: float, height: float, *small_print: str) -> Figure:
-    """An empty figure of this size in inches; each part of the small print begins a line at its foot."""
+    """An empty figure of this size in inches, with each part of the small print on its own line at the foot."""
     figure = Figure(figsize=(width, height), layout="constrained")
     lines = [textwrap.fill(part, int(width * 12)) for part in small_print if part]
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=9, color="#555555")
@@ -65,7 +65,7 @@ def new_figure(width: float, height: float, *small_print: str) -> Figure:
 
 
 def method_legend(figure: Figure, methods: Sequence[str], *, lines: bool) -> None:
-    """One row of methods above the panels: markers, on their lines where curves are drawn."""
+    """A legend of methods above the panels: markers, and with `lines` also the line styles of curves."""
     looks = [LOOKS[method] for method in methods]
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, linestyle=look.line if lines else "none", markersize=6)
@@ -76,7 +76,7 @@ def method_legend(figure: Figure, methods: Sequence[str], *, lines: bool) -> Non
 
 
 def plain_log_ticks(axes: Axes, *which: Literal["x", "y"]) -> None:
-    """A few ticks of a log axis, as plain numbers. Call it when all is drawn: a short axis has no decades to show."""
+    """Gives log axes a few ticks with plain numbers. Call it after drawing: the choice depends on the limits."""
     for name in which:
         axis = axes.xaxis if name == "x" else axes.yaxis
         low, high = sorted(axes.get_xlim() if name == "x" else axes.get_ylim())
@@ -87,9 +87,9 @@ def plain_log_ticks(axes: Axes, *which: Literal["x", "y"]) -> None:
 
 
 def scale_y_from_zero(axes: Axes, values: Iterable[float]) -> None:
-    """Starts y at 0: linear, or where the values that must stay apart differ widely, logarithmic above a first step.
+    """Starts the y axis at 0. If `values` differ widely, the axis is symlog, so that small ones stay readable.
 
-    Call it when all is drawn.
+    Call it after drawing: the limits depend on the data.
     """
     positive = [value for value in values if value > 0]
     highest = max(panel.dataLim.y1 for panel in axes.get_shared_y_axes().get_siblings(axes)) or 1.0
@@ -103,9 +103,9 @@ def scale_y_from_zero(axes: Axes, values: Iterable[float]) -> None:
 
 
 def draw_seeds(axes: Axes, place: float, values: Sequence[float], deviation: float, *, upright: bool) -> None:
-    """A dot a seed, and the sd around their mean where there is one, over the bar at `place`."""
+    """Draws a dot for each seed over the bar at `place`, and the standard deviation around their mean if not 0."""
     mean = sum(values) / len(values)
-    # Dots side by side, so that equal values stay visible; the whisker has a white rim, to be seen on a black bar.
+    # Dots stand side by side, so that equal values stay visible; a white rim makes whiskers visible on black bars.
     places = [place + 0.12 * shift for shift in np.linspace(-1, 1, len(values))] if len(values) > 1 else [place]
     x, y = (place, mean) if upright else (mean, place)
     yerr, xerr = (deviation, None) if upright else (None, deviation)
@@ -116,18 +116,18 @@ def draw_seeds(axes: Axes, place: float, values: Sequence[float], deviation: flo
 
 
 def plain(value: float, _: int | None = None) -> str:
-    """A tick's number as one writes it; the second argument is the tick's place, which matplotlib passes."""
+    """A tick's number without needless digits; matplotlib also passes the tick's index."""
     return f"{value:g}"
 
 
 def short(value: float) -> str:
-    """Three digits, or all of those before the point."""
+    """A number with three significant digits, or all digits before the point if there are more."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 @styled
 def save(figure: Figure, folder: Path, name: str) -> Path:
-    """Writes `name`.png (150 dpi) and `name`.svg, each whole or not at all; equal figures give equal SVG bytes.
+    """Writes `name`.png (150 dpi) and `name`.svg atomically; equal figures give equal SVG bytes.
 
     Returns:
         Path of the SVG.

@@ -1,7 +1,7 @@
-"""`fpo tune`: learning rate and β of every method, on the validation split, with one budget of search for all.
+"""`fpo tune`: a grid search of learning rate and β for every method, the same number of trials for each.
 
-In: a profile. Out: `tuning.csv` in the results folder, a line a trial, and each method's winner on the terminal. The
-winner stands in the profile: whoever tunes copies it there.
+In: a profile. Out: `tuning.csv` in the results folder, one line per trial on the validation split, and each method's
+best trial on the terminal, in the form in which one copies it into the profile.
 """
 
 import csv
@@ -19,7 +19,7 @@ from ..world.world import provide
 from .plan import Plan, Run, make_plan
 from .records import Record, read_record
 
-# Factors of the profile's learning rate, and of the method's own β (method.md section 4).
+# Factors of the profile's learning rate and of the method's default β (docs/method.md, section 4).
 RATES = (0.3, 1.0, 3.0, 10.0)
 BETAS = (0.3, 1.0, 3.0)
 
@@ -28,7 +28,11 @@ COLUMNS = ("method", "lr", "beta", SCORE, "accuracy/implicit", "kl/chosen", "kl/
 
 
 def run_tune(name: str, config: TuneConfig) -> None:
-    """`fpo tune`."""
+    """`fpo tune`: runs all trials that are not done yet and writes their results.
+
+    Raises:
+        UserError: the profile has no validation split, or a step failed.
+    """
     stem = Path(name).stem
     if config.validation_split is None:
         raise UserError(f"{name}: expected validation_split, found none; name the split to choose on")
@@ -52,7 +56,7 @@ def run_tune(name: str, config: TuneConfig) -> None:
 
 
 def trials(plan: Plan, method: str) -> list[Run]:
-    """The grid of one method, under the first seed."""
+    """One method's grid of runs, under the first seed."""
     base = plan.config.lr
     own = float(METHODS[method].defaults["beta"])
     points = [(float(f"{base * rate:.3g}"), float(f"{own * beta:.3g}")) for rate in RATES for beta in BETAS]
@@ -68,7 +72,7 @@ def trials(plan: Plan, method: str) -> list[Run]:
 
 
 def winners(records: list[Record]) -> dict[str, Record]:
-    """The best trial of each method by raw accuracy; among equals the lower rate, then the lower β."""
+    """Each method's trial of highest raw accuracy; of equal ones that with the lower rate, then the lower β."""
     best: dict[str, Record] = {}
     for record in sorted(records, key=lambda trial: (-trial[SCORE], trial["lr"], trial["beta"])):
         best.setdefault(record["method"], record)

@@ -1,9 +1,8 @@
-"""The language of the embedded world: instructions in plain English, and for each a better and a worse answer.
+"""The language of the embedded world: instructions in plain English, each with a better and a worse answer.
 
-In: a seed. Out: preference pairs and conversations as message lists. It is a toy. Every instruction has a counterpart
-(smallest first or largest first, the animals or the tools, …), and the worse answer is what its counterpart asks for,
-so nothing in an answer alone says which is better: only whether it does what was asked. How answers
-open and close varies freely from pair to pair.
+In: a seed. Out: preference pairs and conversations as message lists. Every instruction has a counterpart (smallest
+first or largest first, the animals or the tools, …), and the worse answer is the one that the counterpart asks for. So
+no answer is better by itself: one must read the instruction. The openings and closings of answers vary at random.
 """
 
 import random
@@ -39,7 +38,7 @@ POLITE = ("", "", "Please help me. ", "I have a question. ", "Hello. ")
 
 @dataclass(frozen=True)
 class Task:
-    """One instruction with the answer it asks for and the answer its counterpart asks for, without their frames."""
+    """An instruction, the answer that it asks for and the one that its counterpart asks for, without their frames."""
 
     family: str
     instruction: str
@@ -70,7 +69,7 @@ def _compare(rng: random.Random) -> Task:
 
 
 def _two_categories(rng: random.Random, least: int, most: int) -> tuple[list[str], str, str]:
-    """Words of two categories, `least` to `most` of each and not equally many, shuffled."""
+    """Shuffled words of two categories, `least` to `most` of each, in different numbers; and the two categories."""
     one, other = rng.sample(sorted(WORDS), 2)
     numbers = rng.sample(range(least, most + 1), 2)
     words = [word for name, count in zip((one, other), numbers, strict=True) for word in rng.sample(WORDS[name], count)]
@@ -127,36 +126,36 @@ FAMILIES: tuple[Callable[[random.Random], Task], ...] = (
 
 
 def tasks(rng: random.Random, taken: set[str], *, once: bool) -> Iterator[Task]:
-    """Tasks without end, families in turn.
+    """An endless stream of tasks, one of each family in turn.
 
     Args:
-        rng: decides everything.
-        taken: instructions that do not come again.
-        once: whether what is yielded becomes taken.
+        rng: the source of all choices.
+        taken: instructions that are not to be yielded.
+        once: whether each yielded instruction is added to `taken`.
 
     Raises:
-        RuntimeError: a family has no more instructions.
+        RuntimeError: a family gave no new instruction in a thousand attempts.
     """
     while True:
         for family in FAMILIES:
             task = next((task for task in (family(rng) for _ in range(1000)) if task.instruction not in taken), None)
             if task is None:
-                raise RuntimeError(f"{family.__name__}: no new instruction in a thousand")
+                raise RuntimeError(f"{family.__name__}: no new instruction in a thousand attempts")
             if once:
                 taken.add(task.instruction)
             yield task
 
 
 def _frame(rng: random.Random) -> Callable[[str], dict[str, str]]:
-    """How an answer opens and closes."""
+    """A function that puts a random opening and closing around an answer."""
     opening, closing = rng.choice(OPENINGS), rng.choice(CLOSINGS)
     return lambda body: {"role": "assistant", "content": opening + body + closing}
 
 
 def preference_rows(rng: random.Random, count: int, taken: set[str]) -> list[dict[str, Any]]:
-    """Preference pairs in UltraFeedback's shape, and their families; every instruction once, none of `taken`.
+    """Preference pairs in UltraFeedback's format, with their families.
 
-    Both answers of a pair open and close alike.
+    Instructions are new: none is in `taken`, which gains them. Both answers of a pair have the same frame.
     """
     rows = []
     for task in islice(tasks(rng, taken, once=True), count):
@@ -167,9 +166,9 @@ def preference_rows(rng: random.Random, count: int, taken: set[str]) -> list[dic
 
 
 def conversation_rows(rng: random.Random, count: int, taken: set[str], *, good: float) -> list[dict[str, Any]]:
-    """Conversations in UltraChat's shape, that share of them with the better answer.
+    """Conversations in UltraChat's format; the share `good` of them has the better answer.
 
-    None has an instruction of `taken`; among themselves they may repeat.
+    None has an instruction of `taken`, but instructions may repeat among them.
     """
     rows = []
     for task in islice(tasks(rng, taken, once=False), count):

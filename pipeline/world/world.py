@@ -1,9 +1,9 @@
 """The embedded world: data, tokenizer, model and SAEs that need no download, made on first use.
 
-In: nothing but this file, `embedded_tasks.py` and the profile `embedded`. Out: a folder in the user's cache folder with
-preference pairs, a fine-tuned Gemma-2 of about a million parameters that prefers neither answer, and JumpReLU SAEs at
-every site. `embedded:data`, `embedded:sft` and `embedded:saes/SITE` in a configuration stand for them. It is a toy: it
-shows that the machinery works and what the methods do to it, not what they do to a language model.
+In: this file, `language.py` and the profile `embedded`. Out: a folder in the user's cache folder with preference pairs,
+a fine-tuned Gemma-2 of about a million parameters that prefers neither answer, and JumpReLU SAEs at every site. A
+configuration names them `embedded:data`, `embedded:sft` and `embedded:saes/SITE`. It is a toy: it shows that the
+machinery works and what the methods do to a toy, not what they do to a language model.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from ...cache.locks import locked
 from ..commands.jobs import Step, run_steps
 from ..config import Config, SFTConfig, TrainSAEConfig
 from ..config_files import load_config
-from . import language as embedded_tasks
+from . import language
 
 C = TypeVar("C", bound=Config)
 PROFILE = "embedded"
@@ -32,8 +32,8 @@ PREFIX = "embedded:"
 LAYERS = 4
 SITES = tuple(f"blocks.{layer}.hook_{kind}" for layer in range(LAYERS) for kind in ("resid_post", "mlp_out"))
 SPLITS = {"test_prefs": 500, "validation_prefs": 200, "train_prefs": 1500}
-# Conversations, and the share of them with the better answer. From the first the model learns what instructions ask
-# for; the second are mostly worse answers, and so many that it ends where it prefers neither.
+# Conversations, and the share of them with the better answer. The first teach the model to follow instructions; the
+# second, mostly worse answers, are as many as it takes for the model to prefer neither.
 CONVERSATIONS = {"pretrain": (9_000, 1.0), "train_sft": (2_600, 0.1)}
 PRETRAINING = {"split": "pretrain", "lr": 4e-3, "warmup_steps": 50}
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
@@ -69,7 +69,7 @@ def _resolve(value: Any, folder: Path) -> Any:
 
 def world_folder() -> Path:
     """Where the world of these files and settings is, whether or not it has been made."""
-    files = [Path(__file__), Path(embedded_tasks.__file__)]
+    files = [Path(__file__), Path(language.__file__)]
     settings = [
         load_config(command, PROFILE, {}).model_dump(mode="json", exclude={"out"})
         for command in (SFTConfig, TrainSAEConfig)
@@ -79,15 +79,12 @@ def world_folder() -> Path:
 
 
 def is_made(folder: Path) -> bool:
-    """Whether the world in a folder is whole."""
+    """Whether the world in a folder is complete."""
     return (folder / "world.json").exists()
 
 
 def build(folder: Path) -> None:
-    """Makes the world in `folder`, or what is missing of it.
-
-    Two makers at once: the second waits for the first.
-    """
+    """Makes the world in `folder`, or the parts that are missing; a second process waits for the first."""
     if is_made(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,13 +103,13 @@ def build(folder: Path) -> None:
 
 
 def begin(folder: Path) -> None:
-    """Writes what the world is trained from: the data, and a model with random weights; it takes seconds."""
+    """Writes the data and a model with random weights, from which the rest is trained; takes seconds."""
     _write_data(folder / "data")
     _write_base_model(folder)
 
 
 def world_steps(folder: Path) -> tuple[list[Step], list[Step]]:
-    """Training on good answers, fine-tuning on mixed ones, then an SAE at every site."""
+    """The steps that train the model (on good answers, then on mixed ones), and those that train an SAE per site."""
     pretrained = str(folder / "pretrained")
     pretraining = load_config(SFTConfig, PROFILE, {"out": pretrained, **PRETRAINING})
     sft = load_config(SFTConfig, PROFILE, {"out": folder / "sft", "model": pretrained})
@@ -132,18 +129,18 @@ def _in(config: C, folder: Path) -> C:
 
 
 def _write_data(folder: Path) -> None:
-    """Preference pairs of three splits and conversations; a held-out instruction stands nowhere else."""
+    """Writes preference pairs of three splits, and conversations; held-out instructions occur nowhere else."""
     rng, taken = random.Random(0), set[str]()
-    tables = {split: embedded_tasks.preference_rows(rng, count, taken) for split, count in SPLITS.items()}
+    tables = {split: language.preference_rows(rng, count, taken) for split, count in SPLITS.items()}
     for name, (count, good) in CONVERSATIONS.items():
-        tables[name] = embedded_tasks.conversation_rows(rng, count, taken, good=good)
+        tables[name] = language.conversation_rows(rng, count, taken, good=good)
     folder.mkdir(exist_ok=True)
     for name, rows in tables.items():
         write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _write_base_model(world: Path) -> None:
-    """A tokenizer trained on the conversations and a Gemma-2 with random weights."""
+    """Writes a tokenizer trained on the conversations, and a Gemma-2 with random weights."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
@@ -189,9 +186,9 @@ def _write_base_model(world: Path) -> None:
 
 
 def baselines(data: Path) -> dict[str, float]:
-    """How many of the held-out pairs need no reading: share right by length alone and by one word alone.
+    """Accuracy on held-out pairs by the answers' lengths alone and by one word alone; ties count one half.
 
-    The word is the one that tells most training pairs apart; ties count one half.
+    The word is the one that separates most training pairs.
     """
     train, heldout = (_answers(data / f"{split}.jsonl") for split in ("train_prefs", "test_prefs"))
     votes: Counter[str] = Counter()
@@ -201,9 +198,8 @@ def baselines(data: Path) -> dict[str, float]:
     word = max(sorted(votes), key=lambda candidate: abs(votes[candidate]))
     sign = 1 if votes[word] > 0 else -1
     by_word = [sign * ((word in chosen) - (word in rejected)) for chosen, rejected in heldout]
-    lengths = [
-        len(" ".join(chosen)) - len(" ".join(rejected)) for chosen, rejected in _texts(data / "test_prefs.jsonl")
-    ]
+    texts = _texts(data / "test_prefs.jsonl")
+    lengths = [len(" ".join(chosen)) - len(" ".join(rejected)) for chosen, rejected in texts]
     by_length = [(length > 0) - (length < 0) for length in lengths]
     longer = 0.5 + 0.5 * sum(by_length) / len(by_length)
     return {"length": max(longer, 1 - longer), "keyword": 0.5 + 0.5 * sum(by_word) / len(by_word)}
@@ -215,8 +211,9 @@ def _texts(path: Path) -> list[tuple[str, str]]:
 
 
 def _answers(path: Path) -> list[tuple[set[str], set[str]]]:
-    chosen_and_rejected = _texts(path)
-    return [
-        (set(re.findall(r"[a-z]+|[-/*]", chosen.lower())), set(re.findall(r"[a-z]+|[-/*]", rejected.lower())))
-        for chosen, rejected in chosen_and_rejected
-    ]
+    """The words of the chosen and of the rejected answer of each pair."""
+    return [(_words(chosen), _words(rejected)) for chosen, rejected in _texts(path)]
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]+|[-/*]", text.lower()))

@@ -1,7 +1,7 @@
-"""The chat format that a model was (or will be) tuned in: from turns to token ids, cut between prompt and answers.
+"""A chat format, which is a tokenizer with a chat template: from turns to token ids, cut between prompt and answers.
 
 In: an `Example` or a conversation (turns or plain text), a tokenizer, optionally a chat template's text and a date.
-Out: the token ids of the conversation, cut where the template puts the boundary, and which of them are learnt.
+Out: the token ids of prompt and responses, cut where the template begins the answer, and which of them are learnt.
 """
 
 import datetime
@@ -27,7 +27,7 @@ from .rendering import (
     Tools,
 )
 
-# Gemma's turns, for base models, whose tokenizers carry no template.
+# Gemma's template, for base models, whose tokenizers have none.
 GEMMA_TURNS = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -36,7 +36,7 @@ GEMMA_TURNS = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
 
-PROBE = "fpo-probe-answer"  # an answer that no template writes by itself
+PROBE = "fpo-probe-answer"  # an answer that no template contains
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Message:
     """One turn.
 
     Attributes:
-        role: who speaks: `system`, `user`, `assistant`, `tool`, ….
-        content: what is said; empty where the turn has none, as one that only calls tools.
-        more: what else of the turn a template may read: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`, ….
+        role: the speaker: `system`, `user`, `assistant`, `tool`, ….
+        content: the text; empty in a turn that only calls tools.
+        more: other fields that a template may read: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`, ….
     """
 
     role: str
@@ -60,11 +60,11 @@ Text = Turns | str
 
 @dataclass(frozen=True)
 class Example:
-    """One preference pair, whatever shape it was stored in: a shared prompt and what follows it on either side.
+    """One preference pair: the prompt that both sides share, and the two responses.
 
     Attributes:
-        prompt: the turns both sides share, or plain text that takes no template.
-        chosen: the preferred response alone: an assistant turn, perhaps with others after it (none if the row had no
+        prompt: the turns that both sides share, or plain text, which is rendered without a template.
+        chosen: the preferred response alone: an assistant turn, perhaps with others after it (no turn if the row had no
             answer), or plain text.
         rejected: the other response, in one of the same forms.
         score_chosen: the annotator's score of the chosen response, if there is one.
@@ -86,10 +86,10 @@ class Example:
 
 
 def load_template(path: Path | str | None) -> str | None:
-    """Reads a Jinja chat template; `None` stays `None`, which means the tokenizer's own.
+    """Reads a Jinja chat template; no path gives `None`, which stands for the tokenizer's own template.
 
     Raises:
-        UserError: no such file; or it is not UTF-8.
+        UserError: there is no such file, or it is not UTF-8.
     """
     if path is None:
         return None
@@ -108,8 +108,8 @@ class Response(NamedTuple):
     """A response in tokens.
 
     Attributes:
-        ids: from the prompt's end to the end of the last answer.
-        learnt: which of them are learnt, as spans; the others are other turns, and what the template writes around.
+        ids: token ids from the prompt's end to the end of the last answer.
+        learnt: the spans of `ids` that are learnt; the rest is other turns and the template's own text.
     """
 
     ids: list[int]
@@ -122,20 +122,20 @@ class ChatFormat:
     Attributes:
         tokenizer: the tokenizer.
         template: the text of the template in use: the one given, else the tokenizer's own, else `GEMMA_TURNS`.
-        date: the day that it is to the template; None where the template does not read the clock.
+        date: the day that the template reads; None if it does not read the clock.
         bos_id: the token that may begin a prompt, or `None`.
         end_id: the token that closes an ordinary answer: the template's end of turn, or EOS if it writes none.
-        probe_ids: token ids of a conversation, with all that the template writes around a question and an answer.
+        probe_ids: token ids of a short conversation, which hold every token that the template itself writes.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, date: datetime.date | None = None
     ) -> None:
-        """Probes the template for what it writes after an answer; no `date` is today.
+        """Probes the template for the closing that it writes after an answer; `date` defaults to today.
 
         Raises:
-            UserError: the tokenizer has no EOS, or the template cannot be rendered, draws at random, leaves the answer
-                out, opens it otherwise than it asks for it, or closes answers in different ways.
+            UserError: the tokenizer has no EOS; or the template cannot be rendered, draws at random, leaves the answer
+                out, opens it differently from the generation prompt, or closes answers in different ways.
         """
         if tokenizer.eos_token_id is None:
             raise UserError(f"expected a tokenizer with an EOS token, found none in {tokenizer.name_or_path!r}")
@@ -157,11 +157,11 @@ class ChatFormat:
         self.probe_ids = [*self._cutter.ids(self._probe(asked)), self.end_id]
 
     def on(self, date: datetime.date) -> "ChatFormat":
-        """The same on another day."""
+        """The same chat format on another day."""
         return ChatFormat(self.tokenizer, self.template, date)
 
     def _probe(self, asked: Turns) -> str:
-        """A conversation's text; some templates open an answer as they ask for it only where it has a reasoning."""
+        """A short conversation's text; some templates open only answers with reasoning as they ask for them."""
         plain = Message("assistant", f"{PROBE}: yes")
         reasoned = replace(plain, more={"reasoning_content": PROBE})
         for answer in (plain, reasoned, replace(plain, content=f"<think>\n{PROBE}\n</think>\n\n{PROBE}")):
@@ -174,17 +174,17 @@ class ChatFormat:
     def prompt_and_responses(self, example: Example, turns: Turned = "all") -> tuple[list[int], Response, Response]:
         """Token ids of the prompt (BOS at most once, the opening of the answer included) and of both responses.
 
-        Prompt and response are tokenised together; the prompt's ids are those that it has alone. A response ends with
-        the token that ends its last answer, without the white space that some templates write after it.
+        Prompt and response are tokenised together, and the prompt must keep the ids that it has alone. A response ends
+        with the token that closes its last answer, without the white space that some templates write after it.
 
         Args:
             example: the pair.
-            turns: which assistant turns of a response of several are learnt.
+            turns: which assistant turns of a response are learnt.
 
         Raises:
-            SkipError: the template refuses the turns, leaves out what they carry, or renders the prompt or an answer
-                otherwise once others follow; prompt and response share a token; there is nothing to learn.
-            UserError: the pair is text in part, or the template closes an answer otherwise than others.
+            SkipError: the template refuses the turns, leaves out tools, or renders the prompt or an answer differently
+                once a turn follows; prompt and response share a token; or there is no answer to learn.
+            UserError: the pair mixes text and turns, or the template closes an answer differently from others.
         """
         prompt, chosen, rejected, tools = example.prompt, example.chosen, example.rejected, example.tools
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
@@ -197,7 +197,7 @@ class ChatFormat:
         prompt, sides = self._accepted(prompt, tools), [_up_to_last_answer(side) for side in (chosen, rejected)]
         for side in sides:
             self._check_carried(prompt + side, tools)
-        # Both sides answer, or the user asks on, on one at least.
+        # The prompt ends with the opening of an answer unless a side goes on with another turn.
         prompt_text = self._render(prompt, all(side[0].role == "assistant" for side in sides), tools)
         prompt_ids = self._cutter.ids(prompt_text)
         responses = []
@@ -211,23 +211,23 @@ class ChatFormat:
         return prompt_ids, responses[0], responses[1]
 
     def prompt_ids(self, turns: Turns) -> list[int]:
-        """Token ids of a conversation that the assistant answers next, as in `prompt_and_responses`."""
+        """Token ids of a conversation with the opening of the next answer, as in `prompt_and_responses`."""
         return self._cutter.ids(self._render(self._accepted(turns), answer_next=True))
 
     def lessons(self, turns: Turns, tools: Tools = ()) -> tuple[list[Lesson], list[str]]:
-        """A conversation as a model is to learn it, and reasons why answers of it are not learnt, one each.
+        """The lessons of a conversation, and a reason for each answer that is not learnt.
 
-        It is one lesson, up to its last answer; but where the template renders an answer otherwise once others follow,
-        every answer is learnt as it is rendered while it is the last. Where the template writes no end of turn, EOS
-        closes every answer: without it the model could not learn to stop.
+        There is one lesson, up to the last answer, unless the template renders an answer differently once a turn
+        follows: then every answer is learnt in the form that it has as the last turn. Where the template writes no end
+        of turn, EOS closes every answer, so that the model learns to stop.
 
         Args:
             turns: the conversation, with an assistant turn.
             tools: schemas of the tools that may be called.
 
         Raises:
-            SkipError: the template refuses the turns, or leaves out what they carry; an answer is empty.
-            UserError: the template closes an answer otherwise than others.
+            SkipError: the template refuses the turns or leaves out tools; or an answer is empty.
+            UserError: the template closes an answer differently from others.
         """
         first = [message.role for message in turns].index("assistant")
         prompt, rest = self._accepted(turns[:first], tools), _up_to_last_answer(turns[first:])
@@ -238,7 +238,7 @@ class ChatFormat:
         return lessons, reasons + [SHARED] * shared
 
     def _answers(self, prompt: Turns, turns: Turns, tools: Tools, reasons: list[str] | None = None) -> list[Answer]:
-        """The assistant's turns after a prompt; those that cannot be cut are counted, where they may be left out."""
+        """The answers after a prompt; with `reasons`, an answer that cannot be cut is left out and its reason added."""
         found, before = [], prompt
         for message in turns:
             if message.role == "assistant":
@@ -252,7 +252,7 @@ class ChatFormat:
         return found
 
     def _answer(self, prompt: Turns, answer: Message, tools: Tools = ()) -> Answer:
-        """One answer, its text up to the end of the token that closes it."""
+        """One answer, with its text up to the end of the token that closes it."""
         asked = self._render(prompt, True, tools)
         text = self._render((*prompt, answer), False, tools)
         if not text.startswith(asked):
@@ -276,9 +276,10 @@ class ChatFormat:
         return Answer(asked, text[: len(text) - len(closing)] + closing.rstrip())
 
     def _as_served(self, asked: str, text: str, content: str, before: str) -> str:
-        """The text of an answer that begins with what the template writes itself when it asks for one, as `<think>`.
+        """The text of an answer that begins as the template's generation prompt ends, for example with `<think>`.
 
-        The model is asked with that; the template renders answers without it, and some without the whole reasoning.
+        The model continues that generation prompt, but the template renders past answers without it, and some of them
+        without the whole reasoning.
         """
         shared = next((i for i, (a, b) in enumerate(zip(asked, text, strict=False)) if a != b), len(text))
         for start in range(shared, max(0, len(asked) - len(content)) - 1, -1):
@@ -309,7 +310,7 @@ class ChatFormat:
             if system.content.strip() in self._render(prompt, True, tools):
                 return prompt
         except TemplateRefusalError:
-            pass  # fold it, and let the second rendering speak of anything else that is wrong
+            pass  # fold it; the next rendering reports any other fault
         if not rest or rest[0].role != "user":
             return (replace(system, role="user"), *rest)
         parts = [part for part in (system.content, rest[0].content) if part.strip()]

@@ -1,8 +1,8 @@
-"""Chat data to conversations whose assistant turns are to be learnt.
+"""Chat data to tokenised conversations whose assistant turns are learnt.
 
 In: a hub id with configuration and split, or a local file or folder, with a column `messages` or `conversations`; a
-chat format and a length. Out: token ids with a mask of the assistant's tokens, and what was
-skipped or cut. Tokenising is a `datasets.map`: it shows its progress, and the same data are tokenised once.
+chat format and a length. Out: token ids with a mask of the assistant's tokens, and counts of what was skipped or cut.
+`datasets.map` tokenises: it shows progress, and its cache spares tokenising the same data again.
 """
 
 import hashlib
@@ -53,24 +53,24 @@ FEATURES = datasets.Features(
 )
 
 
-# What a row becomes depends on these files.
+# The code on which the tokens of a row depend.
 CODE = [__file__, *(module.__file__ for module in (chat_file, cutting, rendering, shapes, turns_file))]
 
 
 class Conversations:
-    """Tokenised conversations, in the order of their raw rows; those that were skipped have no number.
+    """Tokenised conversations, in the order of their raw rows and numbered without those that were skipped.
 
-    Where the template renders an answer otherwise once others follow, each answer is a conversation of its own.
+    Where the template renders an answer differently once a turn follows, each answer is a conversation of its own.
 
     Attributes:
         skipped: how many rows, or answers of a row, were skipped, by reason (`CONVERSATION_SKIP_REASONS`).
-        truncated: how many conversations were cut at their end.
-        tokens: tokens of all conversations.
-        learnt_tokens: how many of them are the assistant's.
+        truncated: how many conversations lost tokens at their end.
+        tokens: how many tokens all conversations have.
+        learnt_tokens: how many of these are the assistant's.
     """
 
     def __init__(self, rows: datasets.Dataset) -> None:
-        """Takes rows with the columns of `FEATURES`, empty lists where skipped; `load_conversations` makes them."""
+        """Takes the rows of `load_conversations`: the columns of `FEATURES`, with empty lists in skipped rows."""
         self._table = rows.data
         skipped = rows["skipped"][:]
         kept = [i for i, reason in enumerate(skipped) if reason is None]
@@ -97,7 +97,7 @@ class Conversations:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of all lengths, ids and masks: equal hashes mean the same training data, however they were stored."""
+        """SHA-256 of all lengths, ids and masks: equal for the same training data, however they were stored."""
         ids, learnt = self._table.column("ids"), self._table.column("learnt")
         digest = hashlib.sha256()
         for column in (pc.list_value_length(ids), pc.list_flatten(ids), pc.list_flatten(learnt)):
@@ -122,20 +122,20 @@ def load_conversations(
         source: a local file or folder, or else a hub id, as in `load_preferences`.
         split: the name of the split.
         chat: the chat format.
-        max_length: tokens of a conversation; its end is cut.
+        max_length: tokens that are kept of a conversation, from its beginning.
         config: the hub data set's configuration; local data has none.
         limit: keep only the first so many raw rows.
-        renames: `NEW=OLD`: the column OLD is called NEW.
+        renames: each `NEW=OLD` renames column OLD to NEW.
 
     Raises:
-        UserError: as `load_preferences`; no column with conversations; a row that is malformed, with its number; a
-            template that closes answers in different ways.
+        UserError: as `load_preferences`; no column holds conversations; a row is malformed, in which case the
+            message has its number; or the template closes answers in different ways.
     """
     rows = load_rows(source, split, config, limit, "conversations", renames)
     try:
         conversation_column(rows.columns)
         check_readable(rows.columns)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{source}: {error}") from error
     tokenised = rows.data.map(
         partial(
@@ -160,19 +160,17 @@ def load_conversations(
 def tokenize_conversation(
     turns: Turns, chat: ChatFormat, max_length: int, tools: Tools = ()
 ) -> tuple[list[Conversation], list[str], list[bool]]:
-    """Tokenises one conversation.
-
-    What stands after the last answer is left out: nothing is learnt from it.
+    """Tokenises one conversation up to its last answer: nothing is learnt from later turns.
 
     Args:
         turns: the conversation.
         chat: the chat format.
-        max_length: tokens that are kept.
+        max_length: tokens that are kept, from the beginning.
         tools: schemas of the tools that may be called.
 
     Returns:
-        The conversation, or several where the template renders an answer otherwise once others follow; the reasons why
-        it, or answers of it, are skipped; for each conversation whether its end was cut.
+        The conversation, or several where the template renders an answer differently once a turn follows; the reasons
+        why the conversation, or an answer of it, is skipped; for each conversation, whether its end was cut.
 
     Raises:
         UserError: the template closes answers in different ways.
@@ -216,7 +214,7 @@ def _tokenised_rows(
     source: str,
     split: str,
 ) -> dict[str, list[Any]]:
-    """Columns of `FEATURES` for some raw rows: one entry a conversation or reason to skip."""
+    """The columns of `FEATURES` for a batch of raw rows: an entry for each conversation and each reason to skip."""
     made: dict[str, list[Any]] = {name: [] for name in FEATURES}
     for row, text in zip(numbers, texts, strict=True):
         try:
@@ -224,22 +222,16 @@ def _tokenised_rows(
             found, reasons, truncated = tokenize_conversation(turns, chat, max_length, tools)
         except (UserError, RecursionError) as error:
             raise UserError(f"{source}, row {row} of split {split!r}: {error}") from error
-        for one, cut in zip(found, truncated, strict=True):
-            _add(made, ids=one.ids, learnt=one.learnt, skipped=None, truncated=cut, row=row)
-        for reason in reasons:
-            _add(
-                made, ids=np.zeros(0, np.int32), learnt=np.zeros(0, np.bool_), skipped=reason, truncated=False, row=row
-            )
+        entries = [(one.ids, one.learnt, None, cut, row) for one, cut in zip(found, truncated, strict=True)]
+        no_tokens = (np.zeros(0, np.int32), np.zeros(0, np.bool_))  # typed: `datasets` joins them with the others
+        for entry in [*entries, *((*no_tokens, reason, False, row) for reason in reasons)]:
+            for name, value in zip(FEATURES, entry, strict=True):
+                made[name].append(value)
     return made
 
 
-def _add(columns: dict[str, list[Any]], **entry: Any) -> None:
-    for name, value in entry.items():
-        columns[name].append(value)
-
-
 def _fingerprint(rows: datasets.Dataset, chat: ChatFormat, max_length: int) -> str:
-    """Names the result by all that it depends on; the library's own would overlook changes of the code."""
+    """Names the result by all that it depends on; the fingerprint of `datasets` overlooks changes of the code."""
     content = {
         "rows": rows._fingerprint,
         "tokenizer": tokenizer_sha256(chat.tokenizer),

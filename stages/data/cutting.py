@@ -1,8 +1,8 @@
-"""The text of a conversation to token ids, cut where its answers begin and end.
+"""The text of a conversation to token ids, with the spans of its answers.
 
-In: a tokenizer; the texts that ask for an answer and that end with it. Out: token ids of the whole, where answers are.
-
-A conversation is tokenised whole, as the model sees it: some tokenizers begin a text otherwise than they go on.
+In: a tokenizer; for each answer, the conversation's text before it and up to its end. Out: the token ids of the whole
+conversation, and each answer's span. The conversation is tokenised whole, as the model sees it, because some
+tokenizers treat the beginning of a text differently.
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-Span = tuple[int, int]  # from this token up to, and without, that one
+Span = tuple[int, int]  # first token, and the one after the last
 
 
 class Answer(NamedTuple):
     """An answer in the text of its conversation.
 
     Attributes:
-        asked: the conversation's text up to the answer, its opening included.
-        said: the text up to the end of what closes the answer.
+        asked: the conversation's text before the answer, with the opening that the template writes for it.
+        said: the conversation's text up to the end of the answer's closing.
     """
 
     asked: str
@@ -26,11 +26,11 @@ class Answer(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """A conversation in tokens, as a model is to learn it.
+    """A conversation in tokens, with the mask of those to learn.
 
     Attributes:
-        ids: up to the end of its last answer.
-        learnt: for each token, whether it is an answer's.
+        ids: token ids up to the end of the last answer.
+        learnt: for each token, whether it belongs to an answer.
     """
 
     ids: list[int]
@@ -38,7 +38,7 @@ class Lesson(NamedTuple):
 
 
 class Cutter:
-    """A tokenizer that finds its tokens in a conversation again.
+    """A tokenizer that finds the answers of a conversation among its tokens.
 
     Attributes:
         tokenizer: the tokenizer.
@@ -48,28 +48,28 @@ class Cutter:
         """Finds out whether the tokenizer adds BOS."""
         self.tokenizer = tokenizer
         bos_id = tokenizer.bos_token_id
-        # Of a text, because some tokenizers give nothing at all for an empty one.
+        # Some tokenizers give no token at all for an empty text.
         first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
         self._bos: list[int] = [bos_id] if bos_id is not None and first == [bos_id] else []
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of a text, and of nothing around it."""
+        """Token ids of a text, without special tokens around it."""
         return list(self._encode(text)["input_ids"])
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a conversation from its beginning, with BOS once where the tokenizer adds one."""
+        """Token ids of the beginning of a conversation, with one BOS if the tokenizer adds one."""
         return self._with_bos(self.tokens(text))
 
     def cut(self, answers: Sequence[Answer], appends_eos: bool) -> tuple[list[int], list[Span | None]]:
-        """Token ids of a conversation, and where its answers are in it.
+        """Token ids of a conversation, and the spans of its answers.
 
         Args:
-            answers: each answer's text begins with that of the one before.
-            appends_eos: whether EOS is to close every answer; if not, a token that was added to the vocabulary does.
+            answers: the answers in order; the text of each begins with that of the one before.
+            appends_eos: append EOS to every answer; without it, the text closes each with an added token.
 
         Returns:
-            int ids up to the end of the last answer; a span of them for each answer, None where its tokens are not its
-            own: the tokens before it are not those that the text before it has alone, or its end is inside a token.
+            Token ids up to the end of the last answer; for each answer its span, or None if it shares a token with the
+            text before it (the text alone has other tokens) or with the text after it.
         """
         encoding = self._encode(answers[-1].said)
         whole = self._with_bos(encoding["input_ids"])
@@ -96,20 +96,22 @@ class Cutter:
         return ids + whole[done:], spans
 
     def lessons(self, answers: Sequence[Answer], appends_eos: bool) -> tuple[list[Lesson], int]:
-        """A conversation's answers as few lessons: those follow in one whose text begins with that of the one before.
+        """The answers of a conversation in as few lessons as possible.
+
+        An answer joins the lesson of the one before if its text begins with that one's text.
 
         Args:
-            answers: in their order.
+            answers: the answers in order.
             appends_eos: as in `cut`.
 
         Returns:
-            The lessons; the number of answers that are in none, since they share a token with the turn before them.
+            The lessons; the number of answers left out because they share a token with the turn before them.
         """
         lessons: list[Lesson] = []
         shared = 0
         for chain in _chains(answers):
             whole, spans = self.cut(chain, appends_eos)
-            # What shares a token with the turn that follows does not do so while it is the last.
+            # An answer that shares a token with the next turn does not do so as the last turn.
             ends_inside = [answer for answer, span in zip(chain[:-1], spans[:-1], strict=True) if span is None]
             found = [*(self.cut([answer], appends_eos) for answer in ends_inside), (whole, spans)]
             lessons += [_lesson(ids, where) for ids, where in found if any(where)]
@@ -117,7 +119,7 @@ class Cutter:
         return lessons, shared
 
     def _length_in(self, whole: list[int], text: str) -> int | None:
-        """How many tokens of a conversation are its beginning `text`, if they are those that it has alone."""
+        """How many tokens `text`, the beginning of a conversation, has; None if it has other tokens alone."""
         ids = self.ids(text)
         return len(ids) if whole[: len(ids)] == ids else None
 
@@ -125,13 +127,13 @@ class Cutter:
         return [*self._bos, *ids] if self._bos and ids[:1] != self._bos else list(ids)
 
     def _encode(self, text: str) -> BatchEncoding:
-        # verbose=False: a text over the model's length is no news, it is cut and counted later.
+        # verbose=False: a text longer than the model allows is cut and counted later, so no warning.
         encoding: BatchEncoding = self.tokenizer(text, add_special_tokens=False, verbose=False)
         return encoding
 
 
 def _chains(answers: Sequence[Answer]) -> list[list[Answer]]:
-    """The answers in runs in which each text begins with that of the one before."""
+    """The answers in runs; within a run, each text begins with that of the one before."""
     chains: list[list[Answer]] = []
     for answer in answers:
         if chains and answer.asked.startswith(chains[-1][-1].said):

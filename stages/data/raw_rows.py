@@ -1,7 +1,7 @@
-"""Where rows come from: local files, folders of them, what `save_to_disk` wrote, or the hub.
+"""Opens the rows of a data set: of local files, folders of files, a folder of `save_to_disk`, or the hub.
 
-In: a name, a split, and columns to rename. Out: `RawRows`, in which it no longer matters how they were stored: a row is
-a dict of JSON's values. They are written once into the cache of `datasets`, one JSON text a row, and read from there.
+In: a name, a split, and columns to rename. Out: `RawRows`, each row a dict of JSON values, however it was stored. Rows
+are written once into the cache of `datasets`, as one JSON text a row, and read from there.
 """
 
 import json
@@ -21,13 +21,14 @@ from ...cache.files import sha256_file
 from . import row_files
 from .row_files import READERS, Row, columns_of, kind_of, read_rows, stem_of, table_columns
 
-# How long the hub may take to answer whether it is there, seconds.
+# Seconds within which the hub must answer a probe.
 PROBE_SECONDS = 2.0
 HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+", re.ASCII)
 
 KINDS = "Parquet, JSON, JSONL, CSV or TSV"
 FEATURES = datasets.Features({"row": datasets.Value("large_string")})
-CODE = [sha256_file(Path(str(file))) for file in (__file__, row_files.__file__)]  # what wrote the cached rows
+# A change of this code makes `datasets` write the rows again.
+CODE = [sha256_file(Path(str(file))) for file in (__file__, row_files.__file__)]
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class RawRows:
 
     Attributes:
         data: the rows as JSON text, in the column `row`.
-        columns: the names of all columns, renamed as was asked; a row may lack some. With each its type if that cannot
-            be read, as images and bytes.
+        columns: the names of all columns after renaming, each with None, or its type if it cannot be read, such as an
+            image or bytes; a row may lack columns.
     """
 
     data: datasets.Dataset
@@ -71,12 +72,12 @@ def load_rows(
         split: the name of the split; a local file is the split, whatever its name.
         config: the hub data set's configuration; local data has none.
         limit: keep only the first so many rows.
-        what: what they are, for errors.
-        renames: `NEW=OLD`: the column OLD is called NEW.
+        what: what the rows are, for messages.
+        renames: each `NEW=OLD` renames column OLD to NEW.
 
     Raises:
-        UserError: there is no such file, folder or hub data set.
-        ValueError: no such split or column, a file of another kind or damaged, or a setting that would be ignored.
+        UserError: there is no such file, folder, hub data set, split or column; a file is damaged or of another kind;
+            or a setting would be ignored.
     """
     if limit is not None and limit < 1:
         raise UserError(f"expected a limit of at least 1 row, found {limit}")
@@ -99,7 +100,7 @@ def load_rows(
 
 
 def _new_names(renames: Sequence[str]) -> dict[str, str]:
-    """New names by old ones."""
+    """The new name of each column to rename, by its old name."""
     found: dict[str, str] = {}
     for rename in renames:
         new, equals, old = (part.strip() for part in rename.partition("="))
@@ -150,7 +151,7 @@ def _of_files(files: list[Path], source: str, split: str, new_names: dict[str, s
 def _texts_of_files(
     stamps: Sequence[tuple[str, int, int]], new_names: Mapping[str, str], code: Sequence[str]
 ) -> Iterator[Row]:
-    """Rows as JSON text; of what it is given, the cache of `datasets` makes the name that it keeps them under."""
+    """Rows as JSON text; `datasets` names its cache by the arguments, so all that the rows depend on is among them."""
     for file, _, _ in stamps:
         for row in read_rows(Path(file)):
             yield {"row": _text(row, new_names)}
@@ -161,7 +162,7 @@ def _text(row: Row, new_names: Mapping[str, str]) -> str:
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split, sorted by name: of its own sub-folder, of `data/`, or of the folder itself."""
+    """The files of a split, sorted by name: those in its own sub-folder, else in `data/`, else in the folder."""
     found = sorted(f for f in folder.rglob("*") if kind_of(f) is not None and f.is_file())
     layouts: list[dict[str, list[Path]]] = [{}, {}, {}]
     for file in found:
@@ -188,7 +189,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 
 def _saved(folder: Path, split: str, source: str) -> datasets.Dataset:
-    """What `save_to_disk` wrote."""
+    """A split of what `save_to_disk` wrote; a single data set is the split, whatever its name."""
     with reading(f"{source}: not readable as a data set that was saved to disk"):
         found = datasets.load_from_disk(str(folder))
     if isinstance(found, datasets.Dataset):
@@ -225,16 +226,15 @@ def _texts_of_table(
 
 
 def may_be_hub_id(name: str) -> bool:
-    """Whether a name could be that of a data set on the hub (`owner/name`, or one of the old ones without an owner)."""
+    """Whether a name can be the id of a data set on the hub: `owner/name`, or an old id without an owner."""
     return len(name) <= 96 and HUB_ID.fullmatch(name) is not None and not name.startswith((".", "-", "~"))
 
 
 def load_from_hub(name: str, split: str, config: str | None) -> datasets.Dataset:
-    """A split of a data set that is on the hub, or was fetched from it before.
+    """A split of a data set on the hub, or of its local copy if the hub cannot be reached.
 
     Raises:
-        UserError: the hub has no such data set, or cannot be reached and it was not fetched before.
-        ValueError: it has no such split or configuration.
+        UserError: there is no such data set, split or configuration, or neither the hub nor a local copy.
     """
     fault = unreachable()
     try:
@@ -247,12 +247,12 @@ def load_from_hub(name: str, split: str, config: str | None) -> datasets.Dataset
             f"found no local file or folder {name!r}, and no data set of that name could be fetched from the hub "
             f"({fault or error}); correct the path, or check the network"
         ) from error
-    except ValueError as error:  # an unknown split or configuration: the library's message, on one line
+    except ValueError as error:  # the library's message about an unknown split or configuration, on one line
         raise UserError(f"hub data set {name!r}: {' '.join(str(error).split())}") from error
 
 
 def unreachable() -> str | None:
-    """Why the hub cannot be reached, known within `PROBE_SECONDS`; None if it answers, whatever it says."""
+    """Why the hub cannot be reached, found within `PROBE_SECONDS`; None if it gives any answer."""
     if huggingface_hub.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     faults: list[str | None] = []
@@ -265,7 +265,7 @@ def unreachable() -> str | None:
         else:
             faults.append(None)
 
-    # Looking up a host's name has no time limit of its own: a daemon asks, and is left behind.
+    # Looking up a host's name has no time limit, so a daemon thread asks, and may be left behind.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
@@ -274,7 +274,7 @@ def unreachable() -> str | None:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """The libraries look into the local cache alone: they would ask again and again, for half a minute."""
+    """Makes the libraries use their local copies alone; without a network they would retry for half a minute."""
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:

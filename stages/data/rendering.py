@@ -1,4 +1,4 @@
-"""A chat template at work: from messages to text, by the template, a date and the messages, and by nothing else.
+"""Renders a chat template: the text depends on the template, the date and the messages alone.
 
 In: messages as templates read them (`role`, `content`, `tool_calls`, …), schemas of tools. Out: text, or a refusal.
 """
@@ -15,13 +15,13 @@ from transformers.utils import chat_template_utils
 
 from ...cache.errors import UserError
 
-# The one name by which a template can read the clock, and those by which it can draw at random.
+# The only name by which a template reads the clock, and the names by which it draws at random.
 CLOCK = "strftime_now"
 RANDOM = ("lipsum", "random")
 
 SPEAKERS = ("system", "user", "assistant")
 
-# What a conversation, or a pair, is skipped for.
+# Reasons for which a conversation or a pair is skipped.
 REFUSED = "refused by the chat template"
 LEFT_OUT = "tools, or their calls or results, left out by the chat template"
 ANEW = "turns rendered anew by the chat template once others follow"
@@ -34,14 +34,14 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 class SkipError(ValueError):
-    """A conversation, or a turn of it, of which no tokens can be made.
+    """A conversation, or one turn, cannot be tokenised and is skipped.
 
     Attributes:
-        reason: as it is counted.
+        reason: one of the reasons above, under which it is counted.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
-        """Says `detail`."""
+        """Takes the reason to count and the message."""
         super().__init__(detail)
         self.reason = reason
 
@@ -50,20 +50,20 @@ class TemplateRefusalError(SkipError):
     """The chat template refuses a conversation, for example because its roles do not alternate."""
 
     def __init__(self, detail: str) -> None:
-        """Says `detail`."""
+        """Takes the message."""
         super().__init__(REFUSED, detail)
 
 
 def reads_clock(template: str) -> bool:
-    """Whether a template may write the date: it has one name for the clock, and no way to look a name up."""
+    """Whether a template may write the date; it can read the clock by one name only."""
     return CLOCK in _words(template)
 
 
 def _words(template: str) -> set[str]:
-    """Names and strings in a template's expressions; comments and the text between them are neither."""
+    """The names and strings in a template's expressions, without comments and literal text."""
     try:
         tokens = [*Environment(autoescape=False).lex(template)]
-    except TemplateError:  # rendering will say so
+    except TemplateError:  # rendering reports it
         return set()
     return {word.strip("'\"") for _, kind, word in tokens if kind in ("name", "string")}
 
@@ -72,8 +72,8 @@ class Renderer:
     """A chat template with its clock stopped.
 
     Attributes:
-        template: its text.
-        date: the day that it is to the template; None where the template does not read the clock.
+        template: the template's text.
+        date: the day that the template reads; None if it does not read the clock.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, date: datetime.date | None) -> None:
@@ -88,7 +88,7 @@ class Renderer:
                 "another one by a file"
             )
         self.template = template
-        # The day of this place, as transformers has it.
+        # The local day, as in transformers.
         self.date = (date or datetime.date.today()) if reads_clock(template) else None
         self._tokenizer = tokenizer
         if self.date is not None:
@@ -99,13 +99,13 @@ class Renderer:
         """The text of a conversation.
 
         Args:
-            messages: its turns. A tool call's `arguments` may be JSON or what it encodes: templates expect the latter,
-                some the former. Keys without a value, with which Arrow fills what other rows have, are left out.
+            messages: the turns. A tool call's `arguments` may be an object or its JSON text: the object is tried first,
+                as most templates expect it, then the text. Null fields are left out.
             tools: schemas of the tools that may be called.
-            answer_next: whether the opening of the assistant's answer follows.
+            answer_next: whether to end with the opening of the assistant's answer.
 
         Raises:
-            TemplateRefusalError: the template raises, whatever it is.
+            TemplateRefusalError: the template raises any error.
         """
         try:
             return self._apply(self.template, [_message(message, _decoded) for message in messages], tools, answer_next)
@@ -121,9 +121,9 @@ class Renderer:
             raise TemplateRefusalError(f"the chat template refuses the turns {roles}: {error}") from error
 
     def leaves_out(self, messages: Messages, tools: Tools) -> bool:
-        """Whether the template drops a tool, a call, what is said beside it or what it returned.
+        """Whether the template drops a tool, a call, the text beside a call, or a result.
 
-        Names and texts are tried that no template writes by itself.
+        Names and texts are replaced by marks that no template contains; all must be in the rendered text.
         """
         marks: list[str] = []
 
@@ -156,26 +156,26 @@ class Renderer:
             with self._stopped_clock(template):
                 text = self._tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
-                    # An empty list would be announced by some templates.
-                    tools=[_without_nulls(tool) for tool in tools] or None,
+                    # Some templates announce tools for an empty list.
+                    tools=[without_nulls(tool) for tool in tools] or None,
                     chat_template=template,
                     tokenize=False,
                     add_generation_prompt=answer_next,
                 )
         except TemplateError:
             raise
-        except Exception as error:  # a template's expressions raise as Python's do: 'a' + 1, 1 / 0, a range too large
+        except Exception as error:  # a template's expressions raise Python's errors: 'a' + 1, 1 / 0, a range too large
             raise TemplateError(f"{type(error).__name__}: {error}") from error
         assert isinstance(text, str)
         return text
 
     @contextmanager
     def _stopped_clock(self, template: str) -> Iterator[None]:
-        """Sets the template's clock to the date while it renders."""
+        """Stops the template's clock at the date while it renders."""
         if self.date is None:
             yield
             return
-        # transformers compiles a template once, and has no other place to set its clock.
+        # transformers caches the compiled template, whose globals are the only place to set the clock.
         names = chat_template_utils._compile_jinja_template(template).environment.globals
         clock, names[CLOCK] = names[CLOCK], self.date.strftime
         try:
@@ -185,8 +185,8 @@ class Renderer:
 
 
 def _message(message: Mapping[str, Any], arguments: Any) -> dict[str, Any]:
-    """A message as templates read it, the arguments of its tool calls changed by `arguments`."""
-    found: dict[str, Any] = _without_nulls(message)
+    """A message as templates read it, with `arguments` applied to the function of each tool call."""
+    found: dict[str, Any] = without_nulls(message)
     if calls := found.get("tool_calls"):
         found["tool_calls"] = [
             {**call, "function": arguments(call["function"])} if "function" in call else arguments(call)
@@ -213,7 +213,8 @@ def _encoded(function: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """A value without the null fields that Arrow adds where other rows have a field."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,7 +1,7 @@
-"""Files of rows, one row at a time: Parquet, JSON, JSON lines, CSV and TSV, each also packed by gzip.
+"""Reads files of rows, one row at a time: Parquet, JSON, JSON lines, CSV and TSV, each also compressed by gzip.
 
-In: a file. Out: its rows as dicts, and the names of its columns. Whatever is no row is refused with its number; a
-packed file is measured before it is unpacked.
+In: a file. Out: its rows as dicts, and the names of its columns. A line or value that is not a row is refused with its
+number; the unpacked size of a compressed file is bounded before it is read.
 """
 
 import codecs
@@ -22,11 +22,11 @@ from ...cache.errors import UserError
 Row = dict[str, Any]
 
 GZIP = ".gz"
-# What a packed file may unpack to, bytes: so much, or so many times its own size if that is more. Text takes 3 to 20
-# times its packed size.
+# A compressed file may unpack to this many bytes, or to this many times its own size if that is more. Text is 3 to 20
+# times as large as its compressed form.
 SMALLEST_LIMIT = 1 << 26
 TIMES_BYTES = 32
-# How other packings begin, whatever the file is called.
+# The first bytes of compressed files, whose names may not tell.
 PACKINGS = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
@@ -39,13 +39,13 @@ CHUNK = 1 << 16
 
 
 def kind_of(path: Path) -> str | None:
-    """The ending that says how a file is read, without that of its packing; None for files that hold no rows."""
+    """The ending of a file's name that says how to read it, `.gz` aside; None for files that hold no rows."""
     ending = _unpacked_name(path).suffix.lower()
     return ending if ending in READERS and path.name not in NO_ROWS else None
 
 
 def stem_of(path: Path) -> str:
-    """A file's name without those endings."""
+    """A file's name without `.gz` and the ending that `kind_of` returns."""
     return _unpacked_name(path).stem
 
 
@@ -54,11 +54,12 @@ def _unpacked_name(path: Path) -> Path:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, in order. Of Parquet only the columns of text, lists, structs and numbers are read.
+    """The rows of a file, in order; from Parquet, only columns of text, numbers, booleans, lists and structs.
 
     Raises:
-        UserError: the file is damaged, in another format than its name says, or holds something that is no row.
-        OSError: it cannot be opened.
+        UserError: the file's format is not the one that its name says, or a line or value is not a row.
+        pa.ArrowException: a Parquet file is damaged; `zlib.error`, `EOFError`: a compressed one is.
+        OSError: the file cannot be opened.
     """
     kind = kind_of(path)
     assert kind is not None
@@ -66,12 +67,12 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def columns_of(path: Path) -> dict[str, str | None]:
-    """The names of a file's columns, in the order in which they are met; with each, its type if that cannot be read.
+    """The names of a file's columns in their order of appearance; each with None, or its type if it cannot be read.
 
     JSON and CSV are read to their end.
 
     Raises:
-        UserError: as `read_rows`; or there is no row.
+        UserError: as `read_rows`; or the file has no row.
     """
     check_packing(path)
     columns: dict[str, str | None] = {}
@@ -90,10 +91,10 @@ def columns_of(path: Path) -> dict[str, str | None]:
 
 
 def table_columns(schema: pa.Schema) -> dict[str, str | None]:
-    """The same of an Arrow table.
+    """The names of an Arrow table's columns; each with None, or its type if it cannot be read.
 
     Raises:
-        UserError: a column is there twice.
+        UserError: two columns have one name.
     """
     if len(set(schema.names)) < len(schema.names):
         raise UserError(f"expected every column once, found {', '.join(map(repr, schema.names))}")
@@ -101,10 +102,10 @@ def table_columns(schema: pa.Schema) -> dict[str, str | None]:
 
 
 def check_packing(path: Path) -> None:
-    """Refuses a file that is packed otherwise than its name says, or unpacks to more than is allowed.
+    """Refuses a file whose name does not tell its compression, or which unpacks to more than the limit.
 
     Raises:
-        UserError: saying which, and what to do.
+        UserError: it is such a file; the message says what to do.
     """
     with path.open("rb") as file:
         begins = file.read(8)
@@ -165,7 +166,7 @@ def _parsed(content: bytes, line: int) -> Any:
         text = content.decode()
         found = json.loads(text, object_pairs_hook=_without_repeats)
         if "\\ud" in text or "\\uD" in text:
-            json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no character
+            json.dumps(found, ensure_ascii=False).encode()  # raises for half of a surrogate pair
     except RecursionError:
         raise UserError(f"line {line}: expected JSON, found it nested too deep") from None
     except UnicodeDecodeError as error:
@@ -197,7 +198,7 @@ def _object(value: Any, where: str) -> Row:
 
 
 def _table_rows(delimiter: str, path: Path) -> Iterator[Row]:
-    """The lines of a table with a header; every value is text, and nothing between two delimiters is empty text."""
+    """The rows of a table with a header; every value is text, perhaps empty."""
     csv.field_size_limit(1 << 30)
     with _opened(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -238,7 +239,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    """Whether all values of a type can be written as JSON."""
+    """Whether JSON can hold every value of a type."""
     types = pa.types
     if isinstance(kind, pa.BaseExtensionType):
         return _is_plain(kind.storage_type)

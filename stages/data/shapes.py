@@ -1,44 +1,64 @@
-"""The shapes in which preference data and conversations are stored, one function each.
+"""The columns of a data set: where each shape of data keeps the prompt, and what other names of columns mean.
 
-In: a raw row and the names of the data set's columns. Out: an `Example`, or a conversation with its tools. What looks
-like a part of the conversation is used, or said elsewhere in the row, or refused; other columns do not matter.
-docs/data.md has the table.
+In: a raw row and the names of the data set's columns. Out: the prompt of a pair, or a conversation with its tools.
+A column that looks like a part of the conversation is read, or repeats what is read, or is refused; other columns are
+ignored. docs/data-models-saes.md has the table.
 """
 
-import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...cache.errors import UserError
-from .chat import Example, Message, Text, Turns
-from .column_names import (
-    PARTS,
-    SCORES,
-    SIDES,
-    is_no_prompt,
-    known_as,
-    option,
-    plain_name,
-    suggested_name,
-    unknown_columns,
-)
-from .turns import bare, before, common_beginning, from_json, join, parsed, read_text, read_tools, split_dialogues
+from .chat import Message, Text, Turns
+from .turns import from_json, parsed, read_text, read_tools
+
+# The two responses, by our names and by OpenAI's; their scores.
+SIDES = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+SCORES = ("score_chosen", "score_rejected")
+
+# Columns that hold a part of the conversation, spelled as by `plain_name`; some are read, the others refused.
+PARTS = {
+    *("prompt", "prompts", "user_prompt", "user_message", "instruction", "instructions", "input", "inputs"),
+    *("question", "questions", "query", "queries", "problem", "request", "user_input", "user_query"),
+    *("history", "chat_history", "conversation_history", "dialogue_history", "dialog_history"),
+    *("context", "contexts", "passage", "passages", "article", "background", "persona"),
+    *("message", "messages", "conversation", "conversations", "dialog", "dialogue", "turns"),
+    *("system", "system_prompt", "system_message", "system_instruction", "tools", "functions", "document", "documents"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+}
+# Words in the names of columns that hold text but not the prompt.
+BESIDES = {
+    *("id", "ids", "name", "title", "url", "date", "hash", "split", "subset", "dataset", "source", "origin", "license"),
+    *("model", "models", "annotator", "judge", "score", "scores", "rating", "ratings", "rationale", "reason"),
+    *("category", "type", "kind", "domain", "topic", "task", "difficulty", "language", "lang", "feedback"),
+    *("label", "labels", "tag", "tags", "comment", "comments"),
+}
+# Other names in use for the columns that are read.
+KNOWN_AS = {
+    "chosen": (
+        *("preferred", "accepted", "win", "winner", "winning", "positive", "pos", "good", "better", "best"),
+        *("chosen_response", "response_chosen", "chosen_answer", "preferred_response", "accepted_response", "y_w"),
+    ),
+    "rejected": (
+        *("dispreferred", "unpreferred", "non_preferred", "lose", "loser", "losing", "negative", "neg", "bad", "worse"),
+        *("worst", "rejected_response", "response_rejected", "rejected_answer", "y_l"),
+    ),
+    "prompt": (
+        *("query", "problem", "request", "user_prompt", "user_message", "user_input", "user_query", "prompts", "post"),
+    ),
+    "messages": ("conversation", "dialog", "dialogue", "turns", "chat"),
+    "system": ("system_prompt", "system_message", "system_instruction"),
+    "tools": ("functions",),
+    "instruction": ("instructions",),
+    "question": ("questions",),
+    "history": ("chat_history", "conversation_history", "dialogue_history", "dialog_history"),
+    "input": ("inputs",),
+}
 
 Row = Mapping[str, Any]
 Tools = tuple[Mapping[str, Any], ...]
-
-
-class Read(NamedTuple):
-    """What a row says.
-
-    Attributes:
-        example: the preference pair.
-        guessed: whether its prompt is but the texts' common beginning.
-    """
-
-    example: Example
-    guessed: bool
 
 
 @dataclass(frozen=True)
@@ -46,8 +66,8 @@ class Shape:
     """A way to store the prompt.
 
     Attributes:
-        columns: the columns that it takes beside both responses; the first decides.
-        prompt: the prompt of a row.
+        columns: the columns that hold it; a data set has this shape if it has the first of them.
+        prompt: reads the prompt of a row.
     """
 
     columns: tuple[str, ...]
@@ -64,37 +84,37 @@ def of_instruction(row: Row) -> Turns:
     instruction, given = (read_text(row.get(name), name) for name in ("instruction", "input"))
     if not (isinstance(instruction, str) and isinstance(given, str)):
         raise UserError("expected text in 'instruction' and 'input', found messages")
-    return _history(row) + _asked("\n".join(part for part in (instruction, given) if part.strip()))
+    return _history(row) + asked("\n".join(part for part in (instruction, given) if part.strip()))
 
 
 def of_question(row: Row) -> Turns:
     """`question`, after `history`."""
-    return _history(row) + _asked(read_text(from_json(row.get("question"), "question"), "question"))
+    return _history(row) + asked(read_text(from_json(row.get("question"), "question"), "question"))
 
 
 def of_conversations(row: Row) -> Turns:
-    """ShareGPT's `conversations`: what was said before both sides."""
-    return _turns(row.get("conversations"), "conversations")
+    """ShareGPT's `conversations`: the turns before the responses."""
+    return turns_in(row.get("conversations"), "conversations")
 
 
 def of_input(row: Row) -> Turns:
     """`input`, after `history`; or OpenAI's object of `messages` and `tools`."""
     value = _input(row)
     if not isinstance(value, dict) or "messages" not in value:
-        return _history(row) + _asked(read_text(from_json(value, "input"), "input"))
+        return _history(row) + asked(read_text(from_json(value, "input"), "input"))
     for key in sorted(set(value) - {"messages", "tools", "parallel_tool_calls"}):
         if value[key]:
             raise UserError(f"expected 'messages', 'tools' and 'parallel_tool_calls' in 'input', found {key!r}")
-    return _turns(value["messages"], "input")
+    return turns_in(value["messages"], "input")
 
 
 def of_messages(row: Row) -> Turns:
-    """`messages`: what was said before both sides."""
-    return _turns(row.get("messages"), "messages")
+    """`messages`: the turns before the responses."""
+    return turns_in(row.get("messages"), "messages")
 
 
 def of_both_sides(row: Row) -> Text:
-    """Nothing beside both sides: they begin with the prompt."""
+    """No column: both responses begin with the prompt."""
     return ""
 
 
@@ -110,10 +130,10 @@ SHAPES = (
 
 
 def shape_of(columns: Collection[str]) -> Shape:
-    """The shape of a data set with these columns.
+    """The first of `SHAPES` that these columns have.
 
     Raises:
-        UserError: none has them; names the nearest one.
+        UserError: a response has no column; the message names the nearest shape and the options that rename.
     """
     if all(name in columns or other in columns for name, other in SIDES.items()):
         return next(shape for shape in SHAPES if not shape.columns or shape.columns[0] in columns)
@@ -123,13 +143,13 @@ def shape_of(columns: Collection[str]) -> Shape:
 
 
 def check_readable(columns: Mapping[str, str | None]) -> None:
-    """Refuses a part of the conversation whose type cannot be read.
+    """Refuses data whose prompt, response or score is stored in a type that cannot be read, such as an image.
 
     Args:
-        columns: with each column its type, if that is it.
+        columns: for each column None, or its type if that type cannot be read.
 
     Raises:
-        UserError: naming the column.
+        UserError: one is; the message names the column and its type.
     """
     for name, kind in columns.items():
         if kind is None:
@@ -142,46 +162,11 @@ def check_readable(columns: Mapping[str, str | None]) -> None:
             )
 
 
-def read_pair(row: Row, columns: Collection[str]) -> Read:
-    """A raw row as an example; null counts as empty.
-
-    Args:
-        row: the row.
-        columns: the names of the data set's columns; the row may lack some.
-
-    Raises:
-        UserError: a value of a wrong type, or a part of the conversation that cannot be used.
-    """
-    shape = shape_of(columns)
-    prompt = shape.prompt(row)
-    chosen, rejected = _sides(row)
-    if isinstance(prompt, tuple) and shape.prompt in (of_conversations, of_messages):
-        prompt = before(prompt, chosen, rejected)
-    guessed = False
-    parts: tuple[Text, Text, Text]
-    if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
-        parts = join(prompt, chosen, rejected)
-    elif (dialogues := split_dialogues(prompt, chosen, rejected)) is not None:
-        parts = dialogues
-    elif shape.prompt is not of_both_sides:
-        talk = {"system", "tools"} & set(columns)  # what plain text has no place for
-        parts = join(_asked(prompt), chosen, rejected) if talk else (prompt, chosen, rejected)
-    else:
-        parts = _guessed(row, chosen, rejected)
-        guessed = bool(parts[0].strip())
-    prompt, chosen, rejected = parts
-    if isinstance(prompt, tuple):
-        prompt = _with_system(prompt, row)
-    score_chosen, score_rejected = (_score(row, name) for name in SCORES)
-    _check_said(row, prompt, chosen, used={*shape.columns, "system", "tools"})
-    return Read(Example(prompt, chosen, rejected, score_chosen, score_rejected, _tools(row)), guessed)
-
-
 def conversation_column(columns: Collection[str]) -> str:
-    """The column that holds the conversations of a data set for fine-tuning.
+    """The column that holds the conversations of a data set for fine-tuning: `messages`, else `conversations`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is neither.
     """
     for name in ("messages", "conversations"):
         if name in columns:
@@ -190,34 +175,22 @@ def conversation_column(columns: Collection[str]) -> str:
 
 
 def read_conversation(row: Row, columns: Collection[str]) -> tuple[Turns, Tools]:
-    """A raw row as a conversation, and the tools that it may call.
+    """The conversation in a raw row, and the tools that it may call.
 
     Raises:
-        UserError: as `read_pair`.
+        UserError: a value has a wrong type, or a part of the conversation cannot be used.
     """
     name = conversation_column(columns)
-    turns = _with_system(_turns(row.get(name), name), row)
-    _check_said(row, turns, (), used={name, "system", "tools"})
-    return turns, _tools(row)
+    turns = with_system(turns_in(row.get(name), name), row)
+    check_said(row, turns, (), used={name, "system", "tools"})
+    return turns, tools_of(row)
 
 
 # Parts of a row.
 
 
-def _sides(row: Row) -> tuple[Text, Text]:
-    """Both responses, perhaps with the conversation before them."""
-    values = [row[name] if name in row else row.get(other) for name, other in SIDES.items()]
-    parsed = [from_json(value, name) for name, value in zip(SIDES, values, strict=True)]
-    if not any(isinstance(value, str) and value for value in parsed):
-        values = parsed  # JSON on both sides: a single one is an answer that is JSON
-    chosen, rejected = (read_text(value, name) for name, value in zip(SIDES, values, strict=True))
-    for text, other in ((chosen, rejected), (rejected, chosen)):
-        if isinstance(text, str) and text and isinstance(other, tuple) and other:
-            raise UserError("expected 'chosen' and 'rejected' of one kind, found text beside messages")
-    return chosen, rejected
-
-
-def _turns(value: Any, name: str) -> Turns:
+def turns_in(value: Any, name: str) -> Turns:
+    """The messages in column `name`; none for null or blank text."""
     found = read_text(from_json(value, name), name)
     if isinstance(found, str):
         if found.strip():
@@ -226,22 +199,22 @@ def _turns(value: Any, name: str) -> Turns:
     return found
 
 
-def _asked(prompt: Text) -> Turns:
-    """A prompt as turns; text is what the user says."""
+def asked(prompt: Text) -> Turns:
+    """A prompt as turns; text becomes a turn of the user."""
     if isinstance(prompt, tuple):
         return prompt
     return (Message("user", prompt),) if prompt.strip() else ()
 
 
 def _input(row: Row) -> Any:
-    """`input`, of which OpenAI's object may be JSON in a text."""
+    """`input`; OpenAI's object in it may be text that holds JSON."""
     value = row.get("input")
     inner = parsed(value) if isinstance(value, str) else None
     return inner if isinstance(inner, dict) and "messages" in inner else value
 
 
 def _history(row: Row) -> Turns:
-    """`history`: messages, or pairs of what the user said and what was answered."""
+    """`history`: messages, or pairs of a question and its answer."""
     value = row.get("history")
     value = (isinstance(value, str) and parsed(value)) or value
     if isinstance(value, list) and value and all(isinstance(pair, list) for pair in value):
@@ -250,11 +223,11 @@ def _history(row: Row) -> Turns:
         return tuple(
             Message(role, text) for pair in value for role, text in zip(("user", "assistant"), pair, strict=True)
         )
-    return _turns(value, "history")
+    return turns_in(value, "history")
 
 
-def _with_system(turns: Turns, row: Row) -> Turns:
-    """The turns after what `system` says."""
+def with_system(turns: Turns, row: Row) -> Turns:
+    """The turns, with the text of column `system` before them as a system turn."""
     system = read_text(row.get("system"), "system")
     if not system or not turns:
         return turns
@@ -269,47 +242,24 @@ def _with_system(turns: Turns, row: Row) -> Turns:
     return turns
 
 
-def _tools(row: Row) -> Tools:
+def tools_of(row: Row) -> Tools:
+    """The tools in column `tools`, or in OpenAI's object in `input`."""
     inner = _input(row)
     return read_tools(row.get("tools") or (inner.get("tools") if isinstance(inner, dict) else None), "tools")
 
 
-def _score(row: Row, name: str) -> float | None:
-    value = row.get(name)
-    if value is None or value == "":
-        return None
-    try:
-        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"expected a finite number or null in {name!r}, found {value!r:.80}")
-    return number
+def check_said(row: Row, prompt: Text, chosen: Text, used: set[str]) -> None:
+    """Refuses a row with a part of the conversation that is neither read nor repeats what is read.
 
+    Args:
+        row: the row.
+        prompt: the prompt, or the whole conversation, as it was read.
+        chosen: the chosen response as it was read.
+        used: the columns that were read.
 
-# What no shape reads.
-
-
-def _guessed(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Plain texts alone, their common beginning taken for the prompt, unless something else in the row could be it."""
-    for name, value in row.items():
-        if not value or name in {*SIDES, *SIDES.values()}:
-            continue
-        if name in ("system", "tools"):
-            raise UserError(
-                f"expected a column with the prompt beside {name!r}, found none; name it with --map prompt=…"
-            )
-        several_words = isinstance(value, str) and len(value.split()) > 1
-        if plain_name(name) in PARTS or (several_words and not is_no_prompt(name)):
-            raise UserError(
-                f"expected a column with the prompt, found none, and {name!r}, which may be it; say so with "
-                f"--map {option('prompt', name)}, or leave it out with --map {option('unused', name)}"
-            )
-    return common_beginning(chosen, rejected)
-
-
-def _check_said(row: Row, prompt: Text, chosen: Text, used: set[str]) -> None:
-    """Refuses a part of the conversation that is neither used nor said by what is used."""
+    Raises:
+        UserError: there is one; the message names its column and the options that rename or ignore it.
+    """
     for name, value in row.items():
         if plain_name(name) not in PARTS or name in used or not value or _is_said(value, name, prompt, chosen):
             continue
@@ -323,15 +273,64 @@ def _check_said(row: Row, prompt: Text, chosen: Text, used: set[str]) -> None:
 
 
 def _is_said(value: Any, name: str, prompt: Text, chosen: Text) -> bool:
-    """Whether what a column says is said by the prompt, or by prompt and chosen response."""
+    """Whether a value repeats text of the prompt, or the turns of the prompt, perhaps with the chosen response."""
     try:
         text = read_text(from_json(value, name), name)
-    except ValueError:
+    except UserError:
         return False
     if isinstance(text, str):
         said = [prompt] if isinstance(prompt, str) else [message.content for message in prompt]
         return not bare(text) or any(bare(text) in bare(one) for one in said)
     if isinstance(prompt, str) or isinstance(chosen, str):
-        prompt, chosen = _asked(prompt), (Message("assistant", chosen),) if isinstance(chosen, str) else chosen
+        prompt, chosen = asked(prompt), (Message("assistant", chosen),) if isinstance(chosen, str) else chosen
     system = len([message for message in prompt[:1] if message.role == "system"])
     return text in [whole[start:] for whole in (prompt, prompt + chosen) for start in (0, system)]
+
+
+# Names of columns.
+
+
+def plain_name(name: str) -> str:
+    """A name in lower case, its words joined by underscores."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def is_no_prompt(name: str) -> bool:
+    """Whether a name says that the column does not hold the prompt."""
+    return not BESIDES.isdisjoint(plain_name(name).split("_"))
+
+
+def known_as(name: str, columns: Collection[str]) -> str | None:
+    """The column with this name, or the first that spells it differently or has another name in use for it."""
+    if name in columns:
+        return name
+    names = (name, *KNOWN_AS.get(name, ()))
+    return next((column for known in names for column in columns if plain_name(column) == known), None)
+
+
+def suggested_name(name: str) -> str | None:
+    """The name that a column needs to be read; None if it has that name, or no name would help."""
+    plain = plain_name(name)
+    better = next((new for new, others in KNOWN_AS.items() if plain == new or plain in others), None)
+    return None if better == name else better
+
+
+def option(new: str, old: str) -> str:
+    """The value of `--map` that renames a column, quoted for a shell where needed."""
+    return f"{new}={old}" if re.fullmatch(r"[\w.-]+", old) else f"'{new}={old}'"
+
+
+def unknown_columns(wanted: Collection[str], columns: Collection[str]) -> str:
+    """The message for a data set that lacks wanted columns, with the options that rename the likeliest ones."""
+    found = ", ".join(map(repr, columns))
+    options = [f"--map {option(new, known_as(new, columns) or 'COLUMN')}" for new in wanted if new not in columns]
+    return (
+        f"found columns {found}, expected {', '.join(map(repr, wanted))}, the nearest of the shapes in "
+        f"docs/data-models-saes.md; rename columns with {' '.join(options)}"
+    )
+
+
+def bare(text: str) -> str:
+    """A text without case, white space and punctuation, which data sets change in one of two copies."""
+    letters = "".join(filter(str.isalnum, text.casefold()))
+    return letters or " ".join(text.split())

@@ -1,6 +1,7 @@
-"""Tokenised conversations, and from a preference example to a tokenised pair.
+"""A preference example to a tokenised pair, cut to the limits of length.
 
-In: an `Example`, a chat format, and limits of length. Out: the pair, cut to the limits, or why there is none.
+In: an `Example`, a chat format and limits. Out: the pair, or the reason why it is skipped. `Conversation` is what both
+stages call a tokenised conversation.
 """
 
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ class Conversation:
 
     Attributes:
         ids: int32 [length], token ids.
-        learnt: bool [length], which of them are the assistant's; the first never is.
-        raw_row: its row in the raw data; None if it is of no data set.
+        learnt: bool [length], which of them are the assistant's and learnt; never the first one.
+        raw_row: its row in the raw data; None if it comes from no data set.
     """
 
     ids: NDArray[np.int32]
@@ -48,16 +49,16 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a pair is kept, and of its responses learnt.
+    """How much of a pair is kept, and which answers are learnt.
 
     Attributes:
         max_length: tokens of prompt and one response together; the response's end is cut.
         max_prompt_length: tokens of the prompt; BOS and the prompt's end are kept.
-        drop_ties: skip pairs whose scores are equal, instead of only counting them.
+        drop_ties: skip pairs whose scores are equal; without it they are kept and counted.
         turns: which assistant turns of a response of several are learnt.
 
     Raises:
-        UserError: the prompt could fill the whole length, or has no room for BOS and one token.
+        UserError: the prompt may fill the whole length, or has no room for BOS and one token.
     """
 
     max_length: int
@@ -75,7 +76,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """What became of one raw row.
+    """One raw row, tokenised or skipped.
 
     Attributes:
         pair: the tokenised pair, or `None` if it was skipped.
@@ -99,10 +100,11 @@ def tokenize_pair(example: Example, raw_row: int, chat: ChatFormat, limits: Limi
         example: the pair as text.
         raw_row: its row number in the split, from 0.
         chat: the chat format that makes tokens of it.
-        limits: the lengths to cut to, what is learnt, and what to do with ties.
+        limits: the lengths to cut to, the answers to learn, and whether to drop ties.
 
     Raises:
-        UserError: the chat template does not close every answer alike; the message has the row's number.
+        UserError: the pair mixes text and turns, or the template closes this answer differently from others;
+            the message has the row's number.
     """
     skipped = _reason_to_skip(example, limits)
     if skipped is not None:
@@ -111,7 +113,7 @@ def tokenize_pair(example: Example, raw_row: int, chat: ChatFormat, limits: Limi
         prompt, *responses = chat.prompt_and_responses(example, limits.turns)
     except SkipError as error:
         return Tokenized(None, error.reason, example.tie)
-    except ValueError as error:
+    except ValueError as error:  # a tokenizer refuses text that is not Unicode as well
         raise UserError(f"row {raw_row}: {error}") from error
     if responses[0] == responses[1]:
         return Tokenized(None, "identical responses", example.tie)
@@ -137,7 +139,7 @@ def tokenize_pair(example: Example, raw_row: int, chat: ChatFormat, limits: Limi
 
 
 def _cut(response: Response, room: int) -> Response:
-    """The response's beginning, up to the last token of it that is learnt."""
+    """The response's first `room` tokens, without those after the last one that is learnt."""
     learnt = [(start, min(stop, room)) for start, stop in response.learnt if start < room]
     return Response(response.ids[: learnt[-1][1] if learnt else 0], learnt)
 
@@ -163,7 +165,7 @@ def _is_blank(prompt: Text) -> bool:
 
 
 def _is_empty(response: Text) -> bool:
-    """Whether there is an answer that says nothing, or none at all."""
+    """Whether a response has no answer, or an answer that says nothing."""
     if isinstance(response, str):
         return not response.strip()
     answers = [message for message in response if message.role == "assistant"]

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from fpo.pipeline.commands.jobs import Step
 from fpo.pipeline.config import COMMANDS
+from fpo.pipeline.report.claims import ablation_claims, comparison_claims
 from fpo.pipeline.report.page import markdown
 from fpo.pipeline.report.plan import Run
 from fpo.pipeline.report.records import (
+    ABLATION_COLUMNS,
     COLUMNS,
     Column,
     cells,
@@ -169,3 +171,32 @@ def test_every_column_names_its_unit_and_stands_once():
     titles = {column.key: column.title for column in COLUMNS}
     for key, unit in {"accuracy/raw": "%", "kl/chosen": "nats", "train/peak_memory_bytes": "MB"}.items():
         assert titles[key].endswith(unit)
+
+
+RESULTS = Path(__file__).parents[3] / "results" / "embedded"
+TABLES = {"comparison": COLUMNS, "sites": ABLATION_COLUMNS, "alpha": ABLATION_COLUMNS, "layers": ABLATION_COLUMNS}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_committed_tables_follow_from_the_committed_records(name, tmp_path):
+    records = committed(name)
+    write_records(records, TABLES[name], tmp_path, name)
+    for suffix in ("csv", "jsonl"):
+        assert (tmp_path / f"{name}.{suffix}").read_bytes() == (RESULTS / f"{name}.{suffix}").read_bytes()
+    page = RESULTS / ("table.md" if name == "comparison" else "ablations.md")
+    body = cells(records, TABLES[name])
+    assert markdown(["", *(column.title for column in TABLES[name])], body) in page.read_text()
+
+
+def test_the_committed_claims_follow_from_the_committed_records():
+    of_curves = "rank the methods alike"  # needs the evaluations of snapshots, which are not committed
+    compared = [claim for claim in comparison_claims(committed("comparison"), {}) if of_curves not in claim.text]
+    claims = {"table.md": compared, "ablations.md": ablation_claims(committed("sites"), committed("alpha"))}
+    for name, found in claims.items():
+        page = (RESULTS / name).read_text()
+        for claim in found:
+            assert f"| {claim.text} | {claim.answer} | {claim.figures} |" in page
+
+
+def committed(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]

@@ -226,7 +226,7 @@ def test_a_dry_run_of_the_embedded_world_plans_it_and_does_not_make_it(tmp_path,
         "--dry-run",
     ]
     said = " ".join(ran(fpo(*arguments)).output.split())
-    assert "the embedded world is not made yet: the first steps make it, once" in said
+    assert "the embedded world does not exist yet; the first steps make it, once" in said
     assert "train on good answers" in said and "train-sae 3 resid_post" in said and "align FPO α=0 ×3" in said
     assert "57 to do, 0 done" in said and "missing" not in said
     assert not [path for path in tmp_path.rglob("*") if "embedded" in path.name or path.name in ("runs", "results")]

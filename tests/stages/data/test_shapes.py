@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 from fpo.stages.data.chat import Example, Message, Turns
-from fpo.stages.data.column_names import PARTS
-from fpo.stages.data.shapes import Read, read_conversation, read_pair
+from fpo.stages.data.preferences import Read, read_pair
+from fpo.stages.data.shapes import PARTS, read_conversation
 from hypothesis import given
 from hypothesis import strategies as st
 
