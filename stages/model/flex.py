@@ -15,7 +15,7 @@ size of a head.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -47,36 +47,18 @@ class RowBlocks:
         window: tokens that the layer sees, the query's own included; None for all.
         ranges_3L: position q attends to positions `ranges_3L[0, q]` to `ranges_3L[1, q] - 1` of its prompt, and to
             `ranges_3L[2, q]` to q of its own part.
-        kv_num_blocks_11N: for each block of queries, how many blocks of keys it attends to in part.
-        kv_indices_11NN: the numbers of these blocks, then those of all others.
-        full_kv_num_blocks_11N: for each block of queries, how many blocks of keys it attends to in full.
-        full_kv_indices_11NN: their numbers first.
-        q_num_blocks_11N: for each block of keys, how many blocks of queries attend to it in part.
-        q_indices_11NN: their numbers first.
-        full_q_num_blocks_11N: for each block of keys, how many blocks of queries attend to it in full.
-        full_q_indices_11NN: their numbers first.
+        listed: four pairs of tensors, in the order of `BlockMask`: how many blocks [1, 1, N], and their numbers first
+            [1, 1, N, N]. They list, for each block of queries, the blocks of keys that it attends to in part, and those
+            in full; for each block of keys, the blocks of queries that attend to it in part, and those in full.
     """
 
     window: int | None
     ranges_3L: Tensor
-    kv_num_blocks_11N: Tensor
-    kv_indices_11NN: Tensor
-    full_kv_num_blocks_11N: Tensor
-    full_kv_indices_11NN: Tensor
-    q_num_blocks_11N: Tensor
-    q_indices_11NN: Tensor
-    full_q_num_blocks_11N: Tensor
-    full_q_indices_11NN: Tensor
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, in the order of the attributes."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+    listed: tuple[Tensor, ...]
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "RowBlocks":
         """A copy with `change` applied to every tensor."""
-        changed: dict[str, Any] = {name: change(value) for name, value in self.tensors.items()}
-        return replace(self, **changed)
+        return RowBlocks(self.window, change(self.ranges_3L), tuple(map(change, self.listed)))
 
 
 def row_blocks(
@@ -105,9 +87,9 @@ def row_blocks(
         run_start_L = np.maximum(run_start_L, index_L - window + 1)
 
     partial_NN, full_NN = _blocks_seen(prompt_start_L, prompt_stop_L, run_start_L, index_L)
-    listed = [*_listed(partial_NN), *_listed(full_NN), *_listed(partial_NN.T), *_listed(full_NN.T)]
+    listed = (*_listed(partial_NN), *_listed(full_NN), *_listed(partial_NN.T), *_listed(full_NN.T))
     ranges_3L = torch.from_numpy(np.stack([prompt_start_L, prompt_stop_L, run_start_L]).astype(np.int32))
-    return RowBlocks(window, ranges_3L, *listed)
+    return RowBlocks(window, ranges_3L, listed)
 
 
 def _blocks_seen(
@@ -145,12 +127,11 @@ class RowMask(BlockMask):
     """`RowBlocks` as the mask that a transformers model passes on to its layers."""
 
     def __init__(self, blocks: RowBlocks) -> None:
-        ranges_3L, *listed = blocks.tensors.values()
-        size = ranges_3L.shape[1]
-        super().__init__((size, size), *listed, BLOCK_SIZE=(BLOCK, BLOCK))  # type: ignore[misc,arg-type]
-        self.tensors = (ranges_3L, *listed)
+        size = blocks.ranges_3L.shape[1]
+        super().__init__((size, size), *blocks.listed, BLOCK_SIZE=(BLOCK, BLOCK))  # type: ignore[misc,arg-type]
+        self.tensors = (blocks.ranges_3L, *blocks.listed)
         for tensor in self.tensors:
-            for dimension in range(1 if tensor is ranges_3L else 2, tensor.ndim):
+            for dimension in range(1 if tensor is blocks.ranges_3L else 2, tensor.ndim):
                 torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
@@ -163,7 +144,7 @@ def _attend(
     ranges_3L: Tensor,
     *listed: Tensor,
 ) -> Tensor:
-    """Attention, [1, H, L, D]; `listed` are the tensors of `RowBlocks` after the ranges."""
+    """Attention, [1, H, L, D]; the last arguments are the tensors of `RowBlocks`."""
     if not torch.compiler.is_compiling():
         raise RuntimeError("attention: expected compiled code, found compilation switched off (torch._dynamo)")
 

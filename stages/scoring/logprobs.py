@@ -44,14 +44,19 @@ def _equal_chunks(targets_T: Tensor, vocabulary: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
+def _logits_of_product(logits_CV: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """The model's logits, fp32, from the head's product; out of place, as a compiler needs it."""
+    model_CV = logits_CV.float()
+    if bias_V is not None:
+        model_CV = model_CV + bias_V.float()
+    if scale != 1:
+        model_CV = model_CV * scale
+    return model_CV if softcap is None else softcap * torch.tanh(model_CV / softcap)
+
+
 def _logits(hidden_CD: Tensor, head_VD: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """Logits of one chunk, fp32 [C, V]; the product is taken in the head's dtype."""
-    logits_CV = (hidden_CD.to(head_VD.dtype) @ head_VD.T).float()
-    if bias_V is not None:
-        logits_CV.add_(bias_V)
-    if scale != 1:
-        logits_CV.mul_(scale)
-    return logits_CV if softcap is None else torch.tanh_(logits_CV.div_(softcap)).mul_(softcap)
+    return _logits_of_product(hidden_CD.to(head_VD.dtype) @ head_VD.T, bias_V, scale, softcap)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,16 +131,6 @@ class _TokenScores(torch.autograd.Function):
                 grad_head_VD = _add_product(grad_head_VD, grad_CV.T, hidden_TD[part].to(ctx.dtype), weight_VD.dtype)
         grad_bias_V = grad_bias_V if grad_bias_V is None else grad_bias_V.to(bias_V.dtype)
         return grad_hidden_TD, grad_head_VD, grad_bias_V, None, None, None, None
-
-
-def _logits_of_product(logits_CV: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """The model's logits, fp32, from the head's product; out of place, as a compiler needs it."""
-    model_CV = logits_CV.float()
-    if bias_V is not None:
-        model_CV = model_CV + bias_V.float()
-    if scale != 1:
-        model_CV = model_CV * scale
-    return model_CV if softcap is None else softcap * torch.tanh(model_CV / softcap)
 
 
 def _scores(

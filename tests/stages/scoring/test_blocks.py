@@ -56,15 +56,14 @@ def test_ranges_and_blocks_are_those_of_the_rule(row, number):
 
     by_block = found_LL.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
     some, full = by_block.any(3).any(1), by_block.all(3).all(1)
-    assert torch.equal(listed(blocks.kv_num_blocks_11N, blocks.kv_indices_11NN), some & ~full)
-    assert torch.equal(listed(blocks.full_kv_num_blocks_11N, blocks.full_kv_indices_11NN), full)
-    assert torch.equal(listed(blocks.q_num_blocks_11N, blocks.q_indices_11NN), (some & ~full).T)
-    assert torch.equal(listed(blocks.full_q_num_blocks_11N, blocks.full_q_indices_11NN), full.T)
-    assert {tensor.dtype for tensor in blocks.tensors.values()} == {torch.int32}
+    expected = (some & ~full, full, (some & ~full).T, full.T)
+    for blocks_NN, counts_11N, indices_11NN in zip(expected, blocks.listed[::2], blocks.listed[1::2], strict=True):
+        assert torch.equal(listed(counts_11N, indices_11NN), blocks_NN)
+    assert {tensor.dtype for tensor in (blocks.ranges_3L, *blocks.listed)} == {torch.int32}
 
 
 def test_a_row_moves_with_its_blocks():
     (row,) = pack([random_pair(3, 4, 5)], 100, RowLayout(BLOCK, (None, 8)))
     moved = row.to("meta")
-    assert {tensor.device.type for blocks in moved.blocks for tensor in blocks.tensors.values()} == {"meta"}
+    assert {tensor.device.type for blocks in moved.blocks for tensor in (blocks.ranges_3L, *blocks.listed)} == {"meta"}
     assert [blocks.window for blocks in moved.blocks] == [None, 8]

@@ -174,11 +174,13 @@ def test_an_adapter_on_the_output_head_is_refused():
         return get_peft_model(calm_llama(tie_word_embeddings=False), config)
 
     check_model(adapted("q_proj", "down_proj"))
-    with pytest.raises(ValueError, match=r"\A[^\n]*adapter on the output head, found one \(lora_A[^\n]*leave the head out[^\n]*\Z"):
+    with pytest.raises(
+        ValueError, match=r"\A[^\n]*adapter on the output head, found one \(lora_A[^\n]*leave the head out[^\n]*\Z"
+    ):
         check_model(adapted("q_proj", "lm_head"))
     model = calm_llama(tie_word_embeddings=False)
     check_model(model)  # what was found right before is not right with the adapter
-    with pytest.raises(ValueError, match="adapter on it"):
+    with pytest.raises(ValueError, match="adapter on the output head"):
         check_model(get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")))
 
 
