@@ -187,7 +187,7 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
     from transformers import AutoModelForCausalLM
 
     config = _config(source)
-    silence_config(config)  # with dropout a policy would not be the reference that it starts from
+    _silence_config(config)  # with dropout a policy would not be the reference that it starts from
     with reading(f"model {source.name}: transformers cannot load it"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -218,8 +218,6 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
         check_tensors(model, source.folder / source.gguf_file, source.name)
         # Loading dequantised the weights; transformers still calls the model quantised and would not train it.
         model.hf_quantizer.remove_quantization_config(model)
-    dtypes = {str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}
-    assert not dtypes, f"weights must be float32, found {dtypes}"
     infinite = [name for name, weight in model.named_parameters() if weight.isinf().any()]
     if infinite:
         raise FloatingPointError(
@@ -230,13 +228,13 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
-def silence_config(config: Any) -> None:
+def _silence_config(config: Any) -> None:
     """Sets every dropout of a transformers configuration, its parts included, to 0; a saved model keeps the zeros."""
     from transformers import PreTrainedConfig
 
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
-            silence_config(value)
+            _silence_config(value)
         elif _is_dropout(name, value):
             setattr(config, name, 0.0)
 

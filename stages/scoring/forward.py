@@ -97,7 +97,7 @@ def run_body(model: nn.Module, row: PackedRow, sites: Sequence[Site]) -> tuple[T
             "above the length from which this model scales them, which is not supported under FSDP; lower --max-length"
         )
     runs = [_run_decoder(inner, part, sites) for part, _ in parts]
-    order_T = torch.cat([targets_T for _, targets_T in parts if targets_T is not None]).argsort()
+    order_T = torch.cat([targets_T for _, targets_T in parts]).argsort()
     acts = {site: torch.cat([acts[site] for _, acts in runs])[order_T] for site in sites}
     return torch.cat([hidden_TD for hidden_TD, _ in runs])[order_T], acts
 

@@ -118,14 +118,12 @@ def plan_rows(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for row, left in enumerate(room):
-            if lengths[index] <= left:
-                rows[row].append(index)
-                room[row] -= lengths[index]
-                break
-        else:
-            rows.append([index])
-            room.append(token_budget - lengths[index])
+        row = next((row for row, left in enumerate(room) if lengths[index] <= left), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(token_budget)
+        rows[row].append(index)
+        room[row] -= lengths[index]
     return [sorted(row) for row in rows]
 
 

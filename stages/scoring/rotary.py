@@ -77,7 +77,7 @@ def frequencies_of(model: nn.Module, length: int) -> tuple[int, ...]:
     )
 
 
-def of_same_frequencies(model: nn.Module, row: PackedRow, layout: RowLayout) -> list[tuple[PackedRow, Tensor | None]]:
+def of_same_frequencies(model: nn.Module, row: PackedRow, layout: RowLayout) -> list[tuple[PackedRow, Tensor]]:
     """Splits a row into rows with one set of rotary frequencies each, where its sequences need several.
 
     Args:
@@ -86,17 +86,18 @@ def of_same_frequencies(model: nn.Module, row: PackedRow, layout: RowLayout) -> 
         layout: the row's layout.
 
     Returns:
-        Rows, each with the indices (int64) of the targets of `row` that it predicts, or None for `row` itself. A pair
+        Rows, each with the indices (int64) of the targets of `row` that it predicts: `row` itself, or several. A pair
         whose responses need different frequencies is in two rows, its prompt in both.
     """
+    whole = [(row, torch.arange(len(row.targets_T), device=row.targets_T.device))]
     if not _scalings(model):
-        return [(row, None)]
+        return whole
     sequences = sequences_of(row)[: len(row.lengths)]  # the rest is padding
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, ranges in enumerate(sequences):
         groups.setdefault(frequencies_of(model, sum(map(len, ranges))), []).append(number)
     if len(groups) == 1:
-        return [(row, None)]
+        return whole
     return [_part(row, sequences, numbers, layout) for numbers in groups.values()]
 
 

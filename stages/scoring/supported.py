@@ -186,11 +186,9 @@ def _try_long(inner: Any, seed: int) -> str | None:
     longest = getattr(config, "max_position_embeddings", None) or sum(LONG)
     prompt, *responses = LONG
     row, sequences = _row(inner, [(prompt, *(max(1, min(size, longest - prompt)) for size in responses))], seed)
-    found, order = [], []
-    for part, targets_T in of_same_frequencies(inner.get_decoder(), row, row_layout(inner)):
-        found.append(_up_to(layers[depth - 1], partial(run_body, inner, part, []))[part.sources_T])
-        order.append(torch.arange(len(row.targets_T), device=row.targets_T.device) if targets_T is None else targets_T)
-    found_TD = torch.cat(found)[torch.cat(order).argsort()]
+    parts = of_same_frequencies(inner.get_decoder(), row, row_layout(inner))
+    found = [_up_to(layers[depth - 1], partial(run_body, inner, part, []))[part.sources_T] for part, _ in parts]
+    found_TD = torch.cat(found)[torch.cat([targets_T for _, targets_T in parts]).argsort()]
     expected = []
     with _plain_attention(inner):
         for ids, predicting in sequences:
