@@ -1,6 +1,6 @@
 """What a user is told of an error or a signal: one line, and an exit code.
 
-In: an exception, and how to go on. Out: exit code 2 for a `UserError` and for a disk that is full or refuses; 1 for
+In: an exception, and how to go on. Out: exit code 2 for a `UserError` and for a path that the system refuses; 1 for
 numbers that are not finite; 130 for a signal. Anything else is a fault of the program, and stays a traceback.
 """
 
@@ -59,19 +59,19 @@ def user_errors(resume: str = "nothing was written") -> Iterator[None]:
 
 def is_expected(error: BaseException) -> bool:
     """Whether an error is about a user's files, machine or numbers, and not a fault of the program."""
-    return isinstance(error, UserError | FloatingPointError) or _is_of_the_disk(error)
+    return isinstance(error, UserError | FloatingPointError) or _is_of_a_path(error)
 
 
 def one_line(error: Any, go_on: str) -> str:
     """The line; `go_on` says what to do once the cause is removed, where the system raised the error."""
-    if _is_of_the_disk(error) and error.filename is not None:
+    if _is_of_a_path(error) and error.errno in FULL | REFUSED:
         return f"{error.filename}: {_advice(error.errno, Path(str(error.filename)), go_on)}"
     return " ".join(str(error).split())
 
 
-def _is_of_the_disk(error: Any) -> bool:
-    """Whether a disk is full, read-only, or not this user's to write."""
-    return isinstance(error, OSError) and error.errno in FULL | REFUSED
+def _is_of_a_path(error: Any) -> bool:
+    """Whether the system refused a path: a full or read-only disk, a folder in place of a file, a name too long."""
+    return isinstance(error, OSError) and error.errno is not None and error.filename is not None
 
 
 def _advice(number: int, path: Path, go_on: str) -> str:

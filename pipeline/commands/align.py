@@ -43,9 +43,9 @@ from .training import (
     finish,
     is_finished,
     last_checkpoint,
-    missing_trackers,
     run_callbacks,
     sole_run,
+    tracked,
     trainer_settings,
 )
 
@@ -86,7 +86,7 @@ def run_align(config: AlignConfig, callbacks: Sequence[TrainerCallback] = ()) ->
         load = partial(load_model, find_reference(config, meaning), device=device)
         reference = load_supported(load, (causal_lm(policy).config._attn_implementation,))
     record = {**identity, START_SHA256: source.sha256, "training_device": str(args.device)}
-    with missing_trackers():
+    with tracked(config.report_to):
         trainer = FPOTrainer(
             policy,
             args,

@@ -27,9 +27,9 @@ from .training import (
     finish,
     is_finished,
     last_checkpoint,
-    missing_trackers,
     run_callbacks,
     sole_run,
+    tracked,
     trainer_settings,
 )
 
@@ -78,7 +78,7 @@ def run_sft(config: SFTConfig) -> None:
     check_length(model, config.max_length)
     _stop_at(model, chat.end_id)
     tokenizer.chat_template = chat.template
-    with missing_trackers():
+    with tracked(config.report_to):
         trainer = SFTTrainer(
             model,
             args,

@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ...cache.errors import UserError
 from ...cache.files import remove_leftovers
@@ -204,13 +205,17 @@ def run_callbacks(config: TrainingConfig, record: Mapping[str, Any]) -> list[Tra
 
 
 @contextmanager
-def missing_trackers() -> Iterator[None]:
-    """Names `--report-to` where a Trainer finds its tracker not installed.
+def tracked(name: str) -> Iterator[None]:
+    """Makes a Trainer that reports to a tracker.
 
     Raises:
-        UserError: it does.
+        UserError: transformers does not know the tracker of `--report-to`, or it is not installed.
     """
     try:
+        get_reporting_integration_callbacks(name)
+    except ValueError as error:
+        raise UserError(f"--report-to: {error}") from error
+    try:
         yield
-    except RuntimeError as error:  # how transformers says it
+    except RuntimeError as error:  # how transformers says that it is not installed
         raise UserError(f"--report-to: {error}") from error

@@ -33,7 +33,7 @@ Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
 
-class SkipError(ValueError):
+class SkipError(UserError):
     """A conversation, or one turn, cannot be tokenised and is skipped.
 
     Attributes:

@@ -182,7 +182,10 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
             raise UserError(f"expected arrays of at most {limit} bytes, found {total} in a file of {size} bytes")
         raw.seek(0)
         with np.load(raw, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
+            arrays = {key: file[key] for key in file.files}
+        if odd := [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]:
+            raise UserError(f"found members that are no arrays: {', '.join(odd[:3])}")
+        return arrays
 
 
 def _read_folder(folder: Path) -> Any:

@@ -252,7 +252,7 @@ REFUSED: dict[str, tuple[Any, list[str]]] = {
     "missing model": (lambda w, b: {"model": b / "none"}, ["none"]),
     "nothing to do": (lambda w, b: {"cache": None}, ["--cache", "--outputs"]),
     "missing cache": (lambda w, b: {"cache": b / "none"}, ["manifest"]),
-    "unfinished cache": (lambda w, b: {"cache": b / "unfinished"}, ["a finished cache's manifest"]),
+    "unfinished cache": (lambda w, b: {"cache": b / "unfinished"}, ["found no manifest.json"]),
     "another tokenizer": (lambda w, b: {"model": w.llama}, ["its tokenizer is not that of", "llama"]),
     "recipe": (lambda w, b: {"dtype": "bf16"}, ["--dtype", "fp32", "bf16"]),
     "another reference": (lambda w, b: {"reference": w.llama}, ["--reference", "llama"]),
