@@ -282,11 +282,7 @@ def _hash(sae: Any) -> str:
 
 
 def check_fits(site_sae: SiteSAE, model: PreTrainedModel) -> None:
-    """Checks that the model has the SAE's site, with activations of its size.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raises UserError unless the model has the SAE's site, with activations of its size."""
     module_at(model, site_sae.site)
     if _reads_centred(site_sae.sae) and not any(isinstance(part, nn.LayerNorm) for part in model.modules()):
         raise UserError(
