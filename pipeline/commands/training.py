@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 from transformers import TrainerCallback
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ...cache.errors import UserError
 from ...cache.files import remove_leftovers
