@@ -1,6 +1,6 @@
-"""Who trains against whom: `fpo align` and TRL's trainers, on the same token ids, model, precision and batch.
+"""The contestants: `fpo align` and TRL's trainers, on the same token ids, model, precision and batch.
 
-In: a contestant's name, and a folder that `setting.prepare` filled. Out: seconds a pair and peak memory of the measured
+In: a contestant's name, and a folder that `prepare.prepare` filled. Out: seconds a pair and peak memory of the measured
 steps; loading, tokenising, the parity check, TRL's precomputed pass and the warm-up steps are not counted.
 """
 
@@ -27,11 +27,11 @@ class Contestant:
     """One way to train.
 
     Attributes:
-        title: as tables show it.
-        method: one of `fpo align`'s, or what TRL trains.
+        title: its name in tables.
+        method: the method, by the name that `fpo align` gives it.
         trl: whether TRL trains it.
-        checkpointing: of activations.
-        precomputed: whether TRL computes the reference's log-probabilities beforehand.
+        checkpointing: whether activations are checkpointed.
+        precomputed: whether TRL computes the reference's log-probs beforehand.
     """
 
     title: str
@@ -69,27 +69,25 @@ class Steps(TrainerCallback):
         self.result: Result = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Resets, or reads."""
+        """Resets or reads the meter."""
         if state.global_step == self._setting.warmup:
             self._meter.reset()
         elif state.global_step == self._setting.warmup + self._setting.steps:
             self.result = self._meter.read()
 
 
-def train(setting: dict[str, Any], folder: str, name: str) -> Result:
+def train(setting: Setting, folder: Path, name: str) -> Result:
     """Trains one contestant on the cache's pairs, once."""
-    chosen, contestant = Setting(**setting), CONTESTANTS[name]
-    make = trl_trainer if contestant.trl else our_trainer
-    trainer = make(chosen, Path(folder), contestant)
-    with Meter(chosen.device) as meter:
-        steps = Steps(meter, chosen)
+    contestant = CONTESTANTS[name]
+    trainer = (trl_trainer if contestant.trl else our_trainer)(setting, folder, contestant)
+    with Meter(setting.device) as meter:
+        steps = Steps(meter, setting)
         trainer.add_callback(steps)
         trainer.train()
-    pairs = chosen.steps * chosen.batch
-    return steps.result | {"seconds_a_pair": steps.result["seconds"] / pairs}
+    return steps.result | {"seconds_a_pair": steps.result["seconds"] / (setting.steps * setting.batch)}
 
 
-def common(setting: Setting, folder: Path, contestant: Contestant) -> dict[str, Any]:
+def common(setting: Setting, folder: Path) -> dict[str, Any]:
     """The Trainer's settings that all contestants share."""
     return {
         "output_dir": str(folder / "run"),
@@ -105,20 +103,19 @@ def common(setting: Setting, folder: Path, contestant: Contestant) -> dict[str, 
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": setting.device == "cuda",
-        # TRL's default is in the old name, and the new one, unless it is None, wins.
-        ("gradient_checkpointing" if contestant.trl else "activation_checkpointing"): contestant.checkpointing,
         "seed": 0,
     }
 
 
 def our_trainer(setting: Setting, folder: Path, contestant: Contestant) -> Any:
-    """`FPOTrainer` as `fpo align` builds it."""
+    """`FPOTrainer`, as `fpo align` builds it."""
     divergence = METHODS[contestant.method].divergence
     saes = [load_sae(str(folder / "sae"), device=setting.device)] if divergence == "features" else []
     attention = attention_of(setting, folder)
     args = FPOConfig(
-        **common(setting, folder, contestant),
+        **common(setting, folder),
         method=contestant.method,
+        activation_checkpointing=contestant.checkpointing,
         token_budget=setting.token_budget,
         compile_layers=setting.device == "cuda",
         parity_pairs=1,
@@ -134,7 +131,9 @@ def our_trainer(setting: Setting, folder: Path, contestant: Contestant) -> Any:
 
 def trl_trainer(setting: Setting, folder: Path, contestant: Contestant) -> Any:
     """TRL's trainer on the cache's token ids, with the attention that transformers chooses."""
-    shared = common(setting, folder, contestant) | {"max_length": setting.max_length}
+    # TRL sets the old name by default; the new name would override it.
+    shared = common(setting, folder) | {"gradient_checkpointing": contestant.checkpointing}
+    shared |= {"max_length": setting.max_length}
     policy = load(setting, folder, None)
     pairs = cached_pairs(folder)
     if contestant.method == "simpo":
@@ -144,7 +143,7 @@ def trl_trainer(setting: Setting, folder: Path, contestant: Contestant) -> Any:
 
 
 def dpo_trainer(policy: Any, reference: Any, settings: dict[str, Any], pairs: Sequence[Pair]) -> Any:
-    """A `DPOTrainer` on token ids; without a reference it precomputes the log-probabilities."""
+    """A `DPOTrainer` on token ids; without a reference model it precomputes the log-probs."""
     from trl import DPOConfig, DPOTrainer
 
     class OnTokens(DPOTrainer):  # type: ignore[misc]
@@ -173,7 +172,7 @@ def cpo_trainer(policy: Any, settings: dict[str, Any], pairs: Sequence[Pair]) ->
 
 
 def token_ids(pairs: Sequence[Pair]) -> Any:
-    """Pairs as a data set under the names that TRL has for token ids."""
+    """The token ids of pairs as a data set, under TRL's column names."""
     import datasets
 
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -181,7 +180,7 @@ def token_ids(pairs: Sequence[Pair]) -> Any:
 
 
 def filler() -> Any:
-    """A tokenizer that only says what padding is: the pairs are token ids already."""
+    """A tokenizer that TRL asks for the padding id alone: the pairs are token ids already."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast

@@ -1,7 +1,7 @@
-"""Caches of generated pairs, as large as one likes, for `growth.py`.
+"""Caches of generated pairs, of any size, for `growth.py`.
 
-In: how many pairs and how large. Out: a finished cache, which the reader checks like any other; and what it takes to
-open it and to read batches. All shards hold the same rows under other names, which saves making them.
+In: the number of pairs, their tokens and features. Out: a finished cache, which the reader checks like any other; time
+and memory to open it and to read batches. All shards hold the same rows under other pair ids: one shard is generated.
 """
 
 import random
@@ -14,46 +14,27 @@ import psutil
 import pyarrow as pa
 from fpo.cache.columns import rows_to_table
 from fpo.cache.files import write_atomically
-from fpo.cache.identity import Meaning, Numerics, SiteMeaning
+from fpo.cache.identity import Numerics, SiteMeaning
 from fpo.cache.manifest import Noise, ShardReport
 from fpo.cache.reader import open_cache
-from fpo.cache.schema import FORMAT_VERSION, CachedPair, Pair, ReferenceResponse, SparseFeatures, pair_id
+from fpo.cache.schema import CachedPair, Pair, ReferenceResponse, SparseFeatures, pair_id
 from fpo.cache.shard import encode_shard
 from fpo.cache.writer import CacheWriter
 from fpo.stages.scoring.batches import RowCollator
 
 from .measuring import Result
+from .prepare import meaning_of
 
 WIDTH, SHARD, VOCABULARY = 16_384, 1024, 49_152
 BATCH, BATCHES = 32, 50
 
 
-def write(folder: str, pairs: int, tokens: int, features: int) -> Result:
-    """Writes a finished cache of `pairs` pairs of `tokens` tokens, with `features` features a response."""
-    nothing = "0" * 64
-    meaning = Meaning(
-        format_version=FORMAT_VERSION,
-        model=nothing,
-        tokenizer=nothing,
-        chat_template="",
-        date=None,
-        sites=(SiteMeaning("blocks.24.hook_resid_post", nothing, WIDTH, "jumprelu"),),
-        recipe="fp32",
-        pooling="mean over prediction positions",
-        keep_features=features,
-        max_length=tokens,
-        max_prompt_length=tokens // 2,
-        truncation="",
-        skip_rules=(),
-        drop_ties=False,
-        turns="all",
-        dataset=nothing,
-        split="generated",
-        limit=None,
-        order="raw",
-    )
+def write(folder: Path, pairs: int, tokens: int, features: int) -> Result:
+    """Writes a finished cache of `pairs` pairs of `tokens` tokens, with `features` features per response."""
+    site = SiteMeaning("blocks.24.hook_resid_post", "0" * 64, WIDTH, "jumprelu")
+    meaning = meaning_of((site,), "fp32", features, tokens)
     started = time.perf_counter()
-    writer = CacheWriter(Path(folder), meaning, Numerics("packed", tokens, SHARD, "cpu", 1, {}), pairs)
+    writer = CacheWriter(folder, meaning, Numerics("packed", tokens, SHARD, "cpu", 1, {}), pairs)
     rng = np.random.default_rng(0)
     template = rows_to_table([random_row(rng, tokens, features) for _ in range(min(SHARD, pairs))], [WIDTH])
     hashes = [name.split("-")[0] for name in template.column("pair_id").to_pylist()]
@@ -66,12 +47,12 @@ def write(folder: str, pairs: int, tokens: int, features: int) -> Result:
             writer.shard_path(index), encode_shard(table.combine_chunks(), meaning, writer.spec.numerics, report)
         )
     manifest = writer.finish()
-    assert manifest is not None, "all shards were written"
+    assert manifest is not None, "all shards are written"
     return {"seconds": time.perf_counter() - started, "bytes": manifest.num_bytes}
 
 
 def random_row(rng: np.random.Generator, tokens: int, features: int) -> CachedPair:
-    """A row of random tokens and features; a quarter of the tokens is the prompt."""
+    """A row of random tokens and features; the prompt is a quarter of the tokens."""
     prompt = tokens // 4
     sizes = (prompt, (tokens - prompt) // 2, (tokens - prompt) // 2)
     prompt_ids, chosen_ids, rejected_ids = (rng.integers(0, VOCABULARY, size).astype(np.int32) for size in sizes)
@@ -85,11 +66,11 @@ def random_row(rng: np.random.Generator, tokens: int, features: int) -> CachedPa
     return CachedPair(pair, *responses)
 
 
-def open_and_read(folder: str, trust_hashes: bool) -> Result:
-    """Opens a cache and reads random batches of it, packed and padded as training takes them."""
+def open_and_read(folder: Path, trust_hashes: bool) -> Result:
+    """Opens a cache and reads random batches of it, collated as in training."""
     process = psutil.Process()
     before, started = process.memory_info().rss, time.perf_counter()
-    cache = open_cache(Path(folder), trust_hashes=trust_hashes)
+    cache = open_cache(folder, trust_hashes=trust_hashes)
     seconds, opened = time.perf_counter() - started, process.memory_info().rss
     collate = RowCollator(2048, (WIDTH,))
     chooser, times = random.Random(0), []

@@ -1,6 +1,6 @@
-"""What the sections of `gpu_check` share: where figures go, what is measured, models and caches for it.
+"""The bench of `gpu_check`: its report, settings, models, caches and trainers.
 
-In: an output folder and a device. Out: a `Bench`.
+In: an output folder and a device. Out: a `Bench`, which every section takes.
 """
 
 import dataclasses
@@ -22,10 +22,11 @@ from fpo.stages.train.config import FPOConfig
 from fpo.stages.train.methods import METHODS
 from torch._dynamo.utils import counters
 
+from .contestants import common
 from .prepare import write_cache
 from .setting import KEPT, Setting, load, random_sae
 
-# Gemma-2-2B's shape, UltraFeedback's lengths.
+# The shape of Gemma-2-2B and the lengths of UltraFeedback.
 LARGE = Setting(
     model="google/gemma-2-2b",
     dataset=None,
@@ -47,14 +48,14 @@ TINY = dataclasses.replace(LARGE, layer=1, width=256, max_length=192, prompt=40,
 
 
 class Report:
-    """Figures as they are measured."""
+    """Writes each figure as soon as it is measured, to the terminal and to `gpu_check.jsonl`."""
 
     def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self._path, self._start = out / "gpu_check.jsonl", time.perf_counter()
 
     def add(self, section: str, **figures: Any) -> None:
-        """Prints and appends."""
+        """Prints a line and appends it to the file, synced to disk."""
         line = {"at": round(time.perf_counter() - self._start, 1), "section": section, **figures}
         text = json.dumps(line, default=str)
         print(text, flush=True)
@@ -65,21 +66,21 @@ class Report:
 
     @property
     def seconds(self) -> float:
-        """Since the process began to measure."""
+        """Seconds since the report was opened."""
         return time.perf_counter() - self._start
 
 
 @dataclasses.dataclass
 class Bench:
-    """What the sections share.
+    """The bench that the sections share.
 
     Attributes:
         report: takes the figures.
-        folder: for models, SAEs, caches and runs.
+        folder: holds models, SAEs, caches and runs.
         device: `cpu` or `cuda`.
-        large: what is measured at the steady rate.
-        compiled: whether layers are compiled too.
-        rate: FLOPs a second of bf16 matrix products; 0 until measured.
+        large: the setting of the timed sections.
+        compiled: whether layers are compiled, besides attention.
+        rate: FLOP/s of bf16 matrix products; 0 until measured.
     """
 
     report: Report
@@ -90,21 +91,21 @@ class Bench:
     rate: float = 0.0
 
     def now(self) -> float:
-        """Seconds, after all that was started on the device."""
+        """The clock, in seconds, once the device has finished its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def compilations(self) -> int:
-        """Graphs that torch has compiled so far."""
+        """Number of graphs that torch has compiled so far."""
         return int(counters["stats"]["unique_graphs"])
 
     def peak_gb(self) -> float:
-        """Most memory of tensors since `reset_peak`, GB."""
+        """Peak memory of tensors since `reset_peak`, GB; 0 on a CPU."""
         return round(torch.cuda.max_memory_allocated() / 1e9, 2) if self.device == "cuda" else 0.0
 
     def reset_peak(self) -> None:
-        """Lets the peak begin anew, without what an earlier section left."""
+        """Frees what an earlier section left, and restarts the peak."""
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -112,7 +113,7 @@ class Bench:
 
 
 def tiny_config(kind: str, head_dim: int) -> Any:
-    """Two layers, of which the first has a window where the kind has any; heads as Gemma-2-2B's."""
+    """A model type with two layers and the heads of Gemma-2-2B; the first layer slides, except in a Llama."""
     from transformers import AutoConfig
 
     sizes: dict[str, Any] = {
@@ -132,36 +133,24 @@ def tiny_config(kind: str, head_dim: int) -> Any:
 
 
 def make_sae(folder: Path, config: Any, setting: Setting) -> SiteSAE:
-    """A random SAE for the setting's site, saved in the folder, the first time, and loaded from there."""
+    """A random SAE at the setting's site, loaded from the folder; the first call saves it there."""
     if not (folder / "sae").exists():
         random_sae(config.hidden_size, setting.width, setting.site).save_model(folder / "sae")
     return load_sae(str(folder / "sae"), device=setting.device)
 
 
 def make_cache(folder: Path, model: Any, pairs: list[Pair], sae: SiteSAE, setting: Setting) -> None:
-    """Stage one on the pairs, written as a cache in the folder."""
+    """Runs stage one on the pairs and writes a cache into the folder."""
     rows = measure_pairs(model, pairs, [sae], setting.recipe, token_budget=setting.token_budget, keep_features=KEPT)
     write_cache(folder / "cache", rows, [sae], setting, model)
 
 
 def make_trainer(folder: Path, setting: Setting, method: str, sae: SiteSAE, **settings: Any) -> FPOTrainer:
-    """`FPOTrainer` as `fpo align` makes it, with random weights, which are the same each time."""
+    """`FPOTrainer`, as `fpo align` makes it, with the same random weights each time."""
     divergence = METHODS[method].divergence
     saes = [sae] if divergence == "features" else []
-    chosen: dict[str, Any] = {
-        "output_dir": str(folder / f"run-{method}"),
-        "method": method,
-        "per_device_train_batch_size": setting.batch,
-        "token_budget": setting.token_budget,
-        "warmup_steps": 0,
-        "optim": setting.optimizer,
-        "bf16": setting.recipe == "bf16",
-        "use_cpu": setting.device == "cpu",
-        "dataloader_pin_memory": setting.device == "cuda",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-    }
+    chosen = common(setting, folder) | {"output_dir": str(folder / f"run-{method}"), "method": method}
+    chosen |= {"token_budget": setting.token_budget}
     return FPOTrainer(
         load(setting, folder, FLEX),
         FPOConfig(**(chosen | settings)),

@@ -1,12 +1,12 @@
 """Whether a GPU computes what it should, and how fast: one process, under four minutes on one card.
 
-In: a card. Out: figures, each printed and appended to `gpu_check.jsonl` the moment it is measured, so that a run that
-is cut short has lost nothing. The sections, in order of importance:
+In: a card. Out: figures, each printed and appended to `gpu_check.jsonl` as soon as it is measured, so that a run that
+is cut short loses nothing. The sections, in order of importance:
 - `card`: versions, and the measured rates of bf16 matrix products and of copies;
-- `values`: compiled against eager attention, values and gradients, fp32 and bf16, tiny Gemma-2, Gemma-3 and Llama;
-- `runs`: 12 steps of every kind of method past the second log, a checkpoint, and a resumed run;
-- `stage_one`, `train`: Gemma-2-2B's shape at the steady rate; compilation and warm-up are said apart;
-- `profile`: where the time of a row, and of a training step, goes.
+- `values`: compiled against eager attention, log-probs and gradients, fp32 and bf16, tiny Gemma-2, Gemma-3 and Llama;
+- `runs`: 12 steps of each kind of method, past two logs and a checkpoint, and a resumed run;
+- `stage_one`, `train`: the shape of Gemma-2-2B at its steady rate, compilation and warm-up timed apart;
+- `profile`: where the time of a row and of a training step goes.
 
     python -m benchmarks.gpu_check --out DIR
 """
@@ -29,7 +29,7 @@ SECTIONS = ("card", "values", "runs", "stage_one", "train", "profile")
 
 
 def main() -> None:
-    """Runs the sections that were asked for."""
+    """Runs the chosen sections."""
     options = parser().parse_args()
     tiny = options.tiny
     if options.device == "cpu":
@@ -52,7 +52,7 @@ def main() -> None:
             started = report.seconds
             try:
                 sections[name]()
-            except Exception as error:  # noqa: BLE001 (the next section may well work)
+            except Exception as error:  # noqa: BLE001 (the next section may work)
                 traceback.print_exc()
                 report.add(name, failed=f"{type(error).__name__}: {str(error)[:500]}")
             report.add(name, seconds=round(report.seconds - started, 1), compilations=bench.compilations())
@@ -62,25 +62,25 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line of `gpu_check`."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
-    add("--out", type=Path, default=Path("results/benchmarks/gpu_check"), help="folder of the figures")
+    add("--out", type=Path, default=Path("results/benchmarks/gpu_check"), help="folder of gpu_check.jsonl")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    add("--tiny", action="store_true", help="a tiny model in place of Gemma-2-2B's shape: whether it runs at all")
+    add("--tiny", action="store_true", help="a tiny model in place of Gemma-2-2B, to see whether it runs at all")
     add("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     add("--pairs", type=int, default=96, help="pairs that stage one is timed on, twice")
     add("--batch", type=int, default=8, help="pairs of a training step")
-    add("--steps", type=int, help="training steps that are timed")
-    add("--methods", nargs="+", default=["fpo", "simpo"], help="that are trained at the steady rate")
-    add("--checkpointing", type=int, default=0, help="every n-th layer; 0 none")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile layers too")
-    add("--seconds", type=float, default=0, help="begin no section after so many; 0 for all")
+    add("--steps", type=int, help="timed training steps")
+    add("--methods", nargs="+", default=["fpo", "simpo"], help="methods that are timed")
+    add("--checkpointing", type=int, default=0, help="checkpoint every n-th layer; 0 for none")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the layers too")
+    add("--seconds", type=float, default=0, help="start no section after this time; 0 for no limit")
     return made
 
 
 def run_on_cpu() -> None:
-    """Lets compiled attention run where there is no GPU, by torch's plain operations: to try this script out."""
+    """Runs compiled attention by torch's plain operations where there is no GPU, to try this script."""
     from torch.nn.attention import flex_attention
 
     flex.BACKEND = "aot_eager"

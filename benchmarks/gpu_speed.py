@@ -1,4 +1,4 @@
-"""The sections of `gpu_check` that say how fast a GPU is at stage one and at training.
+"""The timed sections of `gpu_check`: stage one, training, and their profiles.
 
 In: a `Bench`. Out: figures in its report. Compilation and warm-up are timed apart from the steady rate.
 """
@@ -24,12 +24,12 @@ from .prepare import write_cache
 from .setting import KEPT, load
 from .shapes import ULTRAFEEDBACK, configuration
 
-# Kernels that a profile names.
+# Number of kernels that a profile lists.
 NAMED = 24
 
 
 def _prepared(bench: Bench) -> tuple[Any, SiteSAE]:
-    """The configuration of the large model, saved, and an SAE for it."""
+    """Saves the configuration of the large model; returns it and an SAE."""
     tiny = bench.large.width < 1024
     config = tiny_config("gemma2", 256) if tiny else configuration(bench.large.model)
     folder = bench.folder / "large"
@@ -42,7 +42,7 @@ def _flops(config: Any, pairs: Sequence[Pair], bench: Bench) -> dict[str, float]
 
 
 def stage_one(bench: Bench, count: int) -> None:
-    """Pairs a second of `measure_pairs`, with and without writing the shard; what a row waits for."""
+    """Times `measure_pairs` and the writing of its shard, and counts where the host waits for the GPU."""
     setting, report = bench.large, bench.report
     start = bench.now()
     config, sae = _prepared(bench)
@@ -81,14 +81,14 @@ def stage_one(bench: Bench, count: int) -> None:
 
 
 def reference_model(bench: Bench, sae: SiteSAE) -> Any:
-    """The large model as stage one has it."""
+    """The large model, as stage one prepares it."""
     model = load(bench.large, bench.folder / "large", FLEX)
     freeze(model, bench.large.recipe, compiled=bench.compiled, sites=[sae.site])
     return model
 
 
 def _count_waits(bench: Bench, work: Callable[[], Any]) -> None:
-    """Operations at which the host waits for the GPU, as torch's debug mode sees them."""
+    """Reports the operations at which the host waits for the GPU, by torch's debug mode."""
     if bench.device != "cuda":
         return
     with warnings.catch_warnings(record=True) as caught:
@@ -103,18 +103,18 @@ def _count_waits(bench: Bench, work: Callable[[], Any]) -> None:
 
 
 class StepTimes(TrainerCallback):
-    """Writes how long each step took, as it ends."""
+    """Reports the time of each step when it ends."""
 
     def __init__(self, bench: Bench, method: str) -> None:
         self._bench, self._method, self._last = bench, method, 0.0
         self.seconds: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The clock starts with the first step."""
+        """Starts the clock at the first step."""
         self._last = self._last or self._bench.now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From the last step's end to this one's, loading included."""
+        """Takes the time since the last step's end, loading included."""
         now = self._bench.now()
         self.seconds.append(now - self._last)
         self._last = now
@@ -128,7 +128,7 @@ class StepTimes(TrainerCallback):
 
 
 def train(bench: Bench, methods: Sequence[str], checkpointing: int) -> None:
-    """Pairs a second and peak memory of training steps."""
+    """Times training steps of each method: pairs a second and peak memory."""
     setting, report, folder = bench.large, bench.report, bench.folder / "large"
     config, sae = _prepared(bench)
     steps = setting.warmup + setting.steps
@@ -148,7 +148,6 @@ def train(bench: Bench, methods: Sequence[str], checkpointing: int) -> None:
             compile_layers=bench.compiled,
             activation_checkpointing=checkpointing > 0,
             checkpoint_every=max(1, checkpointing),
-            train_sampling_strategy="sequential",
         )
         times = StepTimes(bench, method)
         trainer.add_callback(times)
@@ -157,7 +156,7 @@ def train(bench: Bench, methods: Sequence[str], checkpointing: int) -> None:
         pairs = [cache[number % len(cache)].pair for number in measured]
         flops = _flops(config, pairs, bench)
         useful = TRAINING_PASSES * flops["model"] + (flops["sae"] if method == "fpo" else 0)
-        seconds = statistics.mean(times.seconds[setting.warmup : -1])  # the last one measures the constraint too
+        seconds = statistics.mean(times.seconds[setting.warmup : -1])  # the last step also measures the constraint
         report.add(
             "train",
             method=method,
@@ -174,7 +173,7 @@ def train(bench: Bench, methods: Sequence[str], checkpointing: int) -> None:
 
 
 def profiles(bench: Bench) -> None:
-    """The kernels that take longest: of a few rows of stage one, and of one training step."""
+    """Reports the slowest kernels of a few rows of stage one, and of one training step."""
     setting, folder = bench.large, bench.folder / "large"
     config, sae = _prepared(bench)
     pairs = random_pairs(setting, config.vocab_size, 4 * setting.batch)
@@ -201,13 +200,13 @@ class ProfiledStep(TrainerCallback):
         self._profile = torch.profiler.profile(activities=_activities(bench))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begins."""
+        """Starts the profiler."""
         if state.global_step + 1 == self._step:
             self._started = self._bench.now()
             self._profile.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ends, and reports."""
+        """Stops the profiler and reports."""
         if state.global_step == self._step:
             seconds = self._bench.now() - self._started
             self._profile.stop()
@@ -228,7 +227,7 @@ def _profile(bench: Bench, what: str, work: Callable[[], None]) -> None:
 
 
 def _report_kernels(bench: Bench, what: str, recorded: Any, seconds: float) -> None:
-    """Sums by kernel, from the raw events: the profiler's own tables take minutes."""
+    """Reports time by kernel from the raw events: the profiler's own tables take minutes."""
     busy: Counter[str] = Counter()
     times: Counter[str] = Counter()
     for event in recorded.profiler.kineto_results.events():

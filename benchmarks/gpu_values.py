@@ -1,4 +1,4 @@
-"""The sections of `gpu_check` that say whether a GPU computes what it should.
+"""The sections of `gpu_check` that verify what a GPU computes.
 
 In: a `Bench`. Out: figures in its report.
 """
@@ -20,14 +20,15 @@ from .pairs import random_pairs
 from .reporting import PACKAGES, hardware
 from .setting import Setting, load
 
-# Gemma-2-2B's heads in bf16, so that what is compiled for the values serves the rest; fp32 has half the room.
+# In bf16 the head size of Gemma-2-2B, so that later sections reuse the compiled kernels; in fp32 less shared memory is
+# left.
 HEAD_DIM = {"bf16": 256, "fp32": 64}
 METHODS = ("fpo", "dpo", "simpo", "tdpo2")
 STEPS, EVERY, SAVED = 12, 5, 6
 
 
 def card(bench: Bench) -> None:
-    """Versions, and what the device can do."""
+    """Reports versions, and the device's rates of matrix products and of copies."""
     versions = {name: _version(name) for name in PACKAGES}
     bench.report.add("card", **hardware(), versions=versions)
     size, cuda = (8192, True) if bench.device == "cuda" else (256, False)
@@ -66,7 +67,7 @@ def _median_seconds(bench: Bench, work: Any, repeats: int = 10) -> float:
 
 
 def values(bench: Bench) -> None:
-    """Compiled against eager attention, in the same recipe and against fp32."""
+    """Compares compiled with eager attention, in the same recipe and in fp32."""
     for recipe in ("bf16", "fp32"):
         for kind in ("gemma2", "gemma3_text", "llama"):
             start, before = bench.now(), bench.compilations()
@@ -98,14 +99,14 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 
 def _scored(kind: str, attention: str, head_dim: int, recipe: Any, device: str) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of a row of pairs, and the gradient of a weighted sum of them."""
+    """Log-probs of the tokens of a row, float32 [T], and the flat gradient of a weighted sum of them."""
     from transformers import AutoModelForCausalLM
 
     config = tiny_config(kind, head_dim)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
-        if weight.ndim == 2:  # so large that attention matters
+        if weight.ndim == 2:  # large enough that attention matters
             factor = 2 if "q_proj" in name or "k_proj" in name else 1
             weight.data = factor * torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1])
     model = model.to(device).train()
@@ -119,7 +120,7 @@ def _scored(kind: str, attention: str, head_dim: int, recipe: Any, device: str) 
 
 
 def runs(bench: Bench) -> None:
-    """12 steps of each method past the second log, a checkpoint, and a resumed run that ends as the first did."""
+    """Trains 12 steps of each method, resumes from a checkpoint, and compares the two ends."""
     folder = bench.folder / "tiny"
     setting = dataclasses.replace(TINY, device=bench.device)
     config = tiny_config("gemma2", HEAD_DIM["bf16"])

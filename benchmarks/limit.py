@@ -1,11 +1,10 @@
-"""How near training and stage one are to what the device can compute: model FLOPs utilisation.
+"""Model FLOPs utilisation (MFU): how near training and stage one come to the device's rate.
 
-In: a model, or its shape, and pairs. Out: the arithmetic of a pair's FLOPs; the device's measured rate of matrix
-products; seconds a pair of `fpo align` and `fpo precompute`; their ratio; and the time that all of UltraFeedback would
-take at that pace.
+In: a model, or its shape, and pairs. Out: the FLOPs of a pair; the device's measured rate of matrix products; seconds a
+pair of `fpo align` and `fpo precompute`; their utilisation; and the time for all of UltraFeedback at that pace.
 
-Counted are the tokens of packed pairs without padding, a forward pass and the two products of its backward: what
-checkpointing and the head compute again is not useful work and lowers the utilisation.
+The count takes the tokens of packed pairs without padding, the forward pass and the two products of its backward. What
+checkpointing and the head recompute is not useful work and lowers the utilisation.
 
     python -m benchmarks.limit --dataset PAIRS
 """
@@ -24,7 +23,7 @@ from .shapes import ULTRAFEEDBACK, body_parameters, configuration, head_flops, l
 from .stage_one import TITLES, score
 from .training_step import run
 
-# A training step is its forward pass and two products as large in the backward of each of its products.
+# A training step is a forward pass, and a backward with two products for each product of the forward.
 TRAINING_PASSES = 3
 
 
@@ -37,13 +36,12 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="*", default=["fpo", "fpo-ckpt"], choices=ours)
     options = parser.parse_args()
     setting, config = setting_of(options), configuration(options.model)
-    arguments = dataclasses.asdict(setting)
     with workplace() as folder:
         pairs = prepared(setting, folder)
 
         def measure(name: str) -> Result:
             if name == "stage one":
-                return in_fresh_process(score, setting=arguments, folder=str(folder), name="fpo")
+                return in_fresh_process(score, setting=setting, folder=folder, name="fpo")
             return run(setting, folder, name)
 
         rate = in_fresh_process(rate_of, device=setting.device, recipe=setting.recipe)["rate"]
@@ -53,23 +51,23 @@ def main() -> None:
         "Utilisation": utilisation(results, pair_flops(config, pairs["measured"], setting), rate),
         "The pairs": [{"": name, **row} for name, row in pairs.items()],
     }
-    report(options, tables, setting={**arguments, "dataset": None}, rate=rate, runs=results)
+    report(options, tables, setting={**dataclasses.asdict(setting), "dataset": None}, rate=rate, runs=results)
 
 
 def rate_of(device: str, recipe: str) -> Result:
-    """FLOP/s of a matrix product in the recipe's precision, in a process of its own."""
+    """FLOP/s of a matrix product in the recipe's precision."""
     return {"rate": measured_rate(device, torch.bfloat16 if recipe == "bf16" else torch.float32)}
 
 
 def pair_flops(config: Any, pairs: Result, setting: Setting) -> dict[str, float]:
-    """FLOPs of one pair: of a forward pass through the model, and of encoding its responses once."""
+    """FLOPs of one pair: the forward pass of the model, and one encoding of the responses by the SAE."""
     answered = 2 * pairs["response"]
     forward = layer_flops(config, pairs["packed"], pairs["attended"]) + head_flops(config, answered)
     return {"model": forward, "sae": 2 * config.get_text_config().hidden_size * setting.width * answered}
 
 
 def arithmetic(config: Any, width: int) -> list[Result]:
-    """What the counted FLOPs of a token are made of."""
+    """The parts of a token's FLOPs."""
     context, parameters, text = 1024, body_parameters(config), config.get_text_config()
     body, head = layer_flops(config, 1, 0), head_flops(config, 1)
     attention = layer_flops(config, 0, context / 2)

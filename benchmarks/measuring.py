@@ -1,20 +1,17 @@
-"""What every benchmark stands on: fresh processes, peaks of memory, repetitions in turn.
+"""The ground of every benchmark: fresh processes, peak memory, repetitions in turn.
 
-In: functions that measure something, with arguments and results that JSON can say. Out: medians of their results.
-
-    python -m benchmarks.measuring MODULE FUNCTION ARGUMENTS     # how `in_fresh_process` calls a function
+In: functions that measure something. Out: medians of their results.
 """
 
 import gc
-import importlib
-import importlib.metadata
 import json
-import os
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
@@ -24,10 +21,10 @@ Result = dict[str, Any]
 
 
 class Meter:
-    """Time and peak memory of parts of a process, on the CPU or a GPU.
+    """Measures time and peak memory between two points of a process, on the CPU or a GPU.
 
-    On a CPU tensors are counted by `TensorBytes`, which takes some microseconds an operation; resident memory is the
-    whole process's. On a GPU the peak is the allocator's.
+    On a CPU `TensorBytes` counts the tensors, at some microseconds an operation. On a GPU the allocator gives the peak.
+    Resident memory is the whole process's.
     """
 
     def __init__(self, device: str) -> None:
@@ -45,7 +42,7 @@ class Meter:
             self._bytes.__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
-        """Lets the peak and the clock begin anew; what is alive now stays counted."""
+        """Restarts the clock and the peak; tensors that are alive stay counted."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._bytes.reset()
@@ -53,22 +50,22 @@ class Meter:
         self._started, self._computed = self.now(), time.process_time()
 
     def now(self) -> float:
-        """Seconds, after all that was started on the device."""
+        """The clock, in seconds, once the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     @property
     def live(self) -> int:
-        """Bytes of tensors that are alive."""
+        """Bytes of the live tensors."""
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else self._bytes.live
 
     def read(self) -> Result:
-        """What there was since `reset`.
+        """Reads time and memory since `reset`.
 
         Returns:
-            `seconds`; `cores_busy`, fewer than the threads where other work disturbed it; `tensor_bytes`, their peak;
-            `extra_bytes`, what of it was not there before; `resident_bytes`, the peak of the process's life.
+            `seconds`; `cores_busy`, below the number of threads where other work interfered; `tensor_bytes`, the peak;
+            `extra_bytes`, the peak minus the bytes at `reset`; `resident_bytes`, the peak since the process began.
         """
         seconds, computed = self.now() - self._started, time.process_time() - self._computed
         cuda = self.device.type == "cuda"
@@ -83,7 +80,7 @@ class Meter:
 
 
 def measured(device: str, work: Callable[[], Any], repeats: int = 3) -> Result:
-    """Runs some work once to warm up, then several times: median seconds, and the last time's memory."""
+    """Runs `work` once to warm up, then `repeats` times: median seconds, and the memory of the last run."""
     work()
     with Meter(device) as meter:
         runs = []
@@ -96,31 +93,25 @@ def measured(device: str, work: Callable[[], Any], repeats: int = 3) -> Result:
 
 
 def in_fresh_process(function: Callable[..., Result], **arguments: Any) -> Result:
-    """Calls a function of a module in a process of its own and returns what it returned.
+    """Calls a module's function in a new process and returns its result.
 
-    Where memory did not suffice the result is `{"failed": reason}`: that is a finding too.
-
-    Raises:
-        RuntimeError: if it failed for another reason.
+    A process that runs out of memory is a finding, not an error: the result is then `{"failed": reason}`. Whatever else
+    the function raises is raised here.
     """
-    spec = sys.modules[function.__module__].__spec__
-    assert spec is not None, "a benchmark runs as `python -m benchmarks.NAME`"
-    command = [sys.executable, "-m", "benchmarks.measuring", spec.name, function.__name__, json.dumps(arguments)]
-    environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode == -9:
-        return {"failed": "killed, which is what happens when memory runs out"}
-    if done.returncode:
-        raise RuntimeError(f"{spec.name}.{function.__name__} failed:\n{done.stderr[-4000:]}")
-    result: Result = json.loads(done.stdout.splitlines()[-1])
-    return result
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, **arguments).result()
+        except torch.OutOfMemoryError as error:
+            return {"failed": f"out of memory: {str(error).splitlines()[0][:200]}"}
+        except BrokenProcessPool:
+            return {"failed": "the process died, as it does when memory runs out"}
 
 
 def in_turn(names: Iterable[str], repeats: int, measure: Callable[[str], Result]) -> dict[str, Result]:
-    """Measures each name, then each again, so that a slow minute of the machine hits all alike.
+    """Measures all names, then all again, so that a slow minute of the machine affects all of them.
 
     Returns:
-        By name: the medians of what was measured, and `runs`.
+        For each name the medians of its measurements, and the measurements themselves under `runs`.
     """
     runs: dict[str, list[Result]] = {name: [] for name in names}
     for repeat in range(repeats):
@@ -131,22 +122,8 @@ def in_turn(names: Iterable[str], repeats: int, measure: Callable[[str], Result]
 
 
 def medians(results: Sequence[Result]) -> Result:
-    """The median of every number; a failure is a failure of all."""
+    """The median of each number; if one run failed, its failure."""
     if failed := next((result for result in results if "failed" in result), None):
         return dict(failed)
     numbers = {key for key, value in results[0].items() if isinstance(value, int | float)}
     return {key: statistics.median(result[key] for result in results) for key in sorted(numbers)}
-
-
-def main() -> None:
-    """Calls a function as `in_fresh_process` asks and prints its result as the last line."""
-    _, module, function, arguments = sys.argv
-    try:
-        result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
-    except torch.OutOfMemoryError as error:
-        result = {"failed": f"out of memory: {str(error).splitlines()[0][:200]}"}
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()

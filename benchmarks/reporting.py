@@ -1,6 +1,7 @@
-"""What every benchmark says: tables on the terminal, and the same as JSON with what is needed to measure them again.
+"""The command line and the report of every benchmark.
 
-In: tables, as lists of rows. Out: Markdown, and `results/benchmarks/NAME.json` with the command, hardware and versions.
+In: tables, as lists of rows. Out: Markdown on the terminal, and `results/benchmarks/NAME.json`, which adds the command,
+the hardware and the versions, so that the measurement can be repeated.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
@@ -26,20 +28,15 @@ PACKAGES = ("torch", "transformers", "trl", "sae-lens", "accelerate", "pyarrow")
 
 @contextmanager
 def workplace() -> Iterator[Path]:
-    """A folder that is removed at the end, in which also the caches are decoded."""
+    """A temporary folder, which also holds the decoded caches; processes started inside are offline and quiet."""
     with tempfile.TemporaryDirectory() as folder:
-        before = os.environ.get("FPO_HOME")
-        os.environ["FPO_HOME"] = str(Path(folder) / "home")
-        try:
+        quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+        with mock.patch.dict(os.environ, quiet, FPO_HOME=str(Path(folder) / "home")):
             yield Path(folder)
-        finally:
-            os.environ.pop("FPO_HOME")
-            if before is not None:
-                os.environ["FPO_HOME"] = before
 
 
 def parser_of(document: str | None, name: str) -> argparse.ArgumentParser:
-    """A command line with what every benchmark has: where the report goes and the device."""
+    """A command line with the options of every benchmark: the report's path and the device."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path(f"results/benchmarks/{name}.json"), help="the report")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -47,12 +44,12 @@ def parser_of(document: str | None, name: str) -> argparse.ArgumentParser:
 
 
 def report(options: argparse.Namespace, tables: Mapping[str, Sequence[Result]], **about: Any) -> None:
-    """Prints tables as Markdown and writes them as JSON, with what is needed to run them again.
+    """Prints tables as Markdown and writes them as JSON.
 
     Args:
-        options: the command line, with `json`.
-        tables: by title, rows of equal keys; keys that begin with `_` are written and not printed.
-        about: what else belongs into the file.
+        options: the command line; `json` is the file to write.
+        tables: title to rows, which have equal keys; keys that begin with `_` are written but not printed.
+        about: further entries of the file.
     """
     for title, rows in tables.items():
         print(f"\n{title}\n\n{markdown(rows)}")
@@ -71,7 +68,7 @@ def report(options: argparse.Namespace, tables: Mapping[str, Sequence[Result]], 
 
 
 def markdown(rows: Sequence[Result]) -> str:
-    """Rows as a Markdown table: numbers with three significant digits."""
+    """Rows as a Markdown table, numbers to three significant digits."""
     names = [name for name in rows[0] if not name.startswith("_")]
     return page.markdown(names, [[_text(row.get(name)) for name in names] for row in rows]).rstrip()
 
@@ -85,7 +82,7 @@ def _text(value: Any) -> str:
 
 
 def hardware() -> Result:
-    """What the figures were measured on."""
+    """The machine that measured the figures, and its load."""
     found = {
         "machine": platform.machine(),
         "cpu": page.processor_name(),

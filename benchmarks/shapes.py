@@ -1,6 +1,6 @@
-"""Models with random weights in the shape of a known one, their FLOPs, and one step of FPO on one pair.
+"""Models with random weights in a known shape, their FLOPs, and one step of FPO on one row.
 
-In: a model's name, and what is to be different. Out: the model; a pair; a function that runs forward and backward.
+In: a model's name, layers and vocabulary. Out: the model; SAEs; a pair; a function that runs forward and backward.
 """
 
 import time
@@ -16,14 +16,14 @@ from fpo.stages.model.models import Recipe, find_model, is_hub_id
 from fpo.stages.model.sae import Site, SiteSAE
 from fpo.stages.scoring.features import CachedFeatures, keep_largest
 from fpo.stages.scoring.forward import row_layout, score_row
-from fpo.stages.scoring.packing import PackedRow, pack
+from fpo.stages.scoring.packing import pack
 
 from .setting import KEPT, random_sae
 
 # k of D_F: the default of `fpo align`.
 TOP_K = 50
 
-# Pairs of UltraFeedback's `train_prefs`, from its hub page.
+# Number of pairs in UltraFeedback's `train_prefs`, from its hub page.
 ULTRAFEEDBACK = 61_135
 
 # Shapes of models whose hub pages ask for a licence. Gemma2Config's own defaults are Gemma-2-2B.
@@ -36,7 +36,7 @@ KNOWN: dict[str, tuple[str, dict[str, int]]] = {
 
 
 def configuration(name: str) -> Any:
-    """A model's configuration: a local one, else one that is known here, else the hub's."""
+    """A model's configuration: a local model's, else one of `KNOWN`, else the hub's."""
     from transformers import AutoConfig
 
     if not is_hub_id(name):
@@ -49,7 +49,7 @@ def configuration(name: str) -> Any:
 
 
 def body_parameters(config: Any) -> int:
-    """Parameters of the layers and norms: all but embedding and head."""
+    """Number of parameters without embedding and head."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -63,9 +63,9 @@ def layer_flops(config: Any, tokens: float, attended: float) -> float:
     """FLOPs of a forward pass below the head: 2 · body · tokens, and 4 · layers · heads · head_dim · attended.
 
     Args:
-        config: the model's.
-        tokens: positions that are computed.
-        attended: positions attended to, summed over those tokens (of one causal sequence of n, n²/2).
+        config: the model's configuration.
+        tokens: number of tokens.
+        attended: positions attended to, summed over the tokens (n²/2 for a causal sequence of n).
     """
     text = config.get_text_config()
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
@@ -73,16 +73,16 @@ def layer_flops(config: Any, tokens: float, attended: float) -> float:
 
 
 def head_flops(config: Any, tokens: float) -> float:
-    """FLOPs of the output head: 2 · vocabulary · hidden a token."""
+    """FLOPs of the output head: 2 · vocabulary · hidden size · tokens."""
     text = config.get_text_config()
     return float(2 * text.vocab_size * text.hidden_size * tokens)
 
 
 def measured_rate(device: str, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of a matrix product of a device."""
+    """FLOP/s of a device in square matrix products."""
     size = 1024 if torch.device(device).type == "cpu" else 8192
-    matrix = torch.randn(size, size, device=device).to(dtype)  # a GPU is faster on constants
-    float((matrix @ matrix)[0, 0])  # starts what starts once, and waits for it
+    matrix = torch.randn(size, size, device=device).to(dtype)  # on constants a GPU is faster
+    float((matrix @ matrix)[0, 0])  # warms up, and waits
     products, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         float((matrix @ matrix)[0, 0])
@@ -91,7 +91,7 @@ def measured_rate(device: str, dtype: torch.dtype, seconds: float = 0.2) -> floa
 
 
 def random_model(name: str, device: str, *, layers: int | None = None, vocabulary: int | None = None) -> Any:
-    """A model of a known shape with random weights, with the attention that `fpo` chooses for it."""
+    """A model with random weights and the attention that `fpo` chooses for it."""
     from transformers import AutoModelForCausalLM
 
     config = configuration(name)
@@ -109,7 +109,7 @@ def random_model(name: str, device: str, *, layers: int | None = None, vocabular
 
 
 def saes_at(layers: Sequence[int], hidden: int, width: int, device: str) -> list[SiteSAE]:
-    """Random SAEs without their decoders, which would take as much memory again and are never read."""
+    """Random SAEs without decoders, which would double their memory and are never read."""
     made = []
     for layer in layers:
         sae = random_sae(hidden, width, Site(layer, "resid_post"))
@@ -119,20 +119,14 @@ def saes_at(layers: Sequence[int], hidden: int, width: int, device: str) -> list
 
 
 def random_pair(prompt: int, response: int, vocabulary: int, seed: int = 0) -> Pair:
-    """A pair of random tokens whose responses are equally long."""
+    """A pair of random tokens, its responses equally long."""
     rng = np.random.default_rng(seed)
     ids = [rng.integers(0, vocabulary, size, dtype=np.int32) for size in (prompt, response, response)]
     return Pair("0" * 16 + "-0", *ids)
 
 
-def packed_row(model: Any, pairs: Sequence[Pair], device: str) -> PackedRow:
-    """All pairs in one row."""
-    (row,) = pack(pairs, 2**62, row_layout(model))
-    return row.to(device)
-
-
 def cached_features(pooled: Sequence[torch.Tensor], device: str) -> list[CachedFeatures]:
-    """What a cache would hold of pooled features, moved a little so that there is a drift."""
+    """Pooled features as a cache would hold them, scaled by 1.1 so that D_F is not 0."""
     made = []
     for pooled_RM in pooled:
         kept = [keep_largest(row_M * 1.1, KEPT) for row_M in pooled_RM]
@@ -141,9 +135,10 @@ def cached_features(pooled: Sequence[torch.Tensor], device: str) -> list[CachedF
 
 
 def fpo_step(model: Any, pairs: Sequence[Pair], saes: Sequence[SiteSAE], recipe: Recipe) -> Callable[[], None]:
-    """Forward and backward of FPO on one row; gradients stay allocated, as between two steps of a run."""
+    """A function: forward and backward of FPO on one row. Gradients stay allocated, as between two steps of a run."""
     device = next(model.parameters()).device.type
-    row = packed_row(model, pairs, device)
+    (row,) = pack(pairs, 2**62, *row_layout(model))
+    row = row.to(device)
     with torch.no_grad():
         cached = cached_features(score_row(model, row, saes, recipe).pooled, device)
 

@@ -1,9 +1,9 @@
-"""Stage one against what one would do without it: the same token ids, model, precision and batch.
+"""Stage one against two other ways to score pairs: the same token ids, model, precision and batch.
 
-In: preference pairs and a model. Out: pairs a second and peak memory of scoring the pairs and keeping the result:
-`fpo precompute` (log-probabilities and features, written as a shard), TRL's pass that precomputes log-probabilities
-(no features), and the plain way: `model(...)` on padded batches, all logits, `SAE.encode` of every token. Loading and
-tokenising are not counted, nor the second packing of a shard's sample (4 of 1,024 pairs).
+In: preference pairs and a model. Out: pairs a second and peak memory of `fpo precompute` (log-probs and features,
+written as a shard), of TRL's precomputed pass (log-probs alone), and of the plain way: `model(...)` on padded batches,
+all logits, `SAE.encode` of every token. Loading and tokenising are not counted, nor the second packing of a shard's
+sample (4 of 1,024 pairs).
 
     python -m benchmarks.stage_one --dataset PAIRS
 """
@@ -22,14 +22,14 @@ from fpo.stages.scoring.measure import measure_pairs
 from fpo.stages.scoring.supported import freeze
 from torch import Tensor
 
-from .contestants import CONTESTANTS, common, dpo_trainer, token_ids
+from .contestants import common, dpo_trainer, token_ids
 from .measuring import Meter, Result, in_fresh_process, in_turn
 from .prepare import cached_pairs, prepared, write_cache
 from .reporting import parser_of, report, workplace
 from .setting import KEPT, Setting, add_options, attention_of, load, setting_of
-from .training_step import beside
+from .training_step import rows
 
-# Scores pairs and returns the chosen responses' log-probabilities.
+# Scores pairs and returns the log-probs of the chosen responses.
 Way = Callable[[Sequence[Pair]], list[float]]
 
 TITLES = {
@@ -46,25 +46,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
     setting = setting_of(options)
-    arguments = dataclasses.asdict(setting)
     with workplace() as folder:
         pairs = prepared(setting, folder)
         results = in_turn(
             TITLES,
             options.repeats,
-            lambda name: in_fresh_process(score, setting=arguments, folder=str(folder), name=name),
+            lambda name: in_fresh_process(score, setting=setting, folder=folder, name=name),
         )
-    tables = {"Stage one": rows(results), "The pairs": [{"": name, **row} for name, row in pairs.items()]}
-    report(options, tables, setting={**arguments, "dataset": None}, runs=results)
+    tables = {"Stage one": rows(results, TITLES), "The pairs": [{"": name, **row} for name, row in pairs.items()]}
+    report(options, tables, setting={**dataclasses.asdict(setting), "dataset": None}, runs=results)
 
 
-def score(setting: dict[str, Any], folder: str, name: str) -> Result:
+def score(setting: Setting, folder: Path, name: str) -> Result:
     """Scores the measured pairs in one way, after the warm-up pairs."""
-    chosen, where = Setting(**setting), Path(folder)
-    pairs = cached_pairs(where)
-    first = chosen.warmup * chosen.batch
-    run = WAYS[name](chosen, where)
-    with Meter(chosen.device) as meter:
+    pairs = cached_pairs(folder)
+    first = setting.warmup * setting.batch
+    run = WAYS[name](setting, folder)
+    with Meter(setting.device) as meter:
         run(pairs[:first])
         meter.reset()
         run(pairs[first:])
@@ -90,14 +88,14 @@ def ours(setting: Setting, folder: Path) -> Way:
 
 
 def trl(setting: Setting, folder: Path) -> Way:
-    """TRL's precomputed pass, as its trainer runs it when it is made."""
+    """TRL's precomputed pass, which its trainer runs in its constructor."""
     model = load(setting, folder, None)
-    settings = common(setting, folder, CONTESTANTS["trl-dpo-precomputed"]) | {"max_length": setting.max_length}
+    settings = common(setting, folder) | {"gradient_checkpointing": False, "max_length": setting.max_length}
     trainer: Any = None
 
     def run(pairs: Sequence[Pair]) -> list[float]:
         nonlocal trainer
-        if trainer is None:  # made on the warm-up pairs, which it scores
+        if trainer is None:  # the constructor scores the warm-up pairs
             trainer = dpo_trainer(model, None, settings, pairs)
             return list(trainer.train_dataset["ref_chosen_logps"])
         scored = trainer._precompute_ref_logps(token_ids(pairs), "measured", setting.batch)
@@ -107,7 +105,7 @@ def trl(setting: Setting, folder: Path) -> Way:
 
 
 def plain(setting: Setting, folder: Path) -> Way:
-    """Whole logits of padded batches, and every feature of every token."""
+    """All logits of padded batches, and every feature of every token."""
     model = load(setting, folder, None)
     sae = load_sae(str(folder / "sae"), device=setting.device)
 
@@ -132,7 +130,7 @@ def plain(setting: Setting, folder: Path) -> Way:
 
 
 def padded_batch(pairs: Sequence[Pair], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention mask and which tokens are answers, [2B, L]: chosen sequences, then rejected ones."""
+    """Ids, attention mask and response mask, each int64 [2B, L]: the chosen sequences, then the rejected ones."""
     sides = [(pair.prompt_ids, getattr(pair, side)) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
     longest = max(prompt.size + answer.size for prompt, answer in sides)
     ids_BL = torch.zeros(len(sides), longest, dtype=torch.int64)
@@ -146,24 +144,7 @@ def padded_batch(pairs: Sequence[Pair], device: str) -> tuple[Tensor, Tensor, Te
     return ids_BL.to(device), mask_BL.to(device), answered_BL.to(device)
 
 
-WAYS: Mapping[str, Callable[[Setting, Path], Way]] = {
-    "fpo": ours,
-    "trl": trl,
-    "plain": plain,
-}
-
-
-def rows(results: Mapping[str, Result]) -> list[Result]:
-    """The table; ratios are to stage one."""
-    first = results["fpo"]
-    made = []
-    for name, result in results.items():
-        row: Result = {"": TITLES[name], "_name": name}
-        if "failed" in result:
-            made.append(row | {"seconds a pair": result["failed"]})
-        else:
-            made.append(row | beside(result, first))
-    return made
+WAYS: Mapping[str, Callable[[Setting, Path], Way]] = {"fpo": ours, "trl": trl, "plain": plain}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Where the time of a training step goes, by kind of work.
 
-In: preference pairs and a model. Out: seconds and share of every kind, and the operations that take longest. Kinds are
-told by an operation's name and the sizes of its operands: the vocabulary is the head's, the SAE's width the SAE's.
+In: preference pairs and a model. Out: seconds and share of each kind, and the slowest operations. An operation's name
+and the sizes of its operands give its kind: the head has the vocabulary's size, the SAE its width.
 
     python -m benchmarks.step_profile --dataset PAIRS
 """
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from .setting import Setting, add_options, setting_of
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::matmul")
 OPTIMISER = ("adam", "rmsprop", "optimizer", "foreach")
+LISTED = 15  # operations
 
 
 class Profiled(TrainerCallback):
@@ -36,7 +36,7 @@ class Profiled(TrainerCallback):
         self._first, self._last = setting.warmup, setting.warmup + setting.steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts and stops."""
+        """Starts or stops the profiler."""
         if state.global_step == self._first:
             self.recorded.start()
         elif state.global_step == self._last:
@@ -51,36 +51,34 @@ def main() -> None:
     parser.add_argument("--contestant", default="fpo", choices=ours)
     options = parser.parse_args()
     setting = setting_of(options)
-    arguments = dataclasses.asdict(setting)
     with workplace() as folder:
         prepared(setting, folder)
-        result = in_fresh_process(record, setting=arguments, folder=str(folder), name=options.contestant)
+        result = in_fresh_process(record, setting=setting, folder=folder, name=options.contestant)
     tables = {"Kinds": result["kinds"], "Operations": result["operations"]}
-    report(options, tables, setting={**arguments, "dataset": None})
+    report(options, tables, setting={**dataclasses.asdict(setting), "dataset": None})
 
 
-def record(setting: dict[str, Any], folder: str, name: str, most: int = 15) -> Result:
+def record(setting: Setting, folder: Path, name: str) -> Result:
     """Trains with a profiler on the measured steps."""
-    chosen = Setting(**setting)
-    trainer = our_trainer(chosen, Path(folder), CONTESTANTS[name])
+    trainer = our_trainer(setting, folder, CONTESTANTS[name])
     vocabulary = trainer.policy.get_output_embeddings().weight.shape[0]
-    callback = Profiled(chosen)
+    callback = Profiled(setting)
     trainer.add_callback(callback)
     trainer.train()
     kinds: Counter[str] = Counter()
     operations: Counter[str] = Counter()
     for event in callback.recorded.key_averages(group_by_input_shape=True):
-        if event.device_type.name != "CPU":  # a kernel, whose time is also that of the operation that started it
+        if event.device_type.name != "CPU":  # a kernel: its time counts for the operation that launched it
             continue
-        seconds = (event.self_device_time_total if chosen.device == "cuda" else event.self_cpu_time_total) / 1e6
-        kind = kind_of(event.key, sizes_of(event.input_shapes), vocabulary, chosen.width)
+        seconds = (event.self_device_time_total if setting.device == "cuda" else event.self_cpu_time_total) / 1e6
+        kind = kind_of(event.key, sizes_of(event.input_shapes), vocabulary, setting.width)
         kinds[kind] += seconds
         operations[f"{event.key} ({kind})"] += seconds
     total = sum(kinds.values())
     return {
         "kinds": [{"kind": kind, "s": spent, "%": 100 * spent / total} for kind, spent in kinds.most_common()],
         "operations": [
-            {"operation": key, "s": spent, "%": 100 * spent / total} for key, spent in operations.most_common(most)
+            {"operation": key, "s": spent, "%": 100 * spent / total} for key, spent in operations.most_common(LISTED)
         ],
     }
 
@@ -89,13 +87,11 @@ def sizes_of(shapes: Any) -> set[int]:
     """All sizes in the shapes of an operation's operands."""
     if isinstance(shapes, int):
         return {shapes}
-    return (
-        set().union(*map(sizes_of, shapes)) if isinstance(shapes, Sequence) and not isinstance(shapes, str) else set()
-    )
+    return set().union(*map(sizes_of, shapes)) if isinstance(shapes, list | tuple) else set()
 
 
 def kind_of(name: str, sizes: set[int], vocabulary: int, width: int) -> str:
-    """The kind of work that an operation is."""
+    """The kind of work that an operation does."""
     if any(word in name.lower() for word in OPTIMISER):
         return "optimiser, with the gradient's norm"
     product = name in PRODUCTS

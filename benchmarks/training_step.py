@@ -1,13 +1,14 @@
-"""A training step of `fpo align` against TRL's: the same token ids, model, precision and batch.
+"""A training step of `fpo align` against one of TRL: the same token ids, model, precision and batch.
 
-In: preference pairs and a model. Out: pairs a second and peak memory of every contestant, and their ratios to FPO. Each
-run is a process of its own; contestants run in turn. Loading, the parity check, TRL's precomputed pass and the warm-up
-step are not counted. TRL's default is activation checkpointing, ours is none; each side runs with and without.
+In: preference pairs and a model. Out: pairs a second and peak memory of every contestant, and their ratios to the
+first. Each run is a process of its own; contestants run in turn. Loading, the parity check, TRL's precomputed pass and
+the warm-up steps are not counted. TRL checkpoints activations by default and `fpo align` does not; each runs both ways.
 
     python -m benchmarks.training_step --dataset PAIRS
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from . import contestants
@@ -34,47 +35,43 @@ def main() -> None:
     with workplace() as folder:
         pairs = prepared(setting, folder)
         results = in_turn(options.contestants, options.repeats, lambda name: run(setting, folder, name))
-    pairs_of = {key: value for key, value in dataclasses.asdict(setting).items() if key != "dataset"}
-    tables = {"A training step": rows(results), "The pairs": [{"": name, **row} for name, row in pairs.items()]}
-    report(options, tables, setting=pairs_of, runs=results)
+    titles = {name: contestant.title for name, contestant in CONTESTANTS.items()}
+    tables = {"A training step": rows(results, titles), "The pairs": [{"": name, **row} for name, row in pairs.items()]}
+    report(options, tables, setting={**dataclasses.asdict(setting), "dataset": None}, runs=results)
 
 
 def run(setting: Setting, folder: Path, name: str) -> Result:
-    """One contestant in a process of its own, with half the batch, and half of that, where memory does not suffice."""
+    """Runs one contestant in a new process; halves the batch for as long as memory runs out."""
     while True:
-        result = in_fresh_process(contestants.train, setting=dataclasses.asdict(setting), folder=str(folder), name=name)
+        result = in_fresh_process(contestants.train, setting=setting, folder=folder, name=name)
         if "memory" not in str(result.get("failed")) or setting.batch % 2:
             return result | {"batch": setting.batch}
-        # The same pairs are the warm-up's and are measured.
+        # The pairs of warm-up and measurement stay the same.
         batch, warmup, steps = setting.batch // 2, 2 * setting.warmup, 2 * setting.steps
         setting = dataclasses.replace(setting, batch=batch, warmup=warmup, steps=steps)
 
 
-def rows(results: dict[str, Result]) -> list[Result]:
-    """The table; ratios are to the first contestant."""
+def rows(results: Mapping[str, Result], titles: Mapping[str, str]) -> list[Result]:
+    """The table; ratios are to the first result."""
     first = next(iter(results.values()))
     made = []
     for name, result in results.items():
-        row: Result = {"": CONTESTANTS[name].title, "_name": name}
+        row: Result = {"": titles[name], "_name": name}
         if "failed" in result:
             made.append(row | {"seconds a pair": result["failed"]})
-        else:
-            made.append(row | beside(result, first) | {"batch": result.get("batch")})
+            continue
+        row |= {
+            "seconds a pair": result["seconds_a_pair"],
+            "pairs a second": 1 / result["seconds_a_pair"],
+            "time, ratio": result["seconds_a_pair"] / first["seconds_a_pair"],
+            "cores busy": result["cores_busy"],
+            "tensors, GB": result["tensor_bytes"] / 1e9,
+            "ratio": result["tensor_bytes"] / first["tensor_bytes"],
+            "resident, GB": result["resident_bytes"] / 1e9,
+            "resident, ratio": result["resident_bytes"] / first["resident_bytes"],
+        }
+        made.append(row | ({"batch": result["batch"]} if "batch" in result else {}))
     return made
-
-
-def beside(result: Result, first: Result) -> Result:
-    """The columns of what was measured, beside the first one's."""
-    return {
-        "seconds a pair": result["seconds_a_pair"],
-        "pairs a second": 1 / result["seconds_a_pair"],
-        "time, ratio": result["seconds_a_pair"] / first["seconds_a_pair"],
-        "cores busy": result["cores_busy"],
-        "tensors, GB": result["tensor_bytes"] / 1e9,
-        "ratio": result["tensor_bytes"] / first["tensor_bytes"],
-        "resident, GB": result["resident_bytes"] / 1e9,
-        "resident, ratio": result["resident_bytes"] / first["resident_bytes"],
-    }
 
 
 if __name__ == "__main__":

@@ -64,14 +64,16 @@ def is_expected(error: BaseException) -> bool:
 
 def one_line(error: Any, go_on: str) -> str:
     """The line; `go_on` says what to do once the cause is removed, where the system raised the error."""
-    if _is_of_a_path(error) and error.errno in FULL | REFUSED:
+    if _is_of_a_path(error) and error.errno in FULL | REFUSED and error.filename is not None:
         return f"{error.filename}: {_advice(error.errno, Path(str(error.filename)), go_on)}"
     return " ".join(str(error).split())
 
 
 def _is_of_a_path(error: Any) -> bool:
     """Whether the system refused a path: a full or read-only disk, a folder in place of a file, a name too long."""
-    return isinstance(error, OSError) and error.errno is not None and error.filename is not None
+    if not isinstance(error, OSError) or error.errno is None:
+        return False
+    return error.filename is not None or error.errno in FULL | REFUSED  # pyarrow has the name in its text alone
 
 
 def _advice(number: int, path: Path, go_on: str) -> str:

@@ -1,4 +1,4 @@
-"""A setting on the tiny world, and its prepared folder."""
+"""A benchmark's setting on the tiny world."""
 
 from typing import Any
 

@@ -1,5 +1,3 @@
-import dataclasses
-
 import pytest
 
 from benchmarks.contestants import CONTESTANTS, train, trl_trainer
@@ -10,7 +8,7 @@ from benchmarks.training_step import rows
 @pytest.mark.parametrize("name", ["fpo", "tdpo2-ckpt"])
 def test_our_contestants_train_the_measured_steps(prepared, name):
     setting, folder = prepared
-    result = train(dataclasses.asdict(setting), str(folder), name)
+    result = train(setting, folder, name)
     assert result["seconds_a_pair"] == result["seconds"] / 4
     assert 0 < result["extra_bytes"] < result["tensor_bytes"] < result["resident_bytes"]
 
@@ -27,13 +25,14 @@ def test_trl_trains_on_the_same_token_ids(prepared, name):
         expected = [*pair.prompt_ids, *pair.chosen_ids]
         assert row.tolist()[: len(expected)] == expected
     assert trainer.args.activation_checkpointing == CONTESTANTS[name].checkpointing
-    result = train(dataclasses.asdict(setting), str(folder), name)
+    result = train(setting, folder, name)
     assert 0 < result["extra_bytes"] < result["tensor_bytes"]
 
 
 def test_the_table_relates_every_contestant_to_the_first_and_says_what_did_not_fit():
     one = {"seconds_a_pair": 2.0, "tensor_bytes": 10, "resident_bytes": 100, "cores_busy": 2.0}
     other = {"seconds_a_pair": 6.0, "tensor_bytes": 5, "resident_bytes": 400, "cores_busy": 1.5}
-    made = rows({"fpo": one, "trl-dpo": other, "trl-simpo": {"failed": "out of memory"}})
+    results = {"fpo": one, "trl-dpo": other, "trl-simpo": {"failed": "out of memory"}}
+    made = rows(results, {name: name for name in results})
     assert [made[1][key] for key in ("time, ratio", "ratio", "resident, ratio")] == [3, 0.5, 4]
     assert made[2]["seconds a pair"] == "out of memory"

@@ -1,4 +1,4 @@
-"""What `make gpu-check` measures, it writes at once; it runs as a whole where there is no GPU too."""
+"""`make gpu-check` writes each figure as soon as it is measured, and runs on a CPU too."""
 
 import json
 import logging

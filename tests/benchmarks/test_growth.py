@@ -37,10 +37,10 @@ def test_a_generated_cache_is_sound_and_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(generated_cache, "SHARD", 20)
     monkeypatch.setattr(generated_cache, "BATCHES", 2)
     folder = tmp_path / "cache"
-    written = generated_cache.write(str(folder), pairs=50, tokens=16, features=4)
+    written = generated_cache.write(folder, pairs=50, tokens=16, features=4)
     assert verify(folder) == []
     assert written["bytes"] == sum(path.stat().st_size for path in (folder / "data").iterdir())
     cache = open_cache(folder)
     assert len(cache) == 50 and cache[49].pair.pair_id.endswith("-49")
-    result = generated_cache.open_and_read(str(folder), trust_hashes=True)
+    result = generated_cache.open_and_read(folder, trust_hashes=True)
     assert 0 < result["batch_seconds"] <= result["slowest_batch_seconds"] < 1

@@ -25,7 +25,7 @@ def test_a_meter_tells_what_some_work_took_beyond_what_was_there():
 @pytest.mark.slow
 def test_a_function_runs_in_a_process_of_its_own_and_its_fault_is_shown():
     assert in_fresh_process(rate_of, device="cpu", recipe="fp32")["rate"] > 1e8
-    with pytest.raises(RuntimeError, match=r"limit\.rate_of failed(.|\n)*nowhere"):
+    with pytest.raises(RuntimeError, match="nowhere"):
         in_fresh_process(rate_of, device="nowhere", recipe="fp32")
 
 

@@ -1,5 +1,3 @@
-import dataclasses
-
 import pytest
 
 from benchmarks.step_profile import kind_of, record, sizes_of
@@ -24,7 +22,7 @@ def test_the_kind_of_an_operation_is_told_by_name_and_sizes(name, shapes, kind):
 
 def test_a_profile_shares_all_time_out_among_the_kinds(prepared):
     setting, folder = prepared
-    result = record(dataclasses.asdict(setting), str(folder), "fpo")
+    result = record(setting, folder, "fpo")
     assert sum(row["%"] for row in result["kinds"]) == pytest.approx(100)
     kinds = {row["kind"] for row in result["kinds"]}
     assert {"body, products", "head, products", "attention", "optimiser, with the gradient's norm"} <= kinds
