@@ -137,7 +137,7 @@ def cached_features(pooled: Sequence[torch.Tensor], device: str) -> list[CachedF
 def fpo_step(model: Any, pairs: Sequence[Pair], saes: Sequence[SiteSAE], recipe: Recipe) -> Callable[[], None]:
     """A function: forward and backward of FPO on one row. Gradients stay allocated, as between two steps of a run."""
     device = next(model.parameters()).device.type
-    (row,) = pack(pairs, 2**62, *row_layout(model))
+    (row,) = pack(pairs, 2**62, row_layout(model))
     row = row.to(device)
     with torch.no_grad():
         cached = cached_features(score_row(model, row, saes, recipe).pooled, device)
