@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention, noop_mask
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
@@ -128,7 +128,7 @@ class RowMask(BlockMask):
 
     def __init__(self, blocks: RowBlocks) -> None:
         size = blocks.ranges_3L.shape[1]
-        super().__init__((size, size), *blocks.listed, BLOCK_SIZE=(BLOCK, BLOCK))  # type: ignore[misc,arg-type]
+        super().__init__((size, size), *blocks.listed, (BLOCK, BLOCK), noop_mask)  # type: ignore[call-arg,arg-type]
         self.tensors = (blocks.ranges_3L, *blocks.listed)
         for tensor in self.tensors:
             for dimension in range(1 if tensor is blocks.ranges_3L else 2, tensor.ndim):

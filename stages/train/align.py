@@ -156,7 +156,7 @@ class FPOTrainer(RowTrainer):
             divergence_R = torch.stack([drift.mse_R for drift in scores.drifts]).mean(0)
         else:
             divergence_R = scores.kl_R
-        lengths_R = torch.tensor(row.packed.lengths, dtype=torch.float64, device=scores.logps_R.device)
+        lengths_R = torch.tensor(row.packed.lengths, dtype=torch.float64).to(scores.logps_R.device, non_blocking=True)
         losses = pair_losses(
             self.args.objective,
             PairScores(
