@@ -35,9 +35,8 @@ def main() -> None:
     if options.device == "cpu":
         run_on_cpu()
     with workplace() as folder:
-        large = dataclasses.replace(TINY if tiny else LARGE, device=options.device, batch=options.batch)
-        if options.steps:
-            large = dataclasses.replace(large, steps=options.steps)
+        given = {name: value for name in ("batch", "steps") if (value := getattr(options, name))}
+        large = dataclasses.replace(TINY if tiny else LARGE, device=options.device, **given)
         report = Report(options.out)
         bench = Bench(report, folder, options.device, large, options.compile)
         sections: dict[str, Callable[[], None]] = {
@@ -70,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tiny", action="store_true", help="a tiny model in place of Gemma-2-2B, to see whether it runs at all")
     add("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     add("--pairs", type=int, default=96, help="pairs that stage one is timed on, twice")
-    add("--batch", type=int, default=8, help="pairs of a training step")
+    add("--batch", type=int, help="pairs of a training step")
     add("--steps", type=int, help="timed training steps")
     add("--methods", nargs="+", default=["fpo", "simpo"], help="methods that are timed")
     add("--checkpointing", type=int, default=0, help="checkpoint every n-th layer; 0 for none")

@@ -3,10 +3,12 @@
 In: a `Bench`. Out: figures in its report. Compilation and warm-up are timed apart from the steady rate.
 """
 
+import re
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from fpo.stages.model.flex import FLEX
 from fpo.stages.model.sae import SiteSAE
 from fpo.stages.scoring.measure import measure_pairs
 from fpo.stages.scoring.supported import freeze
+from fpo.stages.train.methods import METHODS
 from transformers import TrainerCallback
 
 from .gpu_bench import Bench, make_cache, make_sae, make_trainer, tiny_config
@@ -26,6 +29,15 @@ from .shapes import ULTRAFEEDBACK, configuration
 
 # Number of kernels that a profile lists.
 NAMED = 24
+# The kinds of kernels, by patterns of their names; the first that matches counts.
+KINDS = {
+    "attention, backward": "flex_attention_backward",
+    "attention, forward": "flex_attention",
+    "products": "nvjet|gemm|cutlass|splitK",
+    "compiled element-wise": "^triton_",
+    "optimiser and norm": "multi_tensor",
+    "copies": "^Mem",
+}
 
 
 def _prepared(bench: Bench) -> tuple[Any, SiteSAE]:
@@ -51,8 +63,8 @@ def stage_one(bench: Bench, count: int) -> None:
     report.add("stage_one", made_model=round(bench.now() - start, 1))
     pairs = random_pairs(setting, config.vocab_size, count)
 
-    def measure(some: Sequence[Pair]) -> Any:
-        return measure_pairs(model, some, [sae], setting.recipe, token_budget=setting.token_budget, keep_features=KEPT)
+    def measure(some: Sequence[Pair], token_budget: int = setting.token_budget) -> Any:
+        return measure_pairs(model, some, [sae], setting.recipe, token_budget=token_budget, keep_features=KEPT)
 
     start, before = bench.now(), bench.compilations()
     measure(pairs[: 2 * setting.batch])
@@ -60,14 +72,14 @@ def stage_one(bench: Bench, count: int) -> None:
     flops = _flops(config, pairs, bench)
     report.add("stage_one", tflop_a_pair={name: value / 1e12 for name, value in flops.items()}, pairs=amounts(pairs, 8))
     before = bench.compilations()
-    for repeat in range(2):
+    for budget in (setting.token_budget, setting.token_budget, 2 * setting.token_budget, 2 * setting.token_budget):
         bench.reset_peak()
         start = bench.now()
-        rows = measure(pairs)
+        rows = measure(pairs, budget)
         seconds = bench.now() - start
         report.add(
             "stage_one",
-            repeat=repeat,
+            token_budget=budget,
             pairs_a_second=len(pairs) / seconds,
             minutes_for_ultrafeedback=ULTRAFEEDBACK * seconds / len(pairs) / 60,
             utilisation=sum(flops.values()) * len(pairs) / seconds / bench.rate if bench.rate else None,
@@ -77,7 +89,8 @@ def stage_one(bench: Bench, count: int) -> None:
     start = bench.now()
     write_cache(folder / "cache", rows, [sae], setting, model)
     report.add("stage_one", shard_written=round(bench.now() - start, 2))
-    _count_waits(bench, lambda: measure(pairs[: 4 * setting.batch]))
+    with _waits_counted(bench, "stage one, 32 pairs"):
+        measure(pairs[: 4 * setting.batch])
 
 
 def reference_model(bench: Bench, sae: SiteSAE) -> Any:
@@ -87,34 +100,40 @@ def reference_model(bench: Bench, sae: SiteSAE) -> Any:
     return model
 
 
-def _count_waits(bench: Bench, work: Callable[[], Any]) -> None:
+@contextmanager
+def _waits_counted(bench: Bench, what: str) -> Iterator[None]:
     """Reports the operations at which the host waits for the GPU, by torch's debug mode."""
     if bench.device != "cuda":
+        yield
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            work()
+            yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
     places = Counter(f"{w.filename[-40:]}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
-    bench.report.add("waits", total=sum(places.values()), places=places.most_common(12))
+    bench.report.add("waits", what=what, total=sum(places.values()), places=places.most_common(12))
 
 
 class StepTimes(TrainerCallback):
     """Reports the time of each step when it ends."""
 
-    def __init__(self, bench: Bench, method: str) -> None:
-        self._bench, self._method, self._last = bench, method, 0.0
+    def __init__(self, bench: Bench, method: str, watched: int) -> None:
+        self._bench, self._method, self._watched, self._last = bench, method, watched, 0.0
+        self._waits = ExitStack()
         self.seconds: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts the clock at the first step."""
+        """Starts the clock at the first step; counts the waits of one step, which is not timed."""
         self._last = self._last or self._bench.now()
+        if state.global_step + 1 == self._watched:
+            self._waits.enter_context(_waits_counted(self._bench, f"a training step of {self._method}"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes the time since the last step's end, loading included."""
+        self._waits.close()
         now = self._bench.now()
         self.seconds.append(now - self._last)
         self._last = now
@@ -131,7 +150,7 @@ def train(bench: Bench, methods: Sequence[str], checkpointing: int) -> None:
     """Times training steps of each method: pairs a second and peak memory."""
     setting, report, folder = bench.large, bench.report, bench.folder / "large"
     config, sae = _prepared(bench)
-    steps = setting.warmup + setting.steps
+    steps = setting.warmup + setting.steps + 2  # one more is watched, and the last one logs
     if not (folder / "cache").exists():
         pairs = random_pairs(setting, config.vocab_size, steps * setting.batch)
         make_cache(folder, load(setting, folder, FLEX), pairs, sae, setting)
@@ -149,20 +168,23 @@ def train(bench: Bench, methods: Sequence[str], checkpointing: int) -> None:
             activation_checkpointing=checkpointing > 0,
             checkpoint_every=max(1, checkpointing),
         )
-        times = StepTimes(bench, method)
+        times = StepTimes(bench, method, watched=steps - 1)
         trainer.add_callback(times)
         trainer.train()
-        cache, measured = trainer.train_cache, range(setting.warmup * setting.batch, steps * setting.batch)
+        cache, measured = trainer.train_cache, range(setting.warmup * setting.batch, (steps - 2) * setting.batch)
         pairs = [cache[number % len(cache)].pair for number in measured]
         flops = _flops(config, pairs, bench)
-        useful = TRAINING_PASSES * flops["model"] + (flops["sae"] if method == "fpo" else 0)
-        seconds = statistics.mean(times.seconds[setting.warmup : -1])  # the last step also measures the constraint
+        passes = TRAINING_PASSES + (METHODS[method].divergence == "kl")  # a live reference runs forward
+        useful = passes * flops["model"] + (flops["sae"] if method == "fpo" else 0)
+        timed = times.seconds[setting.warmup : -2]
+        seconds = statistics.mean(timed)
         report.add(
             "train",
             method=method,
             made_and_warmed_up=round(bench.now() - start - sum(times.seconds[setting.warmup :]), 1),
             pairs_a_second=setting.batch / seconds,
-            median_step=statistics.median(times.seconds[setting.warmup :]),
+            median_step=statistics.median(timed),
+            batch=setting.batch,
             logged_step=times.seconds[-1],
             utilisation=useful * setting.batch / seconds / bench.rate if bench.rate else None,
             tflop_a_pair=useful / 1e12,
@@ -187,16 +209,21 @@ def profiles(bench: Bench) -> None:
     if not (folder / "cache").exists():
         make_cache(folder, models[0], pairs, sae, setting)
     models.clear()
-    trainer = make_trainer(folder, setting, "fpo", sae, max_steps=4, logging_steps=10, compile_layers=bench.compiled)
-    trainer.add_callback(ProfiledStep(bench, 3))
-    trainer.train()
+    for method in ("fpo", "simpo"):
+        bench.reset_peak()
+        trainer = make_trainer(
+            folder, setting, method, sae, max_steps=4, logging_steps=10, compile_layers=bench.compiled
+        )
+        trainer.add_callback(ProfiledStep(bench, method, 3))
+        trainer.train()
+        del trainer
 
 
 class ProfiledStep(TrainerCallback):
     """Profiles one step."""
 
-    def __init__(self, bench: Bench, step: int) -> None:
-        self._bench, self._step = bench, step
+    def __init__(self, bench: Bench, method: str, step: int) -> None:
+        self._bench, self._method, self._step = bench, method, step
         self._profile = torch.profiler.profile(activities=_activities(bench))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -210,12 +237,17 @@ class ProfiledStep(TrainerCallback):
         if state.global_step == self._step:
             seconds = self._bench.now() - self._started
             self._profile.stop()
-            _report_kernels(self._bench, "training step", self._profile, seconds)
+            _report_kernels(self._bench, f"a training step of {self._method}", self._profile, seconds)
 
 
 def _activities(bench: Bench) -> list[Any]:
     kinds = torch.profiler.ProfilerActivity
     return [kinds.CUDA] if bench.device == "cuda" else [kinds.CPU]
+
+
+def _kind(kernel: str) -> str:
+    """The kind of work that a kernel does, by its name."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), "torch's own")
 
 
 def _profile(bench: Bench, what: str, work: Callable[[], None]) -> None:
@@ -227,14 +259,17 @@ def _profile(bench: Bench, what: str, work: Callable[[], None]) -> None:
 
 
 def _report_kernels(bench: Bench, what: str, recorded: Any, seconds: float) -> None:
-    """Reports time by kernel from the raw events: the profiler's own tables take minutes."""
+    """Reports time by kernel and by kind from the raw events: the profiler's own tables take minutes."""
     busy: Counter[str] = Counter()
     times: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     for event in recorded.profiler.kineto_results.events():
         if bench.device == "cpu" or "CUDA" in str(event.device_type()):
             busy[event.name()] += event.duration_ns()
             times[event.name()] += 1
+            kinds[_kind(event.name())] += event.duration_ns()
     total = sum(busy.values())
     bench.report.add("profile", what=what, seconds=round(seconds, 3), kernels=sum(times.values()), busy_ms=total / 1e6)
+    bench.report.add("profile", what=what, kinds_ms={kind: round(ns / 1e6, 1) for kind, ns in kinds.most_common()})
     for name, nanoseconds in busy.most_common(NAMED):
         bench.report.add("profile", what=what, ms=round(nanoseconds / 1e6, 2), times=times[name], kernel=name[:150])

@@ -57,23 +57,24 @@ def padded(pairs: Sequence[Pair]) -> int:
 
 
 def choose(candidates: Sequence[Pair], setting: Setting) -> list[Pair]:
-    """The shortest pairs for the warm-up, then the batches with the median ratio of padded to packed tokens.
+    """The shortest pairs for the first warm-up step, then the batches with the median ratio of padded to packed tokens.
+
+    A second warm-up step is as the measured ones: a compiler may need to have seen both.
 
     Raises:
         UserError: if there are too few pairs.
     """
     by_size = sorted(candidates, key=size)
-    first, rest = by_size[: setting.warmup * setting.batch], by_size[setting.warmup * setting.batch :]
+    first, rest = by_size[: setting.batch], by_size[setting.batch :]
+    needed = setting.warmup - 1 + setting.steps
     order = np.random.default_rng(0).permutation(len(rest))
     batches = [[rest[i] for i in part] for part in np.split(order, range(setting.batch, len(rest), setting.batch))]
     whole = [batch for batch in batches if len(batch) == setting.batch]
-    if len(whole) < setting.steps:
-        raise UserError(
-            f"expected {setting.steps} batches of {setting.batch} pairs, found {len(whole)}; give more pairs"
-        )
+    if len(whole) < needed:
+        raise UserError(f"expected {needed} batches of {setting.batch} pairs, found {len(whole)}; give more pairs")
     whole.sort(key=lambda batch: padded(batch) / sum(map(size, batch)))
-    start = (len(whole) - setting.steps) // 2
-    return [*first, *(pair for batch in whole[start : start + setting.steps] for pair in batch)]
+    start = (len(whole) - needed) // 2
+    return [*first, *(pair for batch in whole[start : start + needed] for pair in batch)]
 
 
 def attended(pair: Pair) -> float:

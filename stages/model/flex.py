@@ -37,6 +37,14 @@ BACKEND = "inductor"
 BLOCK = 128
 # A compiler takes a size of 1 for a constant, so that it would compile a row of one block separately.
 LEAST_BLOCKS = 2
+# Rows are whole blocks, which a compiler does not see in a dynamic length: told so, kernels check no bounds.
+OPTIONS: dict[str, Any] = {"IS_DIVISIBLE": True}
+# Tiles of the backward for heads of more than 128: on an H200 1.5 times as fast as torch's choice.
+LARGE_HEADS = OPTIONS | {
+    **{f"bwd_BLOCK_{side}": 32 for side in ("M1", "N1", "M2", "N2")},
+    "bwd_num_stages": 2,
+    "bwd_num_warps": 4,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,14 +162,27 @@ def _attend(
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         scaled = score * scale
-        return scaled if cap is None else cap * torch.tanh(scaled / cap)
+        return scaled if cap is None else soft_capped(scaled, cap)
 
     lengths = query_1HLD.shape[2], key_1KLD.shape[2]
+    large = query_1HLD.shape[3] > 128 and query_1HLD.dtype != torch.float32
     mask = BlockMask(lengths, *listed, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)  # type: ignore[misc,arg-type]
     attended: Tensor = flex_attention(
-        query_1HLD, key_1KLD, value_1KLD, score_mod=score_mod, block_mask=mask, scale=1.0, enable_gqa=True
+        query_1HLD,
+        key_1KLD,
+        value_1KLD,
+        score_mod=score_mod,
+        block_mask=mask,
+        scale=1.0,
+        enable_gqa=True,
+        kernel_options=LARGE_HEADS if large else OPTIONS,  # type: ignore[arg-type]
     )
     return attended
+
+
+def soft_capped(score: Tensor, cap: Tensor | float) -> Tensor:
+    """`cap·tanh(score/cap)`, by a function that GPUs compute faster than tanh."""
+    return cap * (2 * torch.sigmoid(2 * score / cap) - 1)
 
 
 @cache

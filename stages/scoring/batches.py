@@ -25,11 +25,13 @@ class RowBatch:
         packed: the row.
         cached: the reference's features, one entry a site.
         ref_logps_R: float64, the reference's log-probabilities.
+        lengths_R: float64, learnt tokens of each response, as the losses divide by them.
     """
 
     packed: PackedRow
     cached: tuple[CachedFeatures, ...]
     ref_logps_R: Tensor
+    lengths_R: Tensor
 
     @property
     def tokens(self) -> int:
@@ -44,13 +46,13 @@ class RowBatch:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "RowBatch":
         """The batch on `device`; accelerate's loader calls it."""
         cached = tuple(features.to(device) for features in self.cached)
-        ref_logps_R = self.ref_logps_R.to(device, non_blocking=non_blocking)
-        return RowBatch(self.packed.to(device, non_blocking), cached, ref_logps_R)
+        numbers = (values.to(device, non_blocking=non_blocking) for values in (self.ref_logps_R, self.lengths_R))
+        return RowBatch(self.packed.to(device, non_blocking), cached, *numbers)
 
     def pin_memory(self) -> "RowBatch":
         """The batch in pinned memory, from which a GPU copies while it computes; the Trainer's loader calls it."""
         cached = tuple(features.pin_memory() for features in self.cached)
-        return RowBatch(self.packed.pin_memory(), cached, self.ref_logps_R.pin_memory())
+        return RowBatch(self.packed.pin_memory(), cached, self.ref_logps_R.pin_memory(), self.lengths_R.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class RowCollator:
                 for site, width in enumerate(self.widths)
             )
             ref_logps_R = torch.tensor([response.logp for response in responses], dtype=torch.float64)
-            rows.append(RowBatch(packed, cached, ref_logps_R))
+            lengths_R = torch.tensor(packed.lengths, dtype=torch.float64)
+            rows.append(RowBatch(packed, cached, ref_logps_R, lengths_R))
         return {"rows": rows}
 
 

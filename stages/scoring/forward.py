@@ -116,7 +116,10 @@ def _run_decoder(inner: Any, row: PackedRow, sites: Sequence[Site]) -> tuple[Ten
             use_cache=False,
             **more,
         ).last_hidden_state[0]
-    return hidden_LD[row.sources_T], {site: captured[site][0][row.sources_T] for site in sites}
+    # On a GPU the backward of an index sorts first, that of index_select does not.
+    return hidden_LD.index_select(0, row.sources_T), {
+        site: captured[site][0].index_select(0, row.sources_T) for site in sites
+    }
 
 
 def run_head(

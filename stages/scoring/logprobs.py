@@ -22,6 +22,8 @@ from ..model import flex
 CHUNK_ENTRIES = {"cpu": 2**23, "cuda": 2**28}
 # With a chunk of fewer tokens, reading the head's weight and adding to its gradient take longer than the products.
 LEAST_TOKENS = 128
+# fp32 holds exp(-2 · 40), and its sum over a vocabulary without loss.
+LARGEST_BOUND = 40.0
 # Device types on which the element-wise work is compiled.
 FUSED = ("cuda",)
 
@@ -51,7 +53,11 @@ def _logits_of_product(logits_CV: Tensor, bias_V: Tensor | None, scale: float, s
         model_CV = model_CV + bias_V.float()
     if scale != 1:
         model_CV = model_CV * scale
-    return model_CV if softcap is None else softcap * torch.tanh(model_CV / softcap)
+    if softcap is None:
+        return model_CV
+    if torch.compiler.is_compiling():
+        return flex.soft_capped(model_CV, softcap)
+    return softcap * torch.tanh(model_CV / softcap)
 
 
 def _logits(hidden_CD: Tensor, head_VD: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None) -> Tensor:
@@ -133,6 +139,13 @@ class _TokenScores(torch.autograd.Function):
         return grad_hidden_TD, grad_head_VD, grad_bias_V, None, None, None, None
 
 
+def _log_sum_exp(model_CV: Tensor, softcap: float | None) -> Tensor:
+    """Log-sum-exp; where soft-capping bounds the logits in one pass, since their largest need not be known first."""
+    if softcap is None or softcap > LARGEST_BOUND:
+        return torch.logsumexp(model_CV, dim=-1)
+    return torch.exp(model_CV - softcap).sum(-1).log() + softcap
+
+
 def _scores(
     logits_CV: Tensor,
     bias_V: Tensor | None,
@@ -144,12 +157,12 @@ def _scores(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities of the targets, log-sum-exp, KL to the reference and its log-sum-exp; fp32 [C] each."""
     model_CV = _logits_of_product(logits_CV, bias_V, scale, softcap)
-    lse_C = torch.logsumexp(model_CV, dim=-1)
+    lse_C = _log_sum_exp(model_CV, softcap)
     logps_C = model_CV.gather(1, targets_C[:, None]).squeeze(1) - lse_C
     if ref_logits_CV is None:
         return logps_C, lse_C, torch.zeros_like(lse_C), torch.zeros_like(lse_C)
     ref_CV = _logits_of_product(ref_logits_CV, ref_bias_V, scale, softcap)
-    ref_lse_C = torch.logsumexp(ref_CV, dim=-1)
+    ref_lse_C = _log_sum_exp(ref_CV, softcap)
     ref_logp_CV = ref_CV - ref_lse_C[:, None]
     kl_C = (ref_logp_CV.exp() * (ref_logp_CV - (model_CV - lse_C[:, None]))).sum(-1)
     return logps_C, lse_C, kl_C, ref_lse_C

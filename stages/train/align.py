@@ -156,7 +156,6 @@ class FPOTrainer(RowTrainer):
             divergence_R = torch.stack([drift.mse_R for drift in scores.drifts]).mean(0)
         else:
             divergence_R = scores.kl_R
-        lengths_R = torch.tensor(row.packed.lengths, dtype=torch.float64).to(scores.logps_R.device, non_blocking=True)
         losses = pair_losses(
             self.args.objective,
             PairScores(
@@ -164,8 +163,8 @@ class FPOTrainer(RowTrainer):
                 rejected_logp=scores.logps_R[1::2],
                 chosen_ref_logp=row.ref_logps_R[::2],
                 rejected_ref_logp=row.ref_logps_R[1::2],
-                chosen_tokens=lengths_R[::2],
-                rejected_tokens=lengths_R[1::2],
+                chosen_tokens=row.lengths_R[::2],
+                rejected_tokens=row.lengths_R[1::2],
                 chosen_divergence=divergence_R[::2] if divergence else None,
                 rejected_divergence=divergence_R[1::2] if divergence else None,
             ),

@@ -34,7 +34,7 @@ class PairMeans:
         """Adds one value a pair under each name."""
         for name, value in values.items():
             value = value.detach().double().flatten()
-            entry = torch.stack([value.sum(), value.new_tensor(value.numel())])
+            entry = torch.stack([value.sum(), value.new_full((), value.numel())])
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def read(self, accelerator: Any) -> dict[str, float]:

@@ -12,6 +12,7 @@ from pairs import assert_same_gradients, calm_gemma2, dense_drift, gradients, sc
 from tiny import tiny_sae
 from tiny_world import SITES, World
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 
@@ -143,6 +144,30 @@ def test_activation_checkpointing_changes_no_gradient(world, trainer):
     found, other = one_step(trainer, policy=move(world.policy()), activation_checkpointing=True)
     assert other == loss
     assert_same_gradients(found, expected, 1e-6)
+
+
+class ReadsAndConstants(TorchDispatchMode):
+    """Counts what a GPU's host would wait for: numbers read from tensors, and tensors made of the host's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name().split(".")[0] in ("aten::_local_scalar_dense", "aten::lift_fresh", "aten::nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["fpo", "dpo", "tdpo2"])
+def test_no_row_of_a_training_step_waits_for_the_device(world, trainer, method):
+    run = trainer(method, token_budget=1)
+    batch = run.data_collator([run.train_dataset[i] for i in range(6)])
+    run._even_out([batch])
+    assert len(batch["rows"]) == 6
+    with ReadsAndConstants() as found:
+        for row in batch["rows"]:
+            run.row_losses(run.policy, row, "train").loss.sum().backward()
+    assert found.count == 0
 
 
 def test_alpha_0_is_length_normalised_dpo(world, trainer, moved):
