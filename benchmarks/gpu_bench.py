@@ -44,7 +44,9 @@ LARGE = Setting(
     width=16_384,
     optimizer="adamw_torch_fused",
 )
-TINY = dataclasses.replace(LARGE, layer=1, width=256, max_length=192, prompt=40, response=60, batch=4, token_budget=512)
+TINY = dataclasses.replace(
+    LARGE, layer=1, width=256, max_length=192, prompt=40, response=60, batch=4, warmup=1, token_budget=512
+)
 
 
 class Report:

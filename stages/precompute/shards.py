@@ -11,12 +11,15 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from ...cache.manifest import Manifest, ShardReport
 from ...cache.remote import open_writer
+from ...cache.schema import Pair
 from ..data.preferences import Preferences
 from ..data.tokenize import Limits, tokenize_pair
 from ..model.tokenizer import check_tokens
@@ -29,6 +32,9 @@ from .reference import Reference, describe_meaning, describe_numerics, provenanc
 # One pair for so many, and at least two a shard, are measured a second time in another packing, for the cache's noise.
 PAIRS_PER_SAMPLE = 256
 ALONE, TOGETHER = 1, 2**62  # token budgets
+
+# The pairs of a shard; its skipped raw rows, each with the reason; counts.
+TokenizedShard = tuple[list[Pair], list[tuple[int, str]], Counter[str]]
 
 
 class ShardWorker:
@@ -88,9 +94,14 @@ class ShardWorker:
         self._reference, self._preferences, self._limits = reference, preferences, limits
         self._advance = on_pairs or (lambda rows, tokens: None)
         self._started, self._tokens, self._written = time.monotonic(), 0, 0
+        self._thread, self._ahead = ThreadPoolExecutor(1, "tokenize"), dict[int, Future[TokenizedShard]]()
 
-    def work(self, index: int) -> bool:
+    def work(self, index: int, following: int | None = None) -> bool:
         """Writes a shard, unless it is done or another worker's.
+
+        Args:
+            index: the shard's number.
+            following: the next shard's number, whose pairs are tokenised while this one's are measured.
 
         Returns:
             Whether it is done; False while another worker is at it.
@@ -104,23 +115,20 @@ class ShardWorker:
             return True
         with self.writer.lock(index) as mine:
             if mine:
-                self._tokens += self._write_shard(index).counts["scored_tokens"]
+                self._tokens += self._write_shard(index, following).counts["scored_tokens"]
                 self._written += 1
         return mine or self.writer.is_done(index)
 
-    def leave(self) -> None:
-        """Says in the cache's `provenance.jsonl` who wrote how many shards since the last time, when and how fast."""
-        if self._written:
-            seconds = time.monotonic() - self._started
-            record = provenance(self._reference, self._preferences, self._written, self._tokens, seconds)
-            self.writer.append_provenance(record)
-        self._started, self._tokens, self._written = time.monotonic(), 0, 0
+    def _tokenized(self, index: int) -> Future[TokenizedShard]:
+        """A shard's pairs, tokenised in a thread of its own, which alone reads the data."""
+        if index not in self._ahead:
+            self._ahead[index] = self._thread.submit(self._tokenize, index)
+        return self._ahead[index]
 
-    def _write_shard(self, index: int) -> ShardReport:
-        rows = self.writer.spec.shard_range(index)
+    def _tokenize(self, index: int) -> TokenizedShard:
         pairs, skipped, tokens = [], [], []
         counts: Counter[str] = Counter(ties=0, truncated_prompts=0, truncated_responses=0, scored_tokens=0)
-        for raw_row in rows:
+        for raw_row in self.writer.spec.shard_range(index):
             example = self._preferences.example(raw_row)
             tokenized = tokenize_pair(example, raw_row, self._reference.chat, self._limits)
             if tokenized.pair is None:
@@ -135,6 +143,25 @@ class ShardWorker:
             counts["truncated_prompts"] += tokenized.prompt_truncated
             counts["truncated_responses"] += tokenized.responses_truncated
         check_tokens(self._reference.model, tokens, self._reference.chat.tokenizer)
+        return pairs, skipped, counts
+
+    def leave(self) -> None:
+        """Says in the cache's `provenance.jsonl` who wrote how many shards since the last time, when and how fast."""
+        for future in self._ahead.values():
+            future.cancel()
+        self._ahead.clear()
+        if self._written:
+            seconds = time.monotonic() - self._started
+            record = provenance(self._reference, self._preferences, self._written, self._tokens, seconds)
+            self.writer.append_provenance(record)
+        self._started, self._tokens, self._written = time.monotonic(), 0, 0
+
+    def _write_shard(self, index: int, following: int | None) -> ShardReport:
+        rows = self.writer.spec.shard_range(index)
+        pairs, skipped, counts = self._tokenized(index).result()
+        self._ahead.clear()
+        if following is not None and not self.writer.is_done(following):
+            self._tokenized(following)
         self._advance(len(skipped), 0)
 
         rows_of_one: set[int] = set()
@@ -245,10 +272,10 @@ def repair(
     return manifest, [new.name for old, new in records if new != old]
 
 
-def _write_missing(worker: ShardWorker, indices: Iterable[int]) -> Manifest | None:
+def _write_missing(worker: ShardWorker, indices: Sequence[int]) -> Manifest | None:
     try:
-        for index in indices:
-            worker.work(index)
+        for index, following in zip_longest(indices, indices[1:]):
+            worker.work(index, following)
     finally:
         worker.leave()
     return worker.writer.finish()

@@ -50,7 +50,7 @@ def test_all_of_it_runs_on_a_cpu(tmp_path, monkeypatch):
     torch._dynamo.reset()
     for module, name in ((flex, "BACKEND"), (flex_attention, "_validate_device"), (memory, "COUNTED_STEPS")):
         monkeypatch.setattr(module, name, getattr(module, name))
-    arguments = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--pairs", "24", "--steps", "2"]
+    arguments = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--pairs", "8", "--batch", "2", "--steps", "1"]
     monkeypatch.setattr("sys.argv", ["gpu_check", *arguments])
     gpu_check.main()
     found = lines(tmp_path)

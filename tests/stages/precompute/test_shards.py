@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from fpo.cache.reader import open_cache, verify
 from fpo.cache.writer import CacheWriter
 from fpo.stages.data.tokenize import Limits
 from fpo.stages.model.sae import Site
+from fpo.stages.precompute import shards
 from fpo.stages.precompute.reference import Reference
 from fpo.stages.precompute.shards import precompute
 from fpo.stages.scoring.parity import apart, tolerance
@@ -119,6 +121,22 @@ def test_progress_counts_every_raw_row_once(write):
     seen.clear()
     write(on_pairs=lambda rows, tokens: seen.append((rows, tokens)))
     assert (sum(rows for rows, _ in seen), sum(tokens for _, tokens in seen)) == (RAW_ROWS, 0)
+
+
+def test_the_next_shard_is_tokenised_while_one_is_measured(write, reference, monkeypatch):
+    seen = {row: threading.Event() for row in range(RAW_ROWS)}
+    plain = shards.tokenize_pair
+
+    def tokenize(example: Any, raw_row: int, *others: Any) -> Any:
+        seen[raw_row].set()
+        return plain(example, raw_row, *others)
+
+    monkeypatch.setattr(shards, "tokenize_pair", tokenize)
+    waited: list[bool] = []
+    handle = on_packed_rows(reference, lambda: waited.append(seen[4].wait(20 if not waited else 0)))
+    write()
+    handle.remove()
+    assert waited[0], "shard 0 waited in its first packed row, and shard 1 was not tokenised"
 
 
 class Killed(BaseException):
