@@ -75,6 +75,7 @@ class Steps(TrainerCallback):
         self._meter, self._setting = meter, setting
         self.result: Result = {}
         self.seconds: list[float] = []
+        self._before = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Resets or reads the meter."""

@@ -92,6 +92,11 @@ class Bench:
     compiled: bool
     rate: float = 0.0
 
+    @property
+    def tiny(self) -> bool:
+        """Whether this is a trial of the script, with a tiny model in place of the large one."""
+        return self.large.width == TINY.width
+
     def now(self) -> float:
         """The clock, in seconds, once the device has finished its work."""
         if self.device == "cuda":

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from fpo.stages.model import flex
+from fpo.stages.model.models import Recipe
 from fpo.stages.train import memory
 
 from . import gpu_speed, gpu_values
@@ -36,7 +37,10 @@ def main() -> None:
         run_on_cpu()
     with workplace() as folder:
         given = {name: value for name in ("batch", "steps") if (value := getattr(options, name))}
-        large = dataclasses.replace(TINY if tiny else LARGE, device=options.device, **given)
+        recipe = (
+            "bf16" if options.device == "cuda" else "fp32"
+        )  # bf16 takes minutes on CPUs without instructions for it
+        large = dataclasses.replace(TINY if tiny else LARGE, device=options.device, recipe=recipe, **given)
         report = Report(options.out)
         bench = Bench(report, folder, options.device, large, options.compile)
         sections: dict[str, Callable[[], None]] = {

@@ -42,8 +42,7 @@ KINDS = {
 
 def _prepared(bench: Bench) -> tuple[Any, SiteSAE]:
     """Saves the configuration of the large model; returns it and an SAE."""
-    tiny = bench.large.width < 1024
-    config = tiny_config("gemma2", 256) if tiny else configuration(bench.large.model)
+    config = tiny_config("gemma2", 32) if bench.tiny else configuration(bench.large.model)
     folder = bench.folder / "large"
     config.save_pretrained(folder / "model")
     return config, make_sae(folder, config, bench.large)

@@ -23,6 +23,7 @@ from .setting import Setting, load
 # In bf16 the head size of Gemma-2-2B, so that later sections reuse the compiled kernels; in fp32 less shared memory is
 # left.
 HEAD_DIM = {"bf16": 256, "fp32": 64}
+TINY_HEAD_DIM = 32
 METHODS = ("fpo", "dpo", "simpo", "tdpo2")
 STEPS, EVERY, SAVED = 12, 5, 6
 
@@ -71,8 +72,9 @@ def values(bench: Bench) -> None:
     for recipe in ("bf16", "fp32"):
         for kind in ("gemma2", "gemma3_text", "llama"):
             start, before = bench.now(), bench.compilations()
+            head_dim = TINY_HEAD_DIM if bench.tiny else HEAD_DIM[recipe]
             found = {
-                name: _scored(kind, attention, HEAD_DIM[recipe], chosen, bench.device)
+                name: _scored(kind, attention, head_dim, chosen, bench)
                 for name, attention, chosen in (
                     ("exact", "eager", "fp32"),
                     ("eager", "eager", recipe),
@@ -98,7 +100,7 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def _scored(kind: str, attention: str, head_dim: int, recipe: Any, device: str) -> tuple[Tensor, Tensor]:
+def _scored(kind: str, attention: str, head_dim: int, recipe: Any, bench: Bench) -> tuple[Tensor, Tensor]:
     """Log-probs of the tokens of a row, float32 [T], and the flat gradient of a weighted sum of them."""
     from transformers import AutoModelForCausalLM
 
@@ -109,8 +111,9 @@ def _scored(kind: str, attention: str, head_dim: int, recipe: Any, device: str) 
         if weight.ndim == 2:  # large enough that attention matters
             factor = 2 if "q_proj" in name or "k_proj" in name else 1
             weight.data = factor * torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1])
-    model = model.to(device).train()
-    pairs = random_pairs(dataclasses.replace(TINY, max_length=400, prompt=120, response=150), config.vocab_size, 6)
+    model, device = model.to(bench.device).train(), bench.device
+    lengths = dataclasses.replace(TINY, max_length=400, prompt=120, response=150)
+    pairs = random_pairs(lengths, config.vocab_size, 2 if bench.tiny else 6)
     (row,) = pack(pairs, 2**62, row_layout(model))
     scores = score_row(model, row.to(device), [], recipe)
     weights = torch.linspace(-1, 1, len(scores.token_logps_T), device=device)
@@ -122,8 +125,8 @@ def _scored(kind: str, attention: str, head_dim: int, recipe: Any, device: str) 
 def runs(bench: Bench) -> None:
     """Trains 12 steps of each method, resumes from a checkpoint, and compares the two ends."""
     folder = bench.folder / "tiny"
-    setting = dataclasses.replace(TINY, device=bench.device)
-    config = tiny_config("gemma2", HEAD_DIM["bf16"])
+    setting = dataclasses.replace(TINY, device=bench.device, recipe=bench.large.recipe)
+    config = tiny_config("gemma2", TINY_HEAD_DIM if bench.tiny else HEAD_DIM["bf16"])
     config.save_pretrained(folder / "model")
     sae = make_sae(folder, config, setting)
     pairs = random_pairs(setting, config.vocab_size, STEPS * setting.batch)

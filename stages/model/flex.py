@@ -167,7 +167,7 @@ def _attend(
     lengths = query_1HLD.shape[2], key_1KLD.shape[2]
     large = query_1HLD.shape[3] > 128 and query_1HLD.dtype != torch.float32
     mask = BlockMask(lengths, *listed, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)  # type: ignore[misc,arg-type]
-    attended: Tensor = flex_attention(
+    attended: Tensor = flex_attention(  # type: ignore[call-overload]
         query_1HLD,
         key_1KLD,
         value_1KLD,
@@ -175,7 +175,7 @@ def _attend(
         block_mask=mask,
         scale=1.0,
         enable_gqa=True,
-        kernel_options=LARGE_HEADS if large else OPTIONS,  # type: ignore[arg-type]
+        kernel_options=LARGE_HEADS if large else OPTIONS,
     )
     return attended
 
