@@ -37,9 +37,8 @@ def main() -> None:
         run_on_cpu()
     with workplace() as folder:
         given = {name: value for name in ("batch", "steps") if (value := getattr(options, name))}
-        recipe = (
-            "bf16" if options.device == "cuda" else "fp32"
-        )  # bf16 takes minutes on CPUs without instructions for it
+        # On CPUs without instructions for it bf16 takes minutes.
+        recipe: Recipe = "bf16" if options.device == "cuda" else "fp32"
         large = dataclasses.replace(TINY if tiny else LARGE, device=options.device, recipe=recipe, **given)
         report = Report(options.out)
         bench = Bench(report, folder, options.device, large, options.compile)
