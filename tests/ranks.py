@@ -14,12 +14,14 @@ from unittest import mock
 
 import torch
 from fpo.stages.data import rendering
+from fpo.stages.model import flex
 from fpo.stages.train.align import FPOTrainer
 from fpo.stages.train.callbacks import Snapshots
 from fpo.stages.train.config import FPOConfig
 from pairs import calm_gemma2, calm_llama
 from tiny_world import World, fpo, ran
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -49,6 +51,7 @@ def on_ranks(function: Callable[..., Any], folder: Path, *arguments: Any, fsdp: 
 def _rank(rank: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...], fsdp: bool) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
+    flex.BACKEND = "aot_eager"  # of layers that are compiled
     if fsdp:
         _shard_on_cpu()
     torch.save(function(*arguments), folder / f"rank-{rank}.pt")
@@ -87,6 +90,7 @@ ONE_BATCH = {"per_device_train_batch_size": PAIRS, "token_budget": 10_000}
 SETTINGS: dict[str, dict[str, Any]] = {
     "one batch": {"per_device_train_batch_size": 4, "token_budget": 1},
     "checkpointing": {"per_device_train_batch_size": 4, "token_budget": 1, "activation_checkpointing": True},
+    "compiled layers": {"per_device_train_batch_size": 4, "token_budget": 120, "compile_layers": True},
     "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "token_budget": 120},
     "a rank without pairs": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "token_budget": 120},
 }
@@ -127,6 +131,7 @@ def step(world: World, out: Path, heads: str, scale: float = 1.0, **settings: An
     watch = Watch()
     trainer = make_trainer(world, out, heads, Scaled, callbacks=[watch], **settings)
     trainer.train()
+    assert counters["stats"]["unique_graphs"] or not settings.get("compile_layers"), "no layer was compiled"
     assert isinstance(trainer.model, FSDPModule) == ("ACCELERATE_USE_FSDP" in os.environ)
     return watch.gradients, {name: whole(weight) for name, weight in trainer.model.named_parameters()}
 
