@@ -83,8 +83,8 @@ def stage_one(folder: Path, pairs: int, leak: int) -> dict[str, Any]:
 
     world, growth, real = make(folder, pairs), Growth(pairs, leak), ShardWorker._write_shard
 
-    def write_shard(worker: ShardWorker, index: int) -> Any:
-        report = real(worker, index)
+    def write_shard(worker: ShardWorker, index: int, following: int | None) -> Any:
+        report = real(worker, index, following)
         growth.add(len(worker.writer.spec.shard_range(index)))
         return report
 
