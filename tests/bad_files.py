@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import save_tiny_sae
 from tiny_profile import tiny_profile
 from tiny_world import SITES, World, ran, rows, write_rows
+from transformers import BloomConfig, BloomForCausalLM
 
 Edit = Callable[[Path], Any]
 
@@ -398,6 +399,9 @@ def _make_unfit(world: World, folder: Path) -> None:
     ran(world.precompute(folder / "llama", model=world.llama, sae=world.saes[0]))
     shutil.copytree(world.gemma, folder / "gemma_with_another_tokenizer")
     shutil.copy(world.llama / "tokenizer.json", folder / "gemma_with_another_tokenizer")
+    shutil.copytree(world.gemma, folder / "bloom")  # which has no attention of its own to replace
+    bloom = BloomConfig(vocab_size=512, hidden_size=32, n_layer=4, n_head=2)
+    BloomForCausalLM(bloom).save_pretrained(folder / "bloom")
     (folder / "chat.jsonl").write_bytes(lines({"messages": [said("user", "Hello"), said("assistant", "Yes.")]}))
     (folder / "empty").mkdir()
     (folder / "text.gguf").write_text("no weights at all")

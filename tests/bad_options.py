@@ -32,7 +32,7 @@ PRECOMPUTE: Changes = {
     "device": lambda w, b: {"device": "tpu"},
     "device without memory": lambda w, b: {"device": "meta"},
     "absent device": lambda w, b: {"device": "cuda:99"},
-    "attention": lambda w, b: {"attention": "packed"},
+    "attention": lambda w, b: {"model": b / "bloom", "attention": "packed"},
     "unknown attention": lambda w, b: {"attention": "flash"},
     "flex on CPU": lambda w, b: {"attention": "packed_flex", "device": "cpu"},
     "limits": lambda w, b: {"max_length": 32},

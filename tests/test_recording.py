@@ -59,6 +59,8 @@ WORLDS: dict[str, tuple[Any, Any, tuple[str, str], dict[str, dict[str, Any]]]] =
         {"sft": {}, "fpo": BOTH_SITES | {"optimizer": "rmsprop"}, "tdpo2": {}},
     ),
 }
+# What `auto` took when the recording was made.
+ATTENTION = {"gemma2": "eager", "llama": "packed"}
 
 
 @pytest.mark.parametrize("architecture", WORLDS)
@@ -90,10 +92,11 @@ def measured(architecture: str, folder: Path) -> dict[str, Any]:
     pairs = write_rows(folder / "pairs.jsonl", preference_rows())
     chats = write_rows(folder / "chats.jsonl", [{"messages": row["chosen"]} for row in preference_rows()])
     lengths = {"split": "train", "max_length": 96}
+    train = TRAIN | {"attention": ATTENTION[architecture]}
 
     cache = folder / "cache"
     options = {"model": model, "dataset": pairs, "sae": saes, "out": cache, "max_prompt_length": 32, **lengths}
-    options |= {"keep_features": 8, "shard_size": 4, "token_budget": 192}
+    options |= {"keep_features": 8, "shard_size": 4, "token_budget": 192, "attention": ATTENTION[architecture]}
     ran(fpo("precompute", *to_arguments(options)))
     steps, trained = {}, {}
     for method, own in runs.items():
@@ -104,7 +107,7 @@ def measured(architecture: str, folder: Path) -> dict[str, Any]:
             options["reference"] = model
         out = folder / method
         command = "sft" if method == "sft" else "align"
-        ran(fpo(command, *to_arguments({"model": model, "out": out, **TRAIN, **options, **own})))
+        ran(fpo(command, *to_arguments({"model": model, "out": out, **train, **options, **own})))
         lines = [line for line in metrics(out) if "loss" in line]
         steps[method] = [{name: line[name] for name in STEP if name in line} for line in lines]
         trained[method] = sha256_of_weights(out)

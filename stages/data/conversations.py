@@ -84,8 +84,16 @@ class Conversations:
         return len(self._kept)
 
     def __getitem__(self, i: int) -> Conversation:
-        row = self._kept[i]
-        return Conversation(np.asarray(row["ids"], np.int32), np.asarray(row["learnt"], np.bool_), int(row["row"]))
+        (found,) = self.__getitems__([i])
+        return found
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Conversation]:
+        """Several at once, as PyTorch's loaders ask for a batch: one access to the table for all."""
+        rows = self._kept[list(numbers)]
+        return [
+            Conversation(np.asarray(ids, np.int32), np.asarray(learnt, np.bool_), int(row))
+            for ids, learnt, row in zip(rows["ids"], rows["learnt"], rows["row"], strict=True)
+        ]
 
     def largest_token(self) -> tuple[str, int]:
         """The raw row that holds the largest token id, as "row N", and that id."""

@@ -209,10 +209,9 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
                 f"missing or of another size ({', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}); give a complete "
                 "causal language model"
             )
-        if attention == PACKED and not model._supports_sdpa:  # transformers does not know that packed needs it
+        if attention == PACKED and not _can_be_packed(type(model), config):  # transformers does not know what packed needs
             raise UserError(
-                f"--attention: expected one that {type(model).__name__} has, found {PACKED}, which has no "
-                "soft-capping; leave the option out"
+                f"--attention: expected one that {type(model).__name__} has, found {PACKED}; leave the option out"
             )
     if source.gguf_file:
         check_tensors(model, source.folder / source.gguf_file, source.name)
@@ -256,8 +255,7 @@ def _is_dropout(name: str, value: Any) -> bool:
 def attentions_to_try(requested: str, source: ModelSource, device: torch.device | str) -> tuple[str, ...]:
     """The attention implementation requested, or all that this model has and this device runs, the fastest first.
 
-    `load_supported` then takes the first that is right for the model. "packed" is built on sdpa, which has no
-    soft-capping, so that Gemma-2 has only eager on CPU.
+    `load_supported` then takes the first that is right for the model.
 
     Args:
         requested: "auto" or an implementation.
@@ -280,7 +278,13 @@ def attentions_to_try(requested: str, source: ModelSource, device: torch.device 
             f"model {source.name}: expected a causal language model, found a {config.model_type}; give another"
         )
     flex = torch.device(device).type == "cuda" and model_class._supports_flex_attn
-    return (*([FLEX] * flex), *([PACKED] * model_class._supports_sdpa), "eager")
+    return (*([FLEX] * flex), *([PACKED] * _can_be_packed(model_class, config)), "eager")
+
+
+def _can_be_packed(model_class: Any, config: Any) -> bool:
+    """Whether `packed` can compute a class's attention: it has sdpa, or lacks it because it caps its scores."""
+    capped = hasattr(config.get_text_config(decoder=True), "attn_logit_softcapping")
+    return bool(model_class._supports_sdpa or (capped and model_class._supports_attention_backend))
 
 
 def _config(source: ModelSource) -> Any:

@@ -155,7 +155,7 @@ def test_info_s_numbers_are_those_of_data_and_model(lab, keep):
         assert fit and float(fit[1]) == pytest.approx(float((features_TM > 0).sum(1).double().mean()), abs=0.051)
         assert float(fit[2]) == pytest.approx(explained, abs=0.00051)
     assert said["device"].endswith(f"{torch.get_num_threads()} threads")
-    assert said["recipe"] == "fp32, eager attention, 160 tokens a row"
+    assert said["recipe"] == "fp32, packed attention, 160 tokens a row"
     scored = sum(len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
     made = re.search(r"2 shards, (\d+) tokens in ([\d.]+) s \((\d+) tokens/s\)", said["provenance"])
     assert made and int(made[1]) == scored

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 MODELS = {
     "gemma2": tiny_gemma2(),
+    "gemma2 packed": tiny_gemma2(attn_implementation="packed"),
     "llama": tiny_llama(attn_implementation="packed"),
     "mistral": tiny_family("mistral", attention="packed"),  # a window in every layer
 }

@@ -1,9 +1,14 @@
 """A row taken apart into causal sequences says the same of what sees what as the one rule behind every mask."""
 
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from fpo.stages.data.tokenize import Conversation
+from fpo.stages.model import attention
 from fpo.stages.model.attention import packed_attention
 from fpo.stages.scoring.masks import sequences_of, visible
 from fpo.stages.scoring.packing import PADDING, PackedRow, RowLayout, pack, pack_conversations
@@ -12,6 +17,7 @@ from hypothesis import strategies as st
 from pairs import many_examples, pair_lists
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 
 def positions(sequences: list[list[range]]) -> list[list[int]]:
@@ -62,3 +68,45 @@ def test_every_position_attends_as_under_the_mask(row, window, heads, scaling):
     expected = scaled_dot_product_attention(query, key, value, mask_LL, scale=scaling, enable_gqa=True).transpose(1, 2)
     real = row.pair_L != PADDING
     torch.testing.assert_close(found[:, real], expected[:, real])
+
+
+@many_examples
+@given(row=rows(), window=st.none() | st.integers(1, 30), heads=st.sampled_from([(4, 4), (4, 2)]))
+def test_scores_are_soft_capped_as_gemma_2_s_own_attention_caps_them(row, window, heads):
+    """Values and gradients, with sequences computed one by one, all at once, and in between."""
+    generator = torch.Generator().manual_seed(0)
+    size = row.input_ids_L.numel()
+    inputs = [3 * torch.randn(1, count, size, 8, generator=generator) for count in (heads[0], heads[1], heads[1])]
+    module = nn.Module()
+    module.num_key_value_groups = heads[0] // heads[1]  # type: ignore[assignment]
+    index = torch.arange(size)
+    allowed_LL = visible(row, index[:, None], index[None, :], window)
+    mask = torch.zeros(1, 1, size, size).masked_fill(~allowed_LL, torch.finfo(torch.float32).min)
+    real = row.pair_L != PADDING
+
+    def gradients(function: Callable[..., Any], *more: Any, **options: Any) -> list[torch.Tensor]:
+        leaves = [values.clone().requires_grad_() for values in inputs]
+        attended = function(module, *leaves, *more, scaling=0.3, softcap=2.0, **options)[0][:, real]
+        return [attended, *torch.autograd.grad(attended.sin().sum(), leaves)]
+
+    expected = gradients(eager_attention_forward, mask)
+    for similar in (1, 8, 64):
+        with mock.patch.object(attention, "SIMILAR", similar):
+            found = gradients(packed_attention, None, sequences=sequences_of(row), sliding_window=window)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool"])
+@pytest.mark.parametrize("queries", [1, 3, 7])
+def test_a_soft_capped_sequence_that_is_not_packed_sees_what_transformers_says(queries, mask):
+    """As in generation: one query against its cache, or all."""
+    query, key, value = (torch.randn(2, 2, size, 4) for size in (queries, 7, 7))
+    module = nn.Module()
+    module.num_key_value_groups = 1  # type: ignore[assignment]
+    allowed = (torch.arange(7)[None, :] <= torch.arange(7 - queries, 7)[:, None])[None, None].expand(2, 1, -1, -1)
+    blocked = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    expected, _ = eager_attention_forward(module, query, key, value, blocked, scaling=0.5, softcap=2.0)
+    given_mask = None if mask == "none" else allowed
+    found, _ = packed_attention(module, query, key, value, given_mask, scaling=0.5, softcap=2.0)
+    torch.testing.assert_close(found, expected)

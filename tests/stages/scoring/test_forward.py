@@ -33,6 +33,7 @@ from torch import Tensor
 
 MODELS: dict[str, Callable[[], Any]] = {
     "gemma2": calm_gemma2,
+    "gemma2 packed": lambda: calm_gemma2(attn_implementation="packed"),
     "gemma2 untied": lambda: calm_gemma2(tie_word_embeddings=False),
     "llama eager": lambda: calm_llama(attn_implementation="eager"),
     "llama packed": lambda: calm_llama(attn_implementation="packed"),
