@@ -119,7 +119,7 @@ def _padded(
 def _soft_capped(
     query_NHSD: Tensor, key_NKSD: Tensor, value_NKSD: Tensor, allowed: Tensor, scaling: float, softcap: float
 ) -> Tensor:
-    """Soft-capped attention by plain products, as transformers' eager one of Gemma-2; `allowed` is bool. [N, S, H, D]."""
+    """Soft-capped attention by plain products, as Gemma-2's eager one; `allowed` is bool. [N, S, H, D]."""
     shared = query_NHSD.shape[1] // key_NKSD.shape[1]
     key_NHSD, value_NHSD = (values.repeat_interleave(shared, dim=1) for values in (key_NKSD, value_NKSD))
     scores_NHSS = torch.tanh(query_NHSD @ key_NHSD.mT * (scaling / softcap)) * softcap
@@ -129,7 +129,7 @@ def _soft_capped(
 
 
 def _allowed(query_1HLD: Tensor, key_1KLD: Tensor, mask: Tensor | None) -> Tensor:
-    """Where a query may look, by transformers' mask for sdpa: bool, or None for causal. The last query sees all keys."""
+    """Where a query may look, bool: the mask that sdpa takes, where None is causal. The last query sees all keys."""
     if mask is not None:
         return mask
     queries, keys = query_1HLD.shape[2], key_1KLD.shape[2]

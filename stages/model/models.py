@@ -209,7 +209,7 @@ def load_model(source: ModelSource, *, attention: str, device: torch.device | st
                 f"missing or of another size ({', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}); give a complete "
                 "causal language model"
             )
-        if attention == PACKED and not _can_be_packed(type(model), config):  # transformers does not know what packed needs
+        if attention == PACKED and not _can_be_packed(type(model), config):  # transformers does not know what it needs
             raise UserError(
                 f"--attention: expected one that {type(model).__name__} has, found {PACKED}; leave the option out"
             )
