@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from fpo.cache.schema import Pair
-from fpo.stages.model.attention import PACKED
-from fpo.stages.model.flex import FLEX
-from fpo.stages.model.models import Recipe, find_model, is_hub_id
+from fpo.stages.model.models import Recipe, attentions_of, find_model, is_hub_id
 from fpo.stages.model.sae import Site, SiteSAE
 from fpo.stages.scoring.features import CachedFeatures, keep_largest
 from fpo.stages.scoring.forward import row_layout, score_row
@@ -101,8 +99,7 @@ def random_model(name: str, device: str, *, layers: int | None = None, vocabular
             config.layer_types = config.layer_types[:layers]
     config.vocab_size = vocabulary or config.vocab_size
     kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    flex, sdpa = kind._supports_flex_attn, kind._supports_sdpa
-    attention = FLEX if device == "cuda" and flex else PACKED if sdpa else "eager"
+    attention = attentions_of(kind, config, device)[0]
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()

@@ -277,6 +277,11 @@ def attentions_to_try(requested: str, source: ModelSource, device: torch.device 
         raise UserError(
             f"model {source.name}: expected a causal language model, found a {config.model_type}; give another"
         )
+    return attentions_of(model_class, config, device)
+
+
+def attentions_of(model_class: Any, config: Any, device: torch.device | str) -> tuple[str, ...]:
+    """All attention implementations that a class of transformers has and a device runs, the fastest first."""
     flex = torch.device(device).type == "cuda" and model_class._supports_flex_attn
     return (*([FLEX] * flex), *([PACKED] * _can_be_packed(model_class, config)), "eager")
 
