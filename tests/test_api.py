@@ -68,7 +68,7 @@ def trainer(world, tmp_path) -> Callable[..., FPOTrainer]:
     def make(**changes: Any) -> FPOTrainer:
         settings = {"per_device_train_batch_size": 6, "warmup_steps": 0, "learning_rate": 1e-3, "logging_steps": 1}
         args = FPOConfig(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none", max_steps=2, **settings)
-        policy = AutoModelForCausalLM.from_pretrained(world.gemma, dtype=torch.float32, attn_implementation="eager")
+        policy = AutoModelForCausalLM.from_pretrained(world.gemma, dtype=torch.float32, attn_implementation="packed")
         given: dict[str, Any] = {"model": policy, "args": args, "train_dataset": world.open()}
         given |= {"saes": [world.load_sae()], "processing_class": AutoTokenizer.from_pretrained(world.gemma)}
         return FPOTrainer(**given | changes)

@@ -92,7 +92,7 @@ class World:
     def reference(self, sites: Sequence[int] = (0, 1)) -> Reference:
         """The reference as stage one takes it."""
         source = find_model(str(self.gemma))
-        model = load_model(source, attention="eager", device="cpu")
+        model = load_model(source, attention="packed", device="cpu")
         saes = tuple(self.load_sae(site) for site in sites)
         return Reference(source, model, ChatFormat(load_tokenizer(source)), saes, "fp32")
 
@@ -106,7 +106,7 @@ class World:
         return open_cache(self.folder / name, sites=[SITES[site].name for site in sites])
 
     def policy(self) -> Any:
-        return load_model(find_model(str(self.gemma)), attention="eager", device="cpu")
+        return load_model(find_model(str(self.gemma)), attention="packed", device="cpu")
 
 
 def to_arguments(options: dict[str, Any]) -> list[str]:
