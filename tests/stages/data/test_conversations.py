@@ -231,10 +231,13 @@ def test_a_file_gives_its_conversations_in_order_and_counts_the_rest(tmp_path):
     loaded = load(write(tmp_path / "a.jsonl", [messages(one) for one in told]))
     expected = [found for one in told for found in tokenize_conversation(one, FORMATS["gemma"], 64)[0]]
     assert len(loaded) == len(expected) == 3
-    for found, one in zip((loaded[i] for i in range(len(loaded))), expected, strict=True):
-        assert found.ids.tolist() == one.ids.tolist()
-        assert found.learnt.tolist() == one.learnt.tolist()
-        assert (found.ids.dtype, found.learnt.dtype) == (np.int32, np.bool_)
+    order = [2, 0, 1]
+    found_at_once = dict(zip(order, loaded.__getitems__(order), strict=True))
+    for i, one in enumerate(expected):
+        for found in (loaded[i], found_at_once[i]):
+            assert found.ids.tolist() == one.ids.tolist()
+            assert found.learnt.tolist() == one.learnt.tolist()
+            assert (found.ids.dtype, found.learnt.dtype) == (np.int32, np.bool_)
     assert loaded.skipped == {reason: 1 + (reason == "no messages") for reason in skipped}
     assert loaded.truncated == 1
     assert loaded.tokens == sum(one.ids.size for one in expected)
