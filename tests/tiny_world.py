@@ -105,8 +105,8 @@ class World:
     def open(self, sites: Sequence[int] = (0,), name: str = "cache") -> Cache:
         return open_cache(self.folder / name, sites=[SITES[site].name for site in sites])
 
-    def policy(self) -> Any:
-        return load_model(find_model(str(self.gemma)), attention="packed", device="cpu")
+    def policy(self, attention: str = "packed") -> Any:
+        return load_model(find_model(str(self.gemma)), attention=attention, device="cpu")
 
 
 def to_arguments(options: dict[str, Any]) -> list[str]:
