@@ -53,6 +53,10 @@ class Step:
     config: Any
     needs: tuple[Path, ...] = ()
 
+    def __hash__(self) -> int:
+        # A configuration with a mapping, such as a schedule's arguments, has no hash of its own.
+        return hash((self.command, self.out))
+
     @property
     def out(self) -> Path:
         """The folder that it writes."""
