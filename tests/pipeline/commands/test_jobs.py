@@ -80,7 +80,6 @@ def table(world, tmp_path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-@pytest.mark.slow
 def test_steps_whose_configuration_holds_a_mapping_can_be_told_apart():
     """A schedule's arguments are a mapping, which has no hash."""
     settings = {"num_decay_steps": 8}
@@ -92,6 +91,7 @@ def test_steps_whose_configuration_holds_a_mapping_can_be_told_apart():
     assert {one: 1, other: 2, again: 3} == {one: 3, other: 2}
 
 
+@pytest.mark.slow
 def test_a_failing_step_is_named_and_the_others_results_stay(world, tmp_path):
     good, bad = training(world, tmp_path / "good"), training(world, tmp_path / "bad", lr=1e30, max_steps=4)
     steps = [good, bad, evaluation(world, tmp_path / "of_bad", bad), evaluation(world, tmp_path / "of_good", good)]
