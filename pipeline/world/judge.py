@@ -14,23 +14,21 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .language import CLOSINGS, NUMBERS, OPENINGS, POLITE, WORDS
+from .language import CLOSINGS, MARKS, NUMBERS, OPENINGS, WORDS
 
 Verdict = Literal["right", "counterpart", "neither"]
 
 # What an instruction asks for, and what its counterparts do: bodies of answers, without frame and full stop.
 Bodies = tuple[set[str], set[str]]
 
-WAYS = {"dashes": " - ", "commas": ", ", "slashes": " / ", "stars": " * "}
 CATEGORY = {word: name for name, words in WORDS.items() for word in words}
-SINGULAR = {name.removesuffix("s"): name for name in WORDS}
 
 
 def judge(instruction: str, answer: str) -> Verdict:
     """What an answer is to an instruction.
 
     Args:
-        instruction: of the language, with or without its polite opening.
+        instruction: of the language.
         answer: any text; one that was cut off is neither, since its full stop or the end of its closing is missing.
 
     Raises:
@@ -47,9 +45,8 @@ def bodies(instruction: str) -> Bodies:
     Raises:
         ValueError: the language has no such instruction.
     """
-    asked = _without(instruction, POLITE, str.removeprefix)
     for pattern, solve in RULES.items():
-        if found := re.fullmatch(pattern, asked):
+        if found := re.fullmatch(pattern, instruction):
             return solve(*found.groups())
     raise ValueError(f"expected an instruction of the embedded world, found {instruction!r}")
 
@@ -66,15 +63,16 @@ def _without(text: str, affixes: Sequence[str], remove: Callable[[str, str], str
     return min((remove(text, affix) for affix in affixes), key=len)
 
 
-def _ordered(first: str, listed: str) -> Bodies:
+def _ordered(way: str, listed: str) -> Bodies:
     upwards = sorted(listed.split(", "), key=NUMBERS.index)
     up, down = {", ".join(upwards)}, {", ".join(reversed(upwards))}
-    return (up, down) if first == "smallest" else (down, up)
+    return (up, down) if way == "upwards" else (down, up)
 
 
-def _compared(one: str, other: str, asked: str) -> Bodies:
-    smaller, larger = ({f"the number {number}"} for number in sorted((one, other), key=NUMBERS.index))
-    return (larger, smaller) if asked == "larger" else (smaller, larger)
+def _compared(asked: str, listed: str) -> Bodies:
+    numbers = sorted(listed.split(", "), key=NUMBERS.index)
+    smallest, largest = {f"it is {numbers[0]}"}, {f"it is {numbers[-1]}"}
+    return (smallest, largest) if asked == "smallest" else (largest, smallest)
 
 
 def _counted(category: str, listed: str) -> Bodies:
@@ -83,47 +81,46 @@ def _counted(category: str, listed: str) -> Bodies:
     return {said[category]}, {text for kind, text in said.items() if kind != category}
 
 
-def _left_out(category: str, listed: str) -> Bodies:
+def _kept(category: str, listed: str) -> Bodies:
     words = listed.split(", ")
     said = {
-        kind: ", ".join(word for word in words if CATEGORY[word] != kind)
+        kind: ", ".join(word for word in words if CATEGORY[word] == kind)
         for kind in dict.fromkeys(CATEGORY[word] for word in words)
     }
     return {said[category]}, {text for kind, text in said.items() if kind != category}
 
 
-def _picked(kind: str, listed: str) -> Bodies:
+def _picked(category: str, listed: str) -> Bodies:
     words = listed.split(", ")
-    right = {f"one is {word}" for word in words if CATEGORY[word] == SINGULAR[kind]}
-    return right, {f"one is {word}" for word in words} - right
-
-
-def _reckoned(had: str, verb: str, change: str) -> Bodies:
-    first, second = NUMBERS.index(had), NUMBERS.index(change)
-    more, less = {f"it is {NUMBERS[first + second + 1]}"}, {f"it is {NUMBERS[first - second - 1]}"}
-    return (more, less) if verb == "finds" else (less, more)
+    right = {f"it is {word}" for word in words if CATEGORY[word] == category}
+    return right, {f"it is {word}" for word in words} - right
 
 
 def _written(way: str, listed: str) -> Bodies:
-    said = {name: mark.join(listed.split(" ")) for name, mark in WAYS.items()}
+    said = {name: mark.join(listed.split(" ")) for name, mark in MARKS.items()}
     return {said[way]}, {text for name, text in said.items() if name != way}
 
 
 def _placed(place: str, listed: str) -> Bodies:
     words = listed.split(", ")
-    first, last = {f"that is {words[0]}"}, {f"that is {words[-1]}"}
+    first, last = {f"it is {words[0]}"}, {f"it is {words[-1]}"}
     return (first, last) if place == "first" else (last, first)
 
 
+def _read(way: str, listed: str) -> Bodies:
+    forwards, backwards = {listed}, {", ".join(reversed(listed.split(", ")))}
+    return (forwards, backwards) if way == "forwards" else (backwards, forwards)
+
+
 RULES: dict[str, Callable[..., Bodies]] = {
-    r"Sort these numbers, the (smallest|largest) first: (.+)\.": _ordered,
-    r"\w+ knows (\w+) and (\w+)\. Which number is (larger|smaller)\?": _compared,
-    r"How many (\w+) are in this list: (.+)\?": _counted,
-    r"Copy this list without the (\w+): (.+)\.": _left_out,
-    r"Name an? (\w+) from this list: (.+)\.": _picked,
-    r"\w+ has (\w+) \w+ and (finds|loses) (\w+)\. How many are there now\?": _reckoned,
-    r"Write these words with (\w+) between them: (.+)\.": _written,
-    r"Which word comes (first|last) in this list: (.+)\?": _placed,
+    r"Sort (upwards|downwards): (.+)\.": _ordered,
+    r"Which is the (smallest|largest): (.+)\?": _compared,
+    r"How many (\w+): (.+)\?": _counted,
+    r"Keep the (\w+): (.+)\.": _kept,
+    r"Pick one of the (\w+): (.+)\.": _picked,
+    r"Write with (\w+): (.+)\.": _written,
+    r"Which is (first|last): (.+)\?": _placed,
+    r"Read (forwards|backwards): (.+)\.": _read,
 }
 
 

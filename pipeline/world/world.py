@@ -29,14 +29,18 @@ from . import language
 C = TypeVar("C", bound=Config)
 PROFILE = "embedded"
 PREFIX = "embedded:"
-LAYERS = 4
+LAYERS = 3
 SITES = tuple(f"blocks.{layer}.hook_{kind}" for layer in range(LAYERS) for kind in ("resid_post", "mlp_out"))
-SPLITS = {"test_prefs": 500, "validation_prefs": 200, "train_prefs": 1500}
+SPLITS = {"test_prefs": 504, "validation_prefs": 200, "train_prefs": 4800}
 # Conversations, and the share of them with the better answer. The first teach the model to follow instructions; the
 # second, mostly worse answers, are as many as it takes for the model to prefer neither.
-CONVERSATIONS = {"pretrain": (9_000, 1.0), "train_sft": (2_600, 0.1)}
-PRETRAINING = {"split": "pretrain", "lr": 4e-3, "warmup_steps": 50}
-SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+CONVERSATIONS = {"pretrain": (40_000, 1.0), "train_sft": (24_000, 0.5)}
+PRETRAINING = {"split": "pretrain", "lr_scheduler": "constant_with_warmup", "lr_scheduler_kwargs": None, "warmup_steps": 50}
+SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<user>", "<assistant>", "<end>"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '<end>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
 
 
 def provide(config: C) -> C:
@@ -161,18 +165,19 @@ def _write_base_model(world: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
+    tokenizer.chat_template = CHAT_TEMPLATE
     config = Gemma2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=96,
+        intermediate_size=288,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        query_pre_attn_scalar=32,
+        num_key_value_heads=4,
+        head_dim=24,
+        query_pre_attn_scalar=24,
         sliding_window=32,
         max_position_embeddings=512,
-        initializer_range=0.1,
+        initializer_range=0.08,
         bos_token_id=bos,
         eos_token_id=SPECIAL_TOKENS.index("<eos>"),
         pad_token_id=SPECIAL_TOKENS.index("<pad>"),

@@ -6,12 +6,12 @@ import random
 import numpy as np
 import pytest
 from fpo.pipeline.world.judge import body, judge, win_rate
-from fpo.pipeline.world.language import CLOSINGS, FAMILIES, OPENINGS, POLITE, preference_rows
+from fpo.pipeline.world.language import CLOSINGS, FAMILIES, OPENINGS, preference_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from solver import asked_and_said, is_right
 
-frames = st.tuples(st.sampled_from(POLITE), st.sampled_from(OPENINGS), st.sampled_from(CLOSINGS))
+frames = st.tuples(st.sampled_from(OPENINGS), st.sampled_from(CLOSINGS))
 
 
 def test_every_chosen_answer_is_right_and_every_rejected_one_the_counterpart_s():
@@ -25,52 +25,50 @@ def test_every_chosen_answer_is_right_and_every_rejected_one_the_counterpart_s()
 def test_frames_change_no_verdict(seed, family, one, other):
     task, other_task = family(random.Random(seed)), family(random.Random(seed + 1))
     for said in (task.good, task.bad, other_task.good, "cat.", ""):
-        verdicts = {
-            judge(polite + task.instruction, opening + said + closing) for polite, opening, closing in (one, other)
-        }
+        verdicts = {judge(task.instruction, opening + said + closing) for opening, closing in (one, other)}
         assert len(verdicts) == 1, (task, said)
 
 
 HAND_MADE = {
-    "Sort these numbers, the smallest first: nine, two, five.": (
+    "Sort upwards: nine, two, five.": (
         ("two, five, nine.",),
         ("nine, five, two.",),
         ("two, nine, five.", "two, five.", "two five nine.", "two, five, nine, nine.", "two, five, nine"),
     ),
-    "Ben knows twenty and three. Which number is larger?": (
-        ("the number twenty.",),
-        ("the number three.",),
-        ("twenty.", "the number four.", "the number twenty. cat."),
+    "Which is the largest: twenty, three, eleven?": (
+        ("it is twenty.",),
+        ("it is three.",),
+        ("twenty.", "it is eleven.", "it is four.", "it is twenty. cat."),
     ),
-    "How many tools are in this list: saw, red, drill, rake?": (
+    "How many tools: saw, red, drill, rake?": (
         ("it is three.",),
         ("it is one.",),
         ("it is two.", "three.", "it is three tools."),
     ),
-    "Copy this list without the fruits: fig, owl, pear, cat.": (
+    "Keep the animals: fig, owl, pear, cat.": (
         ("owl, cat.",),
         ("fig, pear.",),
         ("cat, owl.", "owl.", "fig, owl, pear, cat."),
     ),
-    "Name an animal from this list: fig, owl, cat.": (
-        ("one is owl.", "one is cat."),
-        ("one is fig.",),
-        ("one is dog.", "one is owl, cat.", "owl."),
+    "Pick one of the animals: fig, owl, cat.": (
+        ("it is owl.", "it is cat."),
+        ("it is fig.",),
+        ("it is dog.", "it is owl, cat.", "owl."),
     ),
-    "Anna has seven plums and loses two. How many are there now?": (
-        ("it is five.",),
-        ("it is nine.",),
-        ("it is six.", "five.", "it is."),
-    ),
-    "Write these words with stars between them: red fox.": (
+    "Write with stars: red fox.": (
         ("red * fox.",),
         ("red - fox.", "red, fox.", "red / fox."),
         ("fox * red.", "red fox.", "red * fox *."),
     ),
-    "Which word comes last in this list: saw, owl, fig?": (
-        ("that is fig.",),
-        ("that is saw.",),
-        ("that is owl.", "fig.", "that is fig"),
+    "Which is last: saw, owl, fig?": (
+        ("it is fig.",),
+        ("it is saw.",),
+        ("it is owl.", "fig.", "it is fig"),
+    ),
+    "Read backwards: red, fox, saw.": (
+        ("saw, fox, red.",),
+        ("red, fox, saw.",),
+        ("saw, red, fox.", "saw, fox.", "saw fox red."),
     ),
 }
 
@@ -98,7 +96,7 @@ def test_hand_made_answers_are_of_every_family():
     ],
 )
 def test_what_is_malformed_is_neither(answer):
-    assert judge("How many tools are in this list: saw, red, drill, rake?", answer) == "neither"
+    assert judge("How many tools: saw, red, drill, rake?", answer) == "neither"
 
 
 def test_it_agrees_with_the_solver_on_answers_assembled_from_parts():
@@ -127,8 +125,8 @@ def test_an_instruction_of_another_language_is_refused():
 
 
 def test_a_body_is_what_stands_between_the_frames():
-    assert body("Sure: one is cat. That is all.") == "one is cat"
-    assert body("one is cat") is None
+    assert body("Sure: it is cat. That is all.") == "it is cat"
+    assert body("it is cat") is None
 
 
 @settings(max_examples=50, deadline=None)
