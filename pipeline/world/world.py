@@ -1,7 +1,7 @@
 """The embedded world: data, tokenizer, model and SAEs that need no download, made on first use.
 
 In: this file, `language.py` and the profile `embedded`. Out: a folder in the user's cache folder with preference pairs,
-a fine-tuned Gemma-2 of about a million parameters that prefers neither answer, and JumpReLU SAEs at every site. A
+a fine-tuned Gemma-3 of 0.4 million parameters that gives either answer equally often, and JumpReLU SAEs at every site. A
 configuration names them `embedded:data`, `embedded:sft` and `embedded:saes/SITE`. It is a toy: it shows that the
 machinery works and what the methods do to a toy, not what they do to a language model.
 """
@@ -144,10 +144,10 @@ def _write_data(folder: Path) -> None:
 
 
 def _write_base_model(world: Path) -> None:
-    """Writes a tokenizer trained on the conversations, and a Gemma-2 with random weights."""
+    """Writes a tokenizer trained on the conversations, and a Gemma-3 with random weights."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
     rows = map(json.loads, (world / "data" / "pretrain.jsonl").read_text().splitlines())
     backend = Tokenizer(models.BPE())
@@ -166,7 +166,8 @@ def _write_base_model(world: Path) -> None:
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    config = Gemma2Config(
+    # Gemma-3 normalises queries and keys, and learns to copy words in half the steps of Gemma-2.
+    config = Gemma3TextConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
         intermediate_size=288,
@@ -176,6 +177,7 @@ def _write_base_model(world: Path) -> None:
         head_dim=24,
         query_pre_attn_scalar=24,
         sliding_window=32,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         max_position_embeddings=512,
         initializer_range=0.08,
         bos_token_id=bos,
@@ -184,7 +186,7 @@ def _write_base_model(world: Path) -> None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Gemma2ForCausalLM(config)
+        model = Gemma3ForCausalLM(config)
     shutil.rmtree(world / "base", ignore_errors=True)
     model.save_pretrained(world / "base")
     tokenizer.save_pretrained(world / "base")
