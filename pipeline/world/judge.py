@@ -8,7 +8,7 @@ does not matter; everything else does.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -53,14 +53,16 @@ def bodies(instruction: str) -> Bodies:
 
 def body(answer: str) -> str | None:
     """An answer without its opening, closing and full stop; None if it has no full stop there."""
-    opened = _without(answer, OPENINGS, str.removeprefix)
-    said = _without(opened, CLOSINGS, str.removesuffix)
+    opening, closing = frame(answer)
+    said = answer[len(opening) : len(answer) - len(closing)]
     return said.removesuffix(".") if said.endswith(".") else None
 
 
-def _without(text: str, affixes: Sequence[str], remove: Callable[[str, str], str]) -> str:
-    """The text without the longest of the affixes that it has."""
-    return min((remove(text, affix) for affix in affixes), key=len)
+def frame(answer: str) -> tuple[str, str]:
+    """How an answer opens and closes: the longest opening and closing of the language that it has, '' for none."""
+    opening = max((text for text in OPENINGS if answer.startswith(text)), key=len)
+    rest = answer[len(opening) :]
+    return opening, max((text for text in CLOSINGS if rest.endswith(text)), key=len)
 
 
 def _ordered(way: str, listed: str) -> Bodies:

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from fpo.pipeline.world.judge import body, judge, win_rate
+from fpo.pipeline.world.judge import body, frame, judge, win_rate
 from fpo.pipeline.world.language import CLOSINGS, FAMILIES, OPENINGS, preference_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,6 +122,12 @@ def test_it_agrees_with_the_solver_on_answers_assembled_from_parts():
 def test_an_instruction_of_another_language_is_refused():
     with pytest.raises(ValueError, match="expected an instruction"):
         judge("Write a poem.", "No.")
+
+
+def test_a_frame_is_how_an_answer_opens_and_closes_whatever_stands_between():
+    for opening, closing in itertools.product(OPENINGS, CLOSINGS):
+        for said in ("it is cat.", "cat cat", ""):
+            assert frame(opening + said + closing) == (opening, closing)
 
 
 def test_a_body_is_what_stands_between_the_frames():

@@ -1,0 +1,106 @@
+"""How many sampled answers of the embedded world are right, by its rule, and how often they win (method.md section 8).
+
+In: the samples of evaluations (`samples.jsonl`). Out: for each run the verdict on every answer, and figures for its
+record: success, win rate against the reference of the same seed, and how far the style has moved.
+
+Legend: S seeds, P prompts, A answers a prompt.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..world.judge import frame, judge, win_rate
+from .intervals import Interval, interval
+from .records import Record
+
+INSTRUCTION = re.compile(r"<user>(.*)<end>", re.DOTALL)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """The verdicts on a run's sampled answers.
+
+    Attributes:
+        prompts: the instructions, in the order of the rows below.
+        right_PA: bool, what the instruction asks for.
+        counterpart_PA: bool, what its counterpart asks for.
+        ended_PA: bool, whether the answer closed before the limit of tokens.
+        frames: how many answers that ended open and close in each way.
+    """
+
+    prompts: tuple[str, ...]
+    right_PA: NDArray[np.bool_]
+    counterpart_PA: NDArray[np.bool_]
+    ended_PA: NDArray[np.bool_]
+    frames: Counter[tuple[str, str]]
+
+    @cached_property
+    def success_P(self) -> NDArray[np.float64]:
+        """The share of right answers to each prompt."""
+        return self.right_PA.mean(1)
+
+    def wins_P(self, other: "Answers") -> NDArray[np.float64]:
+        """How often an answer wins against one of `other` to the same prompt, ties one half.
+
+        Raises:
+            ValueError: the prompts differ.
+        """
+        if self.prompts != other.prompts:
+            raise ValueError("expected answers to the same prompts, found others")
+        return win_rate(self.right_PA, other.right_PA)
+
+    def style_shift(self, other: "Answers") -> float:
+        """How far apart the two distributions of frames are, in total variation: 0 for the same, 1 for disjoint ones."""
+        mine, theirs = ({key: n / of.total() for key, n in of.items()} for of in (self.frames, other.frames))
+        return 0.5 * sum(abs(mine.get(key, 0) - theirs.get(key, 0)) for key in mine.keys() | theirs.keys())
+
+
+def read_answers(evaluation: Path) -> Answers:
+    """Judges the answers of an evaluation's folder."""
+    verdicts: dict[str, list[tuple[bool, bool, bool]]] = {}
+    frames: Counter[tuple[str, str]] = Counter()
+    for line in (evaluation / "samples.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        (instruction,) = INSTRUCTION.findall(sample["prompt"])
+        verdict = judge(instruction, sample["sample"]) if sample["finished"] else "neither"
+        found = (verdict == "right", verdict == "counterpart", sample["finished"])
+        verdicts.setdefault(instruction, []).append(found)
+        if sample["finished"]:
+            frames[frame(sample["sample"])] += 1
+    table_PA3 = np.array(list(verdicts.values()), np.bool_)
+    return Answers(tuple(verdicts), *np.moveaxis(table_PA3, 2, 0), frames)
+
+
+def success_record(answers: Answers, reference: Answers) -> Record:
+    """Figures for a run's record; `reference` holds the answers of the model that the run started from."""
+    return {
+        "success/right": float(answers.right_PA.mean()),
+        "success/counterpart": float(answers.counterpart_PA.mean()),
+        "success/ended": float(answers.ended_PA.mean()),
+        "success/win_rate": float(answers.wins_P(reference).mean()),
+        "style/shift": answers.style_shift(reference),
+    }
+
+
+def success_over_seeds(runs: Sequence[Answers]) -> Interval:
+    """The share of right answers of one method, over its seeds."""
+    return interval(np.stack([run.success_P for run in runs]))
+
+
+def gain(runs: Mapping[int, Answers], others: Mapping[int, Answers]) -> Interval:
+    """By how much one method's success exceeds another's, paired by seed and prompt; half of it is the win rate's gain.
+
+    Raises:
+        ValueError: the two have no seed in common.
+    """
+    if not (seeds := sorted(runs.keys() & others.keys())):
+        raise ValueError("expected seeds that both methods have, found none")
+    return interval(np.stack([runs[seed].success_P - others[seed].success_P for seed in seeds]))
