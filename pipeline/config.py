@@ -320,6 +320,9 @@ class ComparisonConfig(Config):
     heldout_split: str = in_file("test_prefs", "Split that the comparison is measured on.")
     sae: tuple[str, ...] = in_file((), "SAEs, one a site, in the order of `site`.")
     site: tuple[str, ...] = in_file((), "Sites of the SAEs.")
+    rows: dict[str, dict[str, Any]] = in_file(
+        {}, "Options of rows that share a method with another one (fpo-alpha0), by row."
+    )
     seeds: tuple[int, ...] = in_file((0,), "Seeds, each a run of every method.")
     ablation_sites: tuple[str, ...] = in_file((), "Sites of the ablation, one run each.")
     ablation_sums: tuple[str, ...] = in_file((), "Several sites at once, joined by '+', of the ablation, one run each.")

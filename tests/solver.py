@@ -54,7 +54,9 @@ def is_right(instruction: str, answer: str) -> bool:
 def problem(instruction: str) -> tuple[str, ...]:
     """What an instruction is about, whichever way it is asked: its kind, and its words in alphabetical order."""
     asked, _, listed = instruction[:-1].partition(": ")
-    turns = r"upwards|downwards|smallest|largest|first|last|forwards|backwards|" + "|".join([*BETWEEN, *(f"{kind}s" for kind in KINDS)])
+    turns = r"upwards|downwards|smallest|largest|first|last|forwards|backwards|" + "|".join(
+        [*BETWEEN, *(f"{kind}s" for kind in KINDS)]
+    )
     kind = re.sub(rf"\b({turns})\b", "…", asked)
     if kind == "Which is …":  # a place in a list, against "Which is the …" of numbers
         kind = "place"

@@ -34,7 +34,7 @@ DONE = "step.json"
 
 # What the fork server imports once.
 MODULES = ("precompute", "sft", "train_sae", "align", "evaluate")
-SLOW_IMPORTS = ["sae_lens", "scipy.stats", "transformers.models.gemma2.modeling_gemma2"]
+SLOW_IMPORTS = ["sae_lens", "scipy.stats", "transformers.models.gemma3.modeling_gemma3"]
 
 
 @dataclass(frozen=True)

@@ -78,12 +78,17 @@ class Plan:
     saes: Mapping[str, str]
     world: Path
 
+    @property
+    def rows(self) -> dict[str, dict[str, Any] | None]:
+        """The rows of the comparison with their options, those of the profile for a row of its own included."""
+        return {row: options and {**options, **self.config.rows.get(row, {})} for row, options in ROWS.items()}
+
     def comparison(self) -> list[Run]:
         """All rows of the comparison under every seed; runs of the first seed save snapshots."""
         return [
             self.run(row, LABELS[row], seed, options, followed=seed == self.config.seeds[0])
             for seed in self.config.seeds
-            for row, options in ROWS.items()
+            for row, options in self.rows.items()
         ]
 
     def site_ablation(self) -> list[Run]:

@@ -58,7 +58,7 @@ class Answers:
         return win_rate(self.right_PA, other.right_PA)
 
     def style_shift(self, other: "Answers") -> float:
-        """How far apart the two distributions of frames are, in total variation: 0 for the same, 1 for disjoint ones."""
+        """How far apart the two distributions of frames are, in total variation: from 0 (the same) to 1 (disjoint)."""
         mine, theirs = ({key: n / of.total() for key, n in of.items()} for of in (self.frames, other.frames))
         return 0.5 * sum(abs(mine.get(key, 0) - theirs.get(key, 0)) for key in mine.keys() | theirs.keys())
 

@@ -1,13 +1,18 @@
-"""`fpo tune`: a grid search of learning rate and β for every method, the same number of trials for each.
+"""`fpo tune`: a search of learning rate, β and α for every row of the comparison, the same number of trials for each.
 
-In: a profile. Out: `tuning.csv` in the results folder, one line per trial on the validation split, and each method's
-best trial on the terminal, in the form in which one copies it into the profile.
+In: a profile. Out: in the results folder `tuning.csv`, one line per trial on the validation split, and the figure
+`frontier`; each row's best trial on the terminal, in the form in which one copies it into the profile.
+
+In the embedded world the score is the share of sampled answers that are right; elsewhere it is raw accuracy. Trials
+whose score is within a standard error of the best are near-ties: of these the one nearest to the reference wins.
 """
 
 import csv
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import typer
 
 from ...cache.errors import UserError
@@ -16,15 +21,21 @@ from ...stages.train.methods import METHODS
 from ..commands.jobs import run_steps
 from ..config import TuneConfig
 from ..world.world import provide
-from .plan import Plan, Run, make_plan
+from .page import is_toy, short_note
+from .plan import ROWS, Plan, Run, make_plan
 from .records import Record, read_record
+from .style import save
+from .success import read_answers, success_record
+from .success_figures import frontier
 
-# Factors of the profile's learning rate and of the method's default β (docs/method.md, section 4).
-RATES = (0.3, 1.0, 3.0, 10.0)
-BETAS = (0.3, 1.0, 3.0)
+# Trials of a row: points of a Sobol sequence over what is searched, up to a factor of SPAN to either side of the
+# profile's learning rate and of the method's own β and α (docs/method.md, section 4).
+TRIALS = 16
+SPAN = 10.0
+SEARCHED = ("lr", "beta", "alpha")
 
-SCORE = "accuracy/raw"
-COLUMNS = ("method", "lr", "beta", SCORE, "accuracy/implicit", "kl/chosen", "kl/rejected")
+SUCCESS, ACCURACY = "success/right", "accuracy/raw"
+COLUMNS = ("row", *SEARCHED, "score", "error", "kl", SUCCESS, ACCURACY, "accuracy/implicit", "features/mse_chosen")
 
 
 def run_tune(name: str, config: TuneConfig) -> None:
@@ -40,40 +51,74 @@ def run_tune(name: str, config: TuneConfig) -> None:
     config = config.model_copy(update={"runs": config.runs or Path("runs") / stem, "out": out})
     provide(config)
     plan = make_plan(name, config.model_copy(update={"heldout_split": config.validation_split}))
-    runs = [run for method in METHODS for run in trials(plan, method)]
+    reference = plan.run("sft", "SFT", plan.config.seeds[0], None)
+    runs = [run for row, options in ROWS.items() if options for run in trials(plan, row)]
+    prompts = None if is_toy(plan) else 0
+    evaluations = {run: plan.evaluation(run, prompts=prompts) for run in (reference, *runs)}
     steps = [*plan.base, plan.train_cache, plan.heldout_cache, *(run.train for run in runs if run.train)]
-    run_steps([*steps, *(plan.evaluation(run, prompts=0) for run in runs)], config.jobs)
-    records = [read_record(run, plan.evaluation(run, prompts=0)) for run in runs]
+    run_steps([*steps, *evaluations.values()], config.jobs)
+    folders = {run: evaluation.out for run, evaluation in evaluations.items()}
+    records = [scored(read_record(run, evaluations[run]), folders[run], folders[reference], plan) for run in runs]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
-    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "tuning.csv", text.getvalue().encode())
+    best = winners(records)
+    score = "right answers" if is_toy(plan) else "raw accuracy"
+    save(frontier(records, best, score, short_note(plan)), out / "figures", "frontier")
     typer.echo(f"{out / 'tuning.csv'}: {len(records)} trials; for the profile:")
-    for method, record in winners(records).items():
-        typer.echo(f"  {method}: {{lr: {record['lr']:g}, beta: {record['beta']:g}}}  # {100 * record[SCORE]:.1f} %")
+    for row, record in best.items():
+        found = ", ".join(f"{key}: {record[key]:g}" for key in searched(row))
+        typer.echo(f"  {row}: {{{found}}}  # {100 * record['score']:.1f} %, KL {record['kl']:.2f}")
 
 
-def trials(plan: Plan, method: str) -> list[Run]:
-    """One method's grid of runs, under the first seed."""
-    base = plan.config.lr
-    own = float(METHODS[method].defaults["beta"])
-    points = [(float(f"{base * rate:.3g}"), float(f"{own * beta:.3g}")) for rate in RATES for beta in BETAS]
+def searched(row: str) -> list[str]:
+    """What a row's search varies: α only where the method has one and the row does not fix it."""
+    options = ROWS[row] or {}
+    return [key for key in SEARCHED if key not in options and key in {"lr", *METHODS[options["method"]].defaults}]
+
+
+def trials(plan: Plan, row: str) -> list[Run]:
+    """One row's runs under the first seed."""
+    from scipy.stats.qmc import Sobol
+
+    options, names = ROWS[row] or {}, searched(row)
+    centre: Mapping[str, float] = METHODS[options["method"]].defaults | {"lr": plan.config.lr}
+    points = Sobol(len(names), rng=0).random(TRIALS)
+    found = [
+        {name: float(f"{centre[name] * SPAN ** (2 * at - 1):.2g}") for name, at in zip(names, point, strict=True)}
+        for point in points
+    ]
     return [
         plan.run(
-            method,
-            f"{method} lr {lr:g} beta {beta:g}",
+            row,
+            f"{row} " + " ".join(f"{name} {value:g}" for name, value in trial.items()),
             plan.config.seeds[0],
-            {"method": method, "lr": lr, "beta": beta},
+            {**options, **trial},
         )
-        for lr, beta in points
+        for trial in found
     ]
 
 
-def winners(records: list[Record]) -> dict[str, Record]:
-    """Each method's trial of highest raw accuracy; of equal ones that with the lower rate, then the lower β."""
-    best: dict[str, Record] = {}
-    for record in sorted(records, key=lambda trial: (-trial[SCORE], trial["lr"], trial["beta"])):
-        best.setdefault(record["method"], record)
-    return {method: best[method] for method in METHODS if method in best}
+def scored(record: Record, folder: Path, reference: Path, plan: Plan) -> Record:
+    """A trial's record with its `score`, the `error` of that, and its `kl` to the reference, nats a response."""
+    record = record | {"kl": (record["kl/chosen"] + record["kl/rejected"]) / 2}
+    if not is_toy(plan):
+        error = (record[f"{ACCURACY} high"] - record[f"{ACCURACY} low"]) / (2 * 1.96)
+        return record | {"score": record[ACCURACY], "error": error}
+    answers = read_answers(folder)
+    error = float(np.std(answers.success_P, ddof=1) / np.sqrt(len(answers.prompts)))
+    record |= success_record(answers, read_answers(reference))
+    return record | {"score": record[SUCCESS], "error": error}
+
+
+def winners(records: Sequence[Record]) -> dict[str, Record]:
+    """Each row's trial of lowest KL among those whose score is within a standard error of the row's best."""
+    found = {}
+    for row in dict.fromkeys(record["row"] for record in records):
+        mine = [record for record in records if record["row"] == row]
+        best = max(mine, key=lambda trial: (trial["score"], -trial["kl"]))
+        near = [trial for trial in mine if trial["score"] >= best["score"] - best["error"]]
+        found[row] = min(near, key=lambda trial: (trial["kl"], -trial["score"], trial["lr"]))
+    return found

@@ -1,8 +1,8 @@
 """The embedded world: data, tokenizer, model and SAEs that need no download, made on first use.
 
 In: this file, `language.py` and the profile `embedded`. Out: a folder in the user's cache folder with preference pairs,
-a fine-tuned Gemma-3 of 0.4 million parameters that gives either answer equally often, and JumpReLU SAEs at every site. A
-configuration names them `embedded:data`, `embedded:sft` and `embedded:saes/SITE`. It is a toy: it shows that the
+a fine-tuned Gemma-3 of 0.4 million parameters that gives either answer equally often, and JumpReLU SAEs at every site.
+A configuration names them `embedded:data`, `embedded:sft` and `embedded:saes/SITE`. It is a toy: it shows that the
 machinery works and what the methods do to a toy, not what they do to a language model.
 """
 
@@ -35,7 +35,12 @@ SPLITS = {"test_prefs": 504, "validation_prefs": 200, "train_prefs": 4800}
 # Conversations, and the share of them with the better answer. The first teach the model to follow instructions; the
 # second, mostly worse answers, are as many as it takes for the model to prefer neither.
 CONVERSATIONS = {"pretrain": (40_000, 1.0), "train_sft": (24_000, 0.5)}
-PRETRAINING = {"split": "pretrain", "lr_scheduler": "constant_with_warmup", "lr_scheduler_kwargs": None, "warmup_steps": 50}
+PRETRAINING = {
+    "split": "pretrain",
+    "lr_scheduler": "constant_with_warmup",
+    "lr_scheduler_kwargs": None,
+    "warmup_steps": 50,
+}
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<user>", "<assistant>", "<end>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '<end>' }}"
