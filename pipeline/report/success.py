@@ -45,7 +45,7 @@ class Answers:
     @cached_property
     def success_P(self) -> NDArray[np.float64]:
         """The share of right answers to each prompt."""
-        return self.right_PA.mean(1)
+        return np.asarray(self.right_PA.mean(1))
 
     def wins_P(self, other: "Answers") -> NDArray[np.float64]:
         """How often an answer wins against one of `other` to the same prompt, ties one half.
@@ -75,8 +75,8 @@ def read_answers(evaluation: Path) -> Answers:
         verdicts.setdefault(instruction, []).append(found)
         if sample["finished"]:
             frames[frame(sample["sample"])] += 1
-    table_PA3 = np.array(list(verdicts.values()), np.bool_)
-    return Answers(tuple(verdicts), *np.moveaxis(table_PA3, 2, 0), frames)
+    right_PA, counterpart_PA, ended_PA = np.moveaxis(np.array(list(verdicts.values()), np.bool_), 2, 0)
+    return Answers(tuple(verdicts), right_PA, counterpart_PA, ended_PA, frames)
 
 
 def success_record(answers: Answers, reference: Answers) -> Record:

@@ -86,8 +86,8 @@ def _words(rng: random.Random, least: int, most: int) -> list[str]:
 def _two_categories(rng: random.Random, counts: Sequence[tuple[int, int]]) -> tuple[list[str], str, str]:
     """Shuffled words of two categories, in one of the given numbers; and the two categories."""
     one, other = rng.sample(sorted(WORDS), 2)
-    counts = rng.choice(counts)
-    words = [word for name, count in zip((one, other), counts, strict=True) for word in rng.sample(WORDS[name], count)]
+    chosen = zip((one, other), rng.choice(counts), strict=True)
+    words = [word for name, count in chosen for word in rng.sample(WORDS[name], count)]
     rng.shuffle(words)
     return words, one, other
 
