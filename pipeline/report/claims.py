@@ -1,18 +1,24 @@
 """Whether the paper's qualitative claims hold in what was measured.
 
-In: records of a comparison or an ablation (`records.py`). Out: each claim with yes or no, and the figures behind it.
-The thresholds are this project's: the paper gives none.
+In: records of a comparison or an ablation (`records.py`), and every method's score on every prompt. Out: each claim with
+yes, no or cannot tell, and the figures behind it. The thresholds are this project's: the paper gives none.
+
+A difference is told if its 95 % interval over seeds and prompts leaves out 0 and its p-value, corrected for how many
+differences the claim makes (Holm), is at most 0.05.
 """
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .intervals import BySeed, Interval, gain, holm, mean_of
 from .records import Record, by_row, mean_and_deviation
+from .style import LABELS
 
 FAR_BELOW = 0.5
 NEAR = 0.05
 TOGETHER = 0.7
+RISK = 0.05
 
 
 @dataclass(frozen=True)
@@ -35,20 +41,34 @@ class Claim:
         return {True: "yes", False: "no", None: "cannot tell"}[self.holds]
 
 
-def comparison_claims(records: Sequence[Record], correlations: Mapping[int, float]) -> list[Claim]:
+@dataclass(frozen=True)
+class Scores:
+    """How well each row of the comparison does.
+
+    Attributes:
+        name: what the score is, as "right answers".
+        rows: for each row and seed the score of each prompt or pair, from 0 to 1.
+    """
+
+    name: str
+    rows: Mapping[str, BySeed]
+
+
+def comparison_claims(records: Sequence[Record], correlations: Mapping[int, float], scores: Scores) -> list[Claim]:
     """Claims about the methods.
 
     Args:
         records: those of all rows, the reference included.
         correlations: rank correlation of KL and feature MSE across methods by step, for the seed of the first record.
+        scores: of the same rows.
     """
     rows = by_row(records)
     steps = ", ".join(f"step {step}: {value:.2f}" for step, value in sorted(correlations.items())) or "no ranks"
     if len({record["seed"] for record in records}) > 1:
         steps = f"seed {records[0]['seed']}: {steps}"
     return [
-        _beats_reference(rows),
-        _constraint_tells(rows),
+        _beats_reference(scores),
+        *_beats_others(scores),
         _kl_below(rows),
         Claim(
             f"KL and feature MSE rank the methods alike at every step (rank correlation above {TOGETHER:g})",
@@ -136,7 +156,7 @@ def _mean(runs: Sequence[Record], key: str) -> float:
     return found[0]
 
 
-def _over_seeds(holds: bool, seeds: int) -> bool | None:
+def _over_seeds(holds: bool | None, seeds: int) -> bool | None:
     """`holds`, but None if it is true of a single seed, which has no deviation; a claim that fails there is false."""
     return None if holds and seeds < 2 else holds
 
@@ -145,33 +165,45 @@ def _spread(deviation: float, seeds: int, digits: int) -> str:
     return f"sd {deviation:.{digits}f}" if seeds > 1 else "one seed"
 
 
-def _beats_reference(rows: Mapping[str, list[Record]]) -> Claim:
-    reference = 100 * _mean(rows["sft"], "accuracy/raw")
-    parts, fail, seeds = [], [], []
-    for row, runs in rows.items():
-        found = mean_and_deviation(runs, "accuracy/raw")
-        if row == "sft" or found is None:
-            continue
-        gain, deviation = 100 * found[0] - reference, 100 * found[1]
-        seeds.append(len(runs))
-        parts.append(f"{runs[0]['label']} {gain:+.1f} ({_spread(deviation, len(runs), 1)})")
-        if not gain > 2 * deviation:
-            fail.append(runs[0]["label"])
+def _beats_reference(scores: Scores) -> Claim:
+    """Whether every method does better than the model that it starts from."""
+    reference = scores.rows["sft"]
+    gains = {row: gain(values, reference) for row, values in scores.rows.items() if row != "sft"}
+    told = _told(list(gains.values()))
+    figures = ", ".join(f"{LABELS[row]} {_points(found)}" for row, found in gains.items())
+    fail = [LABELS[row] for row, higher in zip(gains, told, strict=True) if higher is not True]
+    answer = False if False in told else None if None in told else True
     return Claim(
-        "Every aligned method beats SFT's raw accuracy by more than two standard deviations over seeds",
-        _over_seeds(not fail, min(seeds)),
-        f"SFT {reference:.1f} %; " + ", ".join(parts) + (f"; not {', '.join(fail)}" if fail else ""),
+        f"Every aligned method has more {scores.name} than SFT",
+        _over_seeds(answer, len(reference)),
+        f"SFT {100 * mean_of(reference).mean:.1f} %; points more: {figures}"
+        + (f"; not {', '.join(fail)}" if fail else ""),
     )
 
 
-def _constraint_tells(rows: Mapping[str, list[Record]]) -> Claim:
-    """Whether FPO beats FPO without its constraint, paired by seed."""
-    gain = _gain(rows["fpo"], rows["fpo-alpha0"], "accuracy/raw")
-    return Claim(
-        "FPO's accuracy is above that of α = 0 by more than two standard deviations of the difference",
-        gain.tells,
-        f"difference {gain.text(100, 2, 'points')}",
-    )
+def _beats_others(scores: Scores) -> list[Claim]:
+    """Whether FPO does better than FPO without its constraint, than SimPO and than TDPO-2."""
+    others = [row for row in ("fpo-alpha0", "simpo", "tdpo2") if row in scores.rows]
+    gains = [gain(scores.rows["fpo"], scores.rows[row]) for row in others]
+    return [
+        Claim(
+            f"FPO has more {scores.name} than {LABELS[row]}",
+            _over_seeds(higher, len(scores.rows["fpo"])),
+            f"{_points(found)} points; p = {p:.3g} (Holm)",
+        )
+        for row, found, higher, p in zip(others, gains, _told(gains), holm([g.p for g in gains]), strict=True)
+    ]
+
+
+def _told(gains: Sequence[Interval]) -> list[bool | None]:
+    """For each difference whether it is above 0; None where it cannot be told from 0."""
+    corrected = holm([found.p for found in gains])
+    return [found.mean > 0 if found.tells and p <= RISK else None for found, p in zip(gains, corrected, strict=True)]
+
+
+def _points(found: Interval) -> str:
+    """A difference with its interval, in percentage points."""
+    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
 
 
 def _kl_below(rows: Mapping[str, list[Record]]) -> Claim:

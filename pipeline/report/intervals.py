@@ -9,7 +9,7 @@ prompts are drawn, and the interval says nothing of other seeds.
 Legend: S seeds, P prompts, B resamples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 RESAMPLES = 4000
 LEVEL = 0.95
+
+# A method's numbers: for each seed one a prompt, [P].
+BySeed = Mapping[int, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,22 @@ def interval(values_SP: NDArray[np.float64], seed: int = 0) -> Interval:
     low, high = np.quantile(means_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     farther = int((np.abs(means_B - mean) >= abs(mean)).sum())
     return Interval(mean, float(low), float(high), (1 + farther) / (1 + RESAMPLES))
+
+
+def mean_of(values: BySeed) -> Interval:
+    """A method's mean over its seeds and prompts."""
+    return interval(np.stack([values[seed] for seed in sorted(values)]))
+
+
+def gain(values: BySeed, others: BySeed) -> Interval:
+    """By how much one method exceeds another, paired by seed and prompt.
+
+    Raises:
+        ValueError: the two have no seed in common.
+    """
+    if not (seeds := sorted(values.keys() & others.keys())):
+        raise ValueError("expected seeds that both methods have, found none")
+    return interval(np.stack([values[seed] - others[seed] for seed in seeds]))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

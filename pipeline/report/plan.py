@@ -145,17 +145,17 @@ class Plan:
             needed["reference"] = self.model
         return self._step("align", label, config.model_copy(update=needed), self.train_cache)
 
-    def evaluation(self, run: Run, model: Path | None = None, *, prompts: int | None = None) -> Step:
+    def evaluation(self, run: Run, model: Path | None = None, **options: Any) -> Step:
         """The step that evaluates a run on the held-out cache.
 
         Args:
             run: the run.
             model: one of its snapshots; default its final model.
-            prompts: how many prompts to sample answers to; default the profile's number.
+            options: options of `fpo evaluate` that differ from the profile's.
         """
         trained = model or (run.train.out if run.train else None)
         given: dict[str, Any] = {"model": str(trained or self.model), "reference": self.model, "seed": run.seed}
-        given |= {"cache": self.heldout_cache.out} | ({} if prompts is None else {"prompts": prompts})
+        given |= {"cache": self.heldout_cache.out, **options}
         given |= {} if run.method is None else {"method": run.method}
         config = self._load("evaluate", given)
         config = config.model_copy(update={"sae": tuple(self.saes[site] for site in config.site)})

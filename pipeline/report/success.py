@@ -3,13 +3,12 @@
 In: the samples of evaluations (`samples.jsonl`). Out: for each run the verdict on every answer, and figures for its
 record: success, win rate against the reference of the same seed, and how far the style has moved.
 
-Legend: S seeds, P prompts, A answers a prompt.
+Legend: P prompts, A answers a prompt.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..world.judge import frame, judge, win_rate
-from .intervals import Interval, interval
 from .records import Record
 
 INSTRUCTION = re.compile(r"<user>(.*)<end>", re.DOTALL)
@@ -88,19 +86,3 @@ def success_record(answers: Answers, reference: Answers) -> Record:
         "success/win_rate": float(answers.wins_P(reference).mean()),
         "style/shift": answers.style_shift(reference),
     }
-
-
-def success_over_seeds(runs: Sequence[Answers]) -> Interval:
-    """The share of right answers of one method, over its seeds."""
-    return interval(np.stack([run.success_P for run in runs]))
-
-
-def gain(runs: Mapping[int, Answers], others: Mapping[int, Answers]) -> Interval:
-    """By how much one method's success exceeds another's, paired by seed and prompt; half of it is the win rate's gain.
-
-    Raises:
-        ValueError: the two have no seed in common.
-    """
-    if not (seeds := sorted(runs.keys() & others.keys())):
-        raise ValueError("expected seeds that both methods have, found none")
-    return interval(np.stack([runs[seed].success_P - others[seed].success_P for seed in seeds]))

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
+from .figures import Bars
+from .intervals import Interval
 from .records import Record
-from .style import LOOKS, method_legend, new_figure, plain_log_ticks, styled
+from .style import GREY, LABELS, LOOKS, draw_seeds, method_legend, new_figure, plain_log_ticks, styled
 
 
 @styled
@@ -41,4 +43,88 @@ def frontier(records: Sequence[Record], best: Mapping[str, Record], score: str, 
     axes.set(xlabel="sequential KL, mean of chosen and rejected, nats a response", ylabel=f"{score}, %")
     plain_log_ticks(axes, "x")
     method_legend(figure, rows, lines=True)
+    return figure
+
+
+@styled
+def headline(success: Mapping[str, Interval], wins: Mapping[str, Interval], kl: Bars, title_note: str) -> Figure:
+    """For each row its success, its win rate against SFT, and its KL: points with 95 % intervals over seeds and prompts.
+
+    Args:
+        success: share of right answers, the reference included.
+        wins: win rate against the reference, for all other rows.
+        kl: mean KL of chosen and rejected responses by seed, nats a response, for the same rows as `wins`.
+        title_note: small print.
+    """
+    figure = new_figure(10, 1.6 + 0.34 * len(success), "Lines: 95 % intervals over seeds and prompts.", title_note)
+    panels = figure.subplots(1, 3, sharey=True)
+    places = {row: place for place, row in enumerate(success)}
+    for axes, found in zip(panels, (success, wins), strict=False):
+        for row, each in found.items():
+            look, ends = LOOKS[row], [[each.mean - each.low], [each.high - each.mean]]
+            x = 100 * each.mean
+            axes.errorbar(
+                x, places[row], xerr=[[100 * end[0]] for end in ends], color=look.colour, marker=look.marker, capsize=3
+            )
+            axes.annotate(f"{x:.1f}", (x, places[row]), xytext=(0, 5), textcoords="offset points", ha="center")
+    for row, mean in zip(kl.values, kl.means, strict=True):
+        panels[2].scatter(mean, places[row], 40, LOOKS[row].colour, marker=LOOKS[row].marker)
+        draw_seeds(panels[2], places[row], kl.values[row], 0.0, upright=False)
+    panels[0].set_yticks(list(places.values()), [LABELS[row] for row in places])
+    panels[0].invert_yaxis()
+    panels[0].set(title="Right answers", xlabel="%")
+    panels[1].set(title="Win rate against SFT", xlabel="%, ties one half")
+    panels[1].axvline(50, color=GREY, linewidth=0.8)
+    panels[2].set(title="KL to the reference", xlabel="nats a response, a dot a seed", xscale="log")
+    plain_log_ticks(panels[2], "x")
+    return figure
+
+
+@styled
+def over_training(points: Mapping[str, Sequence[tuple[int, float, float]]], title_note: str) -> Figure:
+    """Success against the step and against KL, from snapshots.
+
+    Args:
+        points: for each row its (optimiser step, share of right answers, KL in nats a response), ascending.
+        title_note: small print.
+    """
+    figure = new_figure(9.5, 4.2, title_note)
+    by_step, by_kl = figure.subplots(1, 2, sharey=True)
+    for row, found in points.items():
+        look = LOOKS[row]
+        style = {"color": look.colour, "marker": look.marker, "linestyle": look.line, "linewidth": 1.4, "markersize": 5}
+        steps, shares, kl = zip(*found, strict=True)
+        by_step.plot(steps, [100 * share for share in shares], **style)
+        by_kl.plot(kl, [100 * share for share in shares], **style)
+    by_step.set(title="Right answers over training", xlabel="optimiser step", ylabel="right answers, %")
+    by_kl.set(title="Right answers against KL", xlabel="sequential KL, nats a response", xscale="symlog")
+    method_legend(figure, list(points), lines=True)
+    return figure
+
+
+@styled
+def by_temperature(
+    success: Mapping[str, Mapping[float, Interval]], wins: Mapping[str, Mapping[float, Interval]], title_note: str
+) -> Figure:
+    """Figure 3, right: success, and win rate against SFT at the same temperature, by the temperature of sampling."""
+    figure = new_figure(9.5, 4.2, "Bands: 95 % intervals over seeds and prompts.", title_note)
+    panels = figure.subplots(1, 2)
+    for axes, found in zip(panels, (success, wins), strict=True):
+        for row, points in found.items():
+            look, at = LOOKS[row], list(points)
+            axes.plot(
+                at,
+                [100 * point.mean for point in points.values()],
+                color=look.colour,
+                marker=look.marker,
+                linestyle=look.line,
+                linewidth=1.4,
+                markersize=5,
+            )
+            low, high = ([100 * getattr(point, end) for point in points.values()] for end in ("low", "high"))
+            axes.fill_between(at, low, high, color=look.colour, alpha=0.12, linewidth=0)
+        axes.set(xlabel="temperature")
+    panels[0].set(title="Right answers", ylabel="%")
+    panels[1].set(title="Win rate against SFT", ylabel="%, ties one half")
+    method_legend(figure, list(success), lines=True)
     return figure

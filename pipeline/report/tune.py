@@ -53,8 +53,8 @@ def run_tune(name: str, config: TuneConfig) -> None:
     plan = make_plan(name, config.model_copy(update={"heldout_split": config.validation_split}))
     reference = plan.run("sft", "SFT", plan.config.seeds[0], None)
     runs = [run for row, options in ROWS.items() if options for run in trials(plan, row)]
-    prompts = None if is_toy(plan) else 0
-    evaluations = {run: plan.evaluation(run, prompts=prompts) for run in (reference, *runs)}
+    unsampled = {} if is_toy(plan) else {"prompts": 0}
+    evaluations = {run: plan.evaluation(run, **unsampled) for run in (reference, *runs)}
     steps = [*plan.base, plan.train_cache, plan.heldout_cache, *(run.train for run in runs if run.train)]
     run_steps([*steps, *evaluations.values()], config.jobs)
     folders = {run: evaluation.out for run, evaluation in evaluations.items()}

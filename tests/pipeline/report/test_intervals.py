@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from fpo.pipeline.report.intervals import holm, interval
+from fpo.pipeline.report.intervals import gain, holm, interval, mean_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
@@ -36,6 +36,16 @@ def test_a_difference_that_is_paired_is_told_where_the_means_alone_could_not():
     assert found.tells and found.low > 0 and found.p < 0.01
     nothing = interval(worse - worse[::-1])
     assert not nothing.tells and nothing.p > 0.5
+
+
+def test_methods_are_compared_on_the_seeds_that_both_have():
+    rng = np.random.default_rng(0)
+    one, other = ({seed: rng.random(30) for seed in seeds} for seeds in ((0, 1, 2), (2, 1, 5)))
+    assert gain(one, other) == interval(np.stack([one[1] - other[1], one[2] - other[2]]))
+    assert gain(one, one).mean == 0 and not gain(one, one).tells
+    assert mean_of(one) == interval(np.stack([one[0], one[1], one[2]]))
+    with pytest.raises(ValueError, match="seeds that both"):
+        gain({0: one[0]}, {1: one[1]})
 
 
 @settings(max_examples=50, deadline=None)

@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from fpo.pipeline.report.success import gain, read_answers, success_over_seeds, success_record
+from fpo.pipeline.report.success import read_answers, success_record
 
 SORT, PICK = "Sort upwards: nine, two.", "Pick one of the animals: fig, owl, cat."
 PROMPT = "<bos><user>{}<end><assistant>"
@@ -49,6 +48,7 @@ def test_verdicts_are_those_of_a_hand(one, other):
     assert found.prompts == (SORT, PICK)
     assert found.right_PA.tolist() == [[True, False], [True, True]]
     assert found.counterpart_PA.tolist() == [[False, True], [False, False]]
+    assert found.success_P.tolist() == [0.5, 1.0]
     assert found.ended_PA.all()
     cut = read_answers(other)  # a right text that did not end is not right
     assert cut.right_PA.tolist() == [[False, False], [True, False]]
@@ -74,12 +74,3 @@ def test_answers_to_other_prompts_are_not_compared(one, tmp_path):
     lone = evaluation(tmp_path / "lone", {SORT: [("two, nine.", True), ("two, nine.", True)]})
     with pytest.raises(ValueError, match="same prompts"):
         read_answers(one).wins_P(read_answers(lone))
-
-
-def test_methods_are_compared_on_the_seeds_that_both_have(one, other):
-    first, second = read_answers(one), read_answers(other)
-    assert gain({0: first, 1: first, 2: second}, {1: second, 0: second}).mean == pytest.approx(0.75 - 0.25)
-    assert success_over_seeds([first, second]).mean == pytest.approx(0.5)
-    assert np.isclose(gain({0: first}, {0: first}).mean, 0)
-    with pytest.raises(ValueError, match="seeds that both"):
-        gain({0: first}, {1: second})
