@@ -1,6 +1,6 @@
 """Whether the paper's qualitative claims hold in what was measured.
 
-In: records of a comparison or an ablation (`records.py`), and every method's score on every prompt. Out: each claim with
+In: records of a comparison or an ablation (`records.py`), every method's score on every prompt. Out: each claim with
 yes, no or cannot tell, and the figures behind it. The thresholds are this project's: the paper gives none.
 
 A difference is told if its 95 % interval over seeds and prompts leaves out 0 and its p-value, corrected for how many

@@ -163,6 +163,15 @@ class Plan:
         label += f", {model.name}" if model else ""
         return self._step("evaluate", label, config, self.heldout_cache, *((run.train,) if run.train else ()))
 
+    def sampling(self, run: Run, temperature: float) -> Step:
+        """The step that samples answers at a temperature and measures nothing else that takes long."""
+        label = f"{run.label}, seed {run.seed}, temperature {temperature:g}"
+        given: dict[str, Any] = {"model": str(run.train.out if run.train else self.model), "seed": run.seed}
+        given |= {"cache": self.heldout_cache.out, "temperature": temperature, "sae": (), "site": (), "top_k": 50}
+        given |= {} if run.method is None else {"method": run.method}
+        config = self._load("evaluate", given)
+        return self._step("evaluate", label, config, self.heldout_cache, *((run.train,) if run.train else ()))
+
     def cache(self, split: str) -> Step:
         """Stage one over a split, with all of the profile's SAEs."""
         config = self._load("precompute", {"model": self.model, "split": split})

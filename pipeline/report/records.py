@@ -46,6 +46,10 @@ class Column:
 
 
 COLUMNS = (
+    Column("success/right", "right answers, %", 100, 1),
+    Column("success/win_rate", "win rate against SFT, %", 100, 1),
+    Column("success/counterpart", "the counterpart's answer, %", 100, 1),
+    Column("style/shift", "shift of style"),
     Column("accuracy/raw", "accuracy raw, %", 100, 1),
     Column("accuracy/implicit", "accuracy implicit, %", 100, 1),
     Column("diversity/entropy", "H, nats/token"),
@@ -83,6 +87,15 @@ def read_record(run: Run, evaluation: Step) -> Record:
         record[name] = value["mean"]
         record |= {f"{name} {end}": value[end] for end in ("low", "high") if end in value}
     return record
+
+
+def pair_wins(evaluation: Path) -> NDArray[np.float64]:
+    """Whether the chosen response has the higher mean token log-probability, ties one half; one a held-out pair."""
+    table = pq.read_table(evaluation / "pairs.parquet")
+    chosen_N, rejected_N = (
+        table[f"{side}_logp"].to_numpy() / table[f"{side}_tokens"].to_numpy() for side in ("chosen", "rejected")
+    )
+    return np.asarray(np.heaviside(chosen_N - rejected_N, 0.5))
 
 
 def training_cost(run: Path) -> Record:

@@ -17,8 +17,9 @@ from ..commands.jobs import Step, run_steps, seconds_of
 from ..config import TableConfig
 from ..world.world import begin, in_the_world, is_made, provide, world_folder, world_steps
 from . import figures
-from .claims import Claim, ablation_claims, comparison_claims
-from .page import Page, PageFigure, Table, facts_of, note_of, short_note, write_page
+from .claims import Claim, Scores, ablation_claims, comparison_claims
+from .followed import by_temperature, first_seed, snapshots
+from .page import Page, PageFigure, Table, facts_of, is_toy, note_of, short_note, write_page
 from .paper import paper_columns, win_rates
 from .plan import Plan, Run, make_plan
 from .preflight import missing, print_plan
@@ -32,13 +33,15 @@ from .records import (
     by_row,
     cells,
     curves_of,
+    pair_wins,
     rank_correlations,
     ranked_activations,
     read_record,
-    training_cost,
     write_records,
 )
 from .style import save
+from .success import read_answers, success_record
+from .success_report import by_seed, success_figures, wins_table
 
 # The rows whose tokens are compared with the bound of Appendix B.
 BOUND_ROWS = ("dpo", "tdpo2", "simpo", "fpo")
@@ -66,7 +69,10 @@ def run_table(name: str, config: TableConfig) -> None:
         raise UserError(f"{name}: nothing was started: {'; '.join(lacking)}")
     run_steps(steps, config.jobs)
     if not ablations:
-        steps = unique([*steps, *(step for run in first_seed(plan, runs) for step in _snapshots(plan, run).values())])
+        followed = [step for run in first_seed(plan, runs) for step in snapshots(plan, run).values()]
+        steps = unique(
+            [*steps, *followed, *(step for by in by_temperature(plan, runs).values() for step in by.values())]
+        )
         run_steps(steps, config.jobs)
     command = f"make reproduce-{'ablations' if ablations else 'table'} PROFILE={name}"
     facts = facts_of(plan, command) | {
@@ -107,33 +113,33 @@ def unique(steps: Sequence[Step]) -> list[Step]:
     return list({step.out: step for step in steps}.values())
 
 
-def first_seed(plan: Plan, runs: Sequence[Run]) -> list[Run]:
-    """The trained runs of the first seed; only these save snapshots."""
-    return [run for run in runs if run.train is not None and run.seed == plan.config.seeds[0]]
-
-
-def _snapshots(plan: Plan, run: Run) -> dict[int, Step]:
-    """The evaluations of a run's snapshots and of its final model, by optimiser step."""
-    assert run.train is not None
-    folders = (run.train.out / "snapshots").glob("step-*")
-    found = {int(folder.name.removeprefix("step-")): plan.evaluation(run, folder, prompts=0) for folder in folders}
-    return found | {int(training_cost(run.train.out)["train/steps"]): plan.evaluation(run)}
-
-
 def _ablations(plan: Plan) -> dict[str, list[Run]]:
     return {"sites": plan.site_ablation(), "alpha": plan.weight_ablation(), "layers": plan.sum_ablation()}
 
 
 def _report_comparison(plan: Plan, runs: Sequence[Run], facts: dict[str, str]) -> None:
     records = [read_record(run, plan.evaluation(run)) for run in runs]
-    curves = curves_of({run: _snapshots(plan, run) for run in first_seed(plan, runs)})
+    curves = curves_of({run: snapshots(plan, run) for run in first_seed(plan, runs)})
+    answers = {run: read_answers(plan.evaluation(run).out) for run in runs} if is_toy(plan) else {}
+    if answers:
+        origin = {run.seed: found for run, found in answers.items() if run.train is None}
+        records = [
+            record | success_record(answers[run], origin[run.seed]) for run, record in zip(runs, records, strict=True)
+        ]
+        scores = Scores("right answers", by_seed({run: found.success_P for run, found in answers.items()}))
+    else:
+        scores = Scores("pairs ranked right", by_seed({run: pair_wins(plan.evaluation(run).out) for run in runs}))
     tables = [_table(plan, "comparison", "Methods", records, COLUMNS)]
+    if answers:
+        tables.append(wins_table(answers))
     if rates := win_rates(plan.base_model):
         tables.append(Table("The paper's Table 2, left; not measured here", *rates))
-    claims = comparison_claims(records, rank_correlations(curves))
+    claims = comparison_claims(records, rank_correlations(curves), scores)
     out = plan.config.out
     assert isinstance(out, Path)
     drawn = comparison_figures(plan, runs, records, curves, out / "figures")
+    if answers:
+        drawn = [*success_figures(plan, runs, records, answers, out / "figures"), *drawn]
     _write(plan, "table", tables, claims, drawn, facts)
 
 

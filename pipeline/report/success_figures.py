@@ -48,7 +48,7 @@ def frontier(records: Sequence[Record], best: Mapping[str, Record], score: str, 
 
 @styled
 def headline(success: Mapping[str, Interval], wins: Mapping[str, Interval], kl: Bars, title_note: str) -> Figure:
-    """For each row its success, its win rate against SFT, and its KL: points with 95 % intervals over seeds and prompts.
+    """For each row its success and its win rate against SFT with 95 % intervals over seeds and prompts, and its KL.
 
     Args:
         success: share of right answers, the reference included.
@@ -103,7 +103,7 @@ def over_training(points: Mapping[str, Sequence[tuple[int, float, float]]], titl
 
 
 @styled
-def by_temperature(
+def over_temperature(
     success: Mapping[str, Mapping[float, Interval]], wins: Mapping[str, Mapping[float, Interval]], title_note: str
 ) -> Figure:
     """Figure 3, right: success, and win rate against SFT at the same temperature, by the temperature of sampling."""

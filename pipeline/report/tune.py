@@ -11,6 +11,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import typer
@@ -53,7 +54,7 @@ def run_tune(name: str, config: TuneConfig) -> None:
     plan = make_plan(name, config.model_copy(update={"heldout_split": config.validation_split}))
     reference = plan.run("sft", "SFT", plan.config.seeds[0], None)
     runs = [run for row, options in ROWS.items() if options for run in trials(plan, row)]
-    unsampled = {} if is_toy(plan) else {"prompts": 0}
+    unsampled: dict[str, Any] = {} if is_toy(plan) else {"prompts": 0}
     evaluations = {run: plan.evaluation(run, **unsampled) for run in (reference, *runs)}
     steps = [*plan.base, plan.train_cache, plan.heldout_cache, *(run.train for run in runs if run.train)]
     run_steps([*steps, *evaluations.values()], config.jobs)
