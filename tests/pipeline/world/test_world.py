@@ -17,7 +17,7 @@ from fpo.stages.data.chat import ChatFormat
 from fpo.stages.data.conversations import load_conversations
 from fpo.stages.data.preferences import load_preferences
 from fpo.stages.train.methods import METHODS
-from solver import asked_and_said, is_right
+from solver import asked_and_said, is_right, problem
 from tiny_tokenizers import gemma
 from tiny_world import files, write_rows
 
@@ -34,12 +34,9 @@ def rows_of(data: Path, split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
 
 
-def instructions(data: Path, split: str) -> list[str]:
-    """What is asked, without polite openings."""
-    asked = [row.get("messages", row.get("chosen"))[0]["content"] for row in rows_of(data, split)]
-    for opening in ("Hello. ", "Please help me. ", "I have a question. "):
-        asked = [text.removeprefix(opening) for text in asked]
-    return asked
+def problems(data: Path, split: str) -> list[tuple[str, ...]]:
+    """What each instruction is about."""
+    return [problem(row.get("messages", row.get("chosen"))[0]["content"]) for row in rows_of(data, split)]
 
 
 def test_the_splits_are_as_large_as_they_are_said_to_be(data):
@@ -48,9 +45,9 @@ def test_the_splits_are_as_large_as_they_are_said_to_be(data):
     assert counts == embedded.SPLITS | conversations
 
 
-def test_the_model_learns_good_answers_first_and_then_mostly_bad_ones(data):
-    """As method.md and the profile say of it: the second fine-tuning leaves a model that prefers neither."""
-    for split, share in (("pretrain", 1.0), ("train_sft", 0.1)):
+def test_the_model_learns_good_answers_first_and_then_as_many_bad_ones(data):
+    """The second fine-tuning leaves a model that gives either."""
+    for split, share in (("pretrain", 1.0), ("train_sft", 0.5)):
         right = [is_right(*asked_and_said(row["messages"])) for row in rows_of(data, split)]
         assert sum(right) / len(right) == pytest.approx(share, abs=0 if share == 1 else 0.025)  # four deviations
     (first, second), saes = embedded.world_steps(Path("world"))
@@ -63,12 +60,13 @@ def test_the_model_learns_good_answers_first_and_then_mostly_bad_ones(data):
 
 
 @pytest.mark.parametrize("heldout", ["test_prefs", "validation_prefs", "train_prefs"])
-def test_an_instruction_of_a_preference_split_stands_once_and_in_no_other(data, heldout):
-    asked = instructions(data, heldout)
-    assert len(set(asked)) == len(asked)
+def test_a_problem_of_a_preference_split_stands_once_and_in_no_other(data, heldout):
+    """Neither an instruction nor, in any order or direction, what it is about."""
+    posed = problems(data, heldout)
+    assert len(set(posed)) == len(posed)
     for path in data.iterdir():
         if path.stem != heldout:
-            assert set(asked).isdisjoint(instructions(data, path.stem)), path.stem
+            assert set(posed).isdisjoint(problems(data, path.stem)), path.stem
 
 
 def test_neither_length_nor_one_word_tells_the_better_answer(data):
