@@ -1,19 +1,20 @@
 """Attention over a packed row, one causal sequence at a time.
 
-In: queries, keys and values of a row, and its sequences (`sequences_of`). Out: the attention that the row's mask would
-give. The kernel of scaled-dot-product attention skips the scores above the diagonal if it is told that a sequence is
-causal, but not if a mask says so. It has no soft-capping either: where a model caps its scores (Gemma-2), sequences of
-similar lengths are computed together, padded, by plain products.
+In: queries, keys and values of a row, and its sequences (`grouped`). Out: the attention that the row's mask would give.
+The kernel of scaled-dot-product attention skips the scores above the diagonal if it is told that a sequence is causal,
+but not if a mask says so. It has no soft-capping either: where a model caps its scores (Gemma-2), they are plain
+products. Sequences of similar lengths are computed together: short ones would cost more calls than arithmetic.
 
 Registered with transformers under the name `packed`; without `sequences` it is transformers' `sdpa`, or plain products.
 
-Shapes: L positions of a row, N sequences, S positions of a sequence, H heads, K heads of keys and values, D size of a
-head.
+Shapes: L positions of a row, N sequences of a group, S positions of its longest, H heads, K heads of keys and values, D
+size of a head.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -21,8 +22,41 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 PACKED = "packed"
-# Soft-capped sequences whose lengths are between the same multiples of so many positions are computed together.
+# Sequences whose lengths are between the same multiples of so many positions are computed together.
 SIMILAR = 64
+
+
+class Grouped(NamedTuple):
+    """A row's causal sequences, those of similar lengths together.
+
+    Attributes:
+        groups_NS: for each group the row positions of its sequences, int64. What fills up a sequence stands behind it,
+            unseen by it.
+        where_L: int64, where each position of the row is among those of the groups, end to end. A prompt is in two
+            sequences and taken from the first.
+    """
+
+    groups_NS: tuple[Tensor, ...]
+    where_L: Tensor
+
+
+def grouped(sequences: Sequence[Sequence[range]], device: torch.device | str = "cpu") -> Grouped:
+    """Groups the sequences of a row (`sequences_of`), which hold each of its positions at least once."""
+    by_length: dict[int, list[np.ndarray]] = {}
+    for ranges in sequences:
+        positions_S = np.concatenate([np.arange(run.start, run.stop) for run in ranges])
+        by_length.setdefault(-(-positions_S.size // SIMILAR), []).append(positions_S)
+    groups, slots, start = [], [], 0
+    for group in by_length.values():
+        group_NS = np.zeros((len(group), max(positions_S.size for positions_S in group)), np.int64)
+        for number, positions_S in enumerate(group):
+            group_NS[number, : positions_S.size] = positions_S
+            slots.append(np.arange(positions_S.size) + start + number * group_NS.shape[1])
+        start += group_NS.size
+        groups.append(torch.from_numpy(group_NS).to(device))
+    # The first of a position's slots.
+    _, first_L = np.unique(np.concatenate([part for group in by_length.values() for part in group]), return_index=True)
+    return Grouped(tuple(groups), torch.from_numpy(np.concatenate(slots)[first_L]).to(device))
 
 
 def packed_attention(
@@ -32,7 +66,7 @@ def packed_attention(
     value_1KLD: Tensor,
     attention_mask: Tensor | None,
     *,
-    sequences: Sequence[Sequence[range]] | None = None,
+    sequences: Grouped | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -45,7 +79,7 @@ def packed_attention(
         key_1KLD: the row's keys.
         value_1KLD: the row's values.
         attention_mask: ignored if `sequences` are given.
-        sequences: from `sequences_of`; a prompt is computed in both of its sequences and taken from the first.
+        sequences: the row's, from `grouped`.
         sliding_window: tokens that the layer sees, the query's own included; None for all.
         softcap: a score s becomes softcap · tanh(s / softcap); None leaves it.
         kwargs: the interface's other arguments.
@@ -53,27 +87,27 @@ def packed_attention(
     Returns:
         [1, L, H, D].
     """
-    if softcap is not None:
-        scaling = kwargs["scaling"]
-        if sequences is None:
-            allowed = _allowed(query_1HLD, key_1KLD, attention_mask)
-            return _soft_capped(query_1HLD, key_1KLD, value_1KLD, allowed, scaling, softcap), None
-        return _padded(query_1HLD, key_1KLD, value_1KLD, sequences, sliding_window, scaling, softcap), None
     if sequences is None:
-        return sdpa_attention_forward(module, query_1HLD, key_1KLD, value_1KLD, attention_mask, **kwargs)
-    pieces: dict[range, Tensor] = {}
-    for ranges in sequences:
-        size = sum(len(positions) for positions in ranges)
-        query_1HSD, key_1KSD, value_1KSD = (
-            torch.cat([values[:, :, positions.start : positions.stop] for positions in ranges], dim=2)
+        if softcap is None:
+            return sdpa_attention_forward(module, query_1HLD, key_1KLD, value_1KLD, attention_mask, **kwargs)
+        allowed = _allowed(query_1HLD, key_1KLD, attention_mask)
+        return _soft_capped(query_1HLD, key_1KLD, value_1KLD, allowed, kwargs["scaling"], softcap), None
+    parts = []
+    for group_NS in sequences.groups_NS:
+        size = group_NS.shape[1]
+        query_NHSD, key_NKSD, value_NKSD = (
+            values[0].index_select(1, group_NS.flatten()).unflatten(1, group_NS.shape).transpose(0, 1)
             for values in (query_1HLD, key_1KLD, value_1KLD)
         )
         windowed = sliding_window is not None and size > sliding_window
-        mask = _causal(size, sliding_window, query_1HLD.device)[None, None] if windowed else None
-        attended_1SHD, _ = sdpa_attention_forward(module, query_1HSD, key_1KSD, value_1KSD, mask, **kwargs)
-        for positions, piece in zip(ranges, attended_1SHD.split([len(r) for r in ranges], dim=1), strict=True):
-            pieces.setdefault(positions, piece)
-    return torch.cat([pieces[positions] for positions in sorted(pieces, key=lambda r: r.start)], dim=1), None
+        if softcap is None:
+            mask = _causal(size, sliding_window, query_NHSD.device)[None, None] if windowed else None
+            attended_NSHD, _ = sdpa_attention_forward(module, query_NHSD, key_NKSD, value_NKSD, mask, **kwargs)
+        else:
+            allowed = _causal(size, sliding_window, query_NHSD.device)
+            attended_NSHD = _soft_capped(query_NHSD, key_NKSD, value_NKSD, allowed, kwargs["scaling"], softcap)
+        parts.append(attended_NSHD.flatten(0, 1))
+    return torch.cat(parts).index_select(0, sequences.where_L)[None], None
 
 
 def _causal(size: int, window: int | None, device: torch.device) -> Tensor:
@@ -81,39 +115,6 @@ def _causal(size: int, window: int | None, device: torch.device) -> Tensor:
     index = torch.arange(size, device=device)
     behind_SS = index[:, None] - index[None, :]
     return (behind_SS >= 0) & (behind_SS < (size if window is None else window))
-
-
-def _padded(
-    query_1HLD: Tensor,
-    key_1KLD: Tensor,
-    value_1KLD: Tensor,
-    sequences: Sequence[Sequence[range]],
-    window: int | None,
-    scaling: float,
-    softcap: float,
-) -> Tensor:
-    """Soft-capped attention of a row's sequences, [1, L, H, D]; what is padded lies behind a sequence, unseen by it."""
-    groups: dict[int, list[list[int]]] = {}
-    for ranges in sequences:
-        positions = [position for run in ranges for position in run]
-        groups.setdefault(-(-len(positions) // SIMILAR), []).append(positions)
-    device, parts, places = query_1HLD.device, [], dict[int, int]()
-    start = 0
-    for group in groups.values():
-        size = max(map(len, group))
-        for number, positions in enumerate(group):
-            for slot, position in enumerate(positions):
-                places.setdefault(position, start + number * size + slot)
-        start += len(group) * size
-        index = torch.tensor([[*positions, *[0] * (size - len(positions))] for positions in group], device=device)
-        query_NHSD, key_NKSD, value_NKSD = (
-            values[0].index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
-            for values in (query_1HLD, key_1KLD, value_1KLD)
-        )
-        allowed_SS = _causal(size, window, device)
-        parts.append(_soft_capped(query_NHSD, key_NKSD, value_NKSD, allowed_SS, scaling, softcap).flatten(0, 1))
-    where_L = torch.tensor([places[position] for position in range(query_1HLD.shape[2])], device=device)
-    return torch.cat(parts).index_select(0, where_L)[None]
 
 
 def _soft_capped(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...cache.errors import UserError
 from ..model.anatomy import anatomy, causal_lm
-from ..model.attention import PACKED
+from ..model.attention import PACKED, grouped
 from ..model.models import Recipe, autocast
 from ..model.sae import Site, SiteSAE, capture_sites
 from .features import CachedFeatures, FeatureDrift, feature_drift, pooled_features
@@ -107,7 +107,9 @@ def _run_decoder(inner: Any, row: PackedRow, sites: Sequence[Site]) -> tuple[Ten
     decoder = inner.get_decoder()
     forget_lengths(decoder)
     config = decoder.config  # of the text model, where the causal LM wraps several
-    more: dict[str, Any] = {"sequences": sequences_of(row)} if config._attn_implementation == PACKED else {}
+    more: dict[str, Any] = {}
+    if config._attn_implementation == PACKED:
+        more["sequences"] = grouped(sequences_of(row), row.input_ids_L.device)
     with capture_sites(inner, sites) as captured:
         hidden_LD = decoder(
             input_ids=row.input_ids_L[None],

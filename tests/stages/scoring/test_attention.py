@@ -9,7 +9,7 @@ import pytest
 import torch
 from fpo.stages.data.tokenize import Conversation
 from fpo.stages.model import attention
-from fpo.stages.model.attention import packed_attention
+from fpo.stages.model.attention import grouped, packed_attention
 from fpo.stages.scoring.masks import sequences_of, visible
 from fpo.stages.scoring.packing import PADDING, PackedRow, RowLayout, pack, pack_conversations
 from hypothesis import given
@@ -50,8 +50,10 @@ def test_what_one_sequence_holds_in_turn_is_what_sees_each_other(row):
 
 @many_examples
 @given(row=rows(), window=st.none() | st.integers(1, 30), heads=st.sampled_from([(4, 4), (4, 2)]))
+@pytest.mark.parametrize("similar", [1, 8, 64])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_every_position_attends_as_under_the_mask(row, window, heads, scaling):
+def test_every_position_attends_as_under_the_mask(row, window, heads, scaling, similar):
+    """With sequences computed one by one, all at once, and in between."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(1, count, row.input_ids_L.numel(), 8, generator=generator, dtype=torch.float64)
@@ -60,9 +62,10 @@ def test_every_position_attends_as_under_the_mask(row, window, heads, scaling):
     module = nn.Module()
     module.num_key_value_groups = heads[0] // heads[1]  # type: ignore[assignment]
     module.is_causal = True  # type: ignore[assignment]
-    found, _ = packed_attention(
-        module, query, key, value, None, sequences=sequences_of(row), sliding_window=window, scaling=scaling
-    )
+    with mock.patch.object(attention, "SIMILAR", similar):
+        sequences = grouped(sequences_of(row))
+    options = {"sequences": sequences, "sliding_window": window, "scaling": scaling}
+    found, _ = packed_attention(module, query, key, value, None, **options)
     index = torch.arange(row.input_ids_L.numel())
     mask_LL = visible(row, index[:, None], index[None, :], window)
     expected = scaled_dot_product_attention(query, key, value, mask_LL, scale=scaling, enable_gqa=True).transpose(1, 2)
@@ -92,7 +95,7 @@ def test_scores_are_soft_capped_as_gemma_2_s_own_attention_caps_them(row, window
     expected = gradients(eager_attention_forward, mask)
     for similar in (1, 8, 64):
         with mock.patch.object(attention, "SIMILAR", similar):
-            found = gradients(packed_attention, None, sequences=sequences_of(row), sliding_window=window)
+            found = gradients(packed_attention, None, sequences=grouped(sequences_of(row)), sliding_window=window)
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
