@@ -38,8 +38,9 @@ def is_right(instruction: str, answer: str) -> bool:
     if found := reads(r"How many (\w+)s: (.+)\?"):
         number = sum(word in KINDS[found[1]] for word in found[2].split(", "))
         return said == f"it is {COUNTING[number]}"
-    if found := reads(r"Keep the (\w+)s: (.+)\."):
-        return said.split(", ") == [word for word in found[2].split(", ") if word in KINDS[found[1]]]
+    if found := reads(r"Leave out the (first|last): (.+)\."):
+        gone = found[2].split(", ")[0 if found[1] == "first" else -1]
+        return said.split(", ") == [word for word in found[2].split(", ") if word != gone]
     if found := reads(r"Pick one of the (\w+)s: (.+)\."):
         return said in {f"it is {word}" for word in found[2].split(", ") if word in KINDS[found[1]]}
     if found := reads(r"Write with (\w+): (.+)\."):

@@ -7,9 +7,10 @@ A difference is told if its 95 % interval over seeds and prompts leaves out 0 an
 differences the claim makes (Holm), is at most 0.05.
 """
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from .intervals import BySeed, Interval, gain, holm, mean_of
 from .records import Record, by_row, mean_and_deviation
@@ -79,75 +80,46 @@ def comparison_claims(records: Sequence[Record], correlations: Mapping[int, floa
     ]
 
 
-def ablation_claims(sites: Sequence[Record], weights: Sequence[Record]) -> list[Claim]:
+def ablation_claims(
+    weights: Sequence[Record], sites: Scores | None, scores: Scores, entropies: Mapping[str, BySeed]
+) -> list[Claim]:
     """Claims about the constraint's site and weight.
 
     Args:
-        sites: records of the site ablation, earliest site first (Table 3, left).
         weights: records of the ablation of α and the stop-gradient (Table 3, right).
+        sites: scores of the site ablation, earliest site first (Table 3, left); None without one.
+        scores: scores of `weights`' rows.
+        entropies: their H by seed and prompt, nats a token.
     """
-    means = {row: _mean(runs, "accuracy/raw") for row, runs in by_row(sites).items()}
     claims = []
-    if len(means) > 1:
-        early = set(list(means)[: len(means) // 2])
-        late = [record for record in sites if record["row"] not in early]
-        gain = _gain(late, [record for record in sites if record["row"] in early], "accuracy/raw")
+    if sites is not None and len(sites.rows) > 1:
+        names = list(sites.rows)
+        early, late = names[: len(names) // 2], names[len(names) // 2 :]
+        found = gain(_pooled(sites.rows, late), _pooled(sites.rows, early))
         claims.append(
             Claim(
-                "Later sites give a higher accuracy than early ones (later half against earlier half, by more than two "
-                "standard deviations of the difference)",
-                gain.tells,
-                f"difference {gain.text(100, 2, 'points')}; "
-                + ", ".join(f"{row} {100 * value:.1f} %" for row, value in means.items()),
+                f"Later sites give more {sites.name} than early ones (later half against earlier half)",
+                _over_seeds(_told([found])[0], len(next(iter(sites.rows.values())))),
+                f"{_points(found)} points; "
+                + ", ".join(f"{row} {100 * mean_of(values).mean:.1f} %" for row, values in sites.rows.items()),
             )
         )
-    constrained = [record for record in weights if record["alpha"]]
-    held = [record for record in constrained if record["stop_gradient"] is not False]
-    free = [record for record in constrained if record["stop_gradient"] is False]
+    constrained = {record["row"]: record["stop_gradient"] for record in weights if record["alpha"]}
+    held = [row for row, stop in constrained.items() if stop is not False]
+    free = [row for row, stop in constrained.items() if stop is False]
     if held and free:
-        gain = _gain(held, free, "diversity/entropy")
-        claims.append(
-            Claim(
-                "The stop-gradient helps diversity (H, mean over α, by more than two standard deviations of the "
-                "difference)",
-                gain.tells,
-                f"difference {gain.text(1, 3, 'nats a token')}; {_mean(held, 'diversity/entropy'):.3f} with, "
-                f"{_mean(free, 'diversity/entropy'):.3f} without",
-            )
-        )
+        gains = [gain(_pooled(rows, held), _pooled(rows, free)) for rows in (scores.rows, entropies)]
+        texts = (f"The stop-gradient gives more {scores.name}", "The stop-gradient gives more diversity (H)")
+        figures = (f"{_points(gains[0])} points", f"{gains[1].text(1, 3)} nats a token")
+        for text, told, figure in zip(texts, _told(gains), figures, strict=True):
+            claims.append(Claim(f"{text}, mean over α", _over_seeds(told, len(scores.rows[held[0]])), figure))
     return claims
 
 
-@dataclass(frozen=True)
-class _Gain:
-    """The difference between two sets of runs, paired by seed: its mean and sample standard deviation over seeds."""
-
-    mean: float
-    deviation: float
-    seeds: int
-
-    @property
-    def tells(self) -> bool | None:
-        """Whether the mean exceeds two standard deviations; None if one seed cannot tell."""
-        return _over_seeds(self.mean > 2 * self.deviation, self.seeds)
-
-    def text(self, scale: float, digits: int, unit: str) -> str:
-        """The mean with its standard deviation, both times `scale`."""
-        spread = _spread(scale * self.deviation, self.seeds, digits)
-        paired = ", paired by seed" if self.seeds > 1 else ""
-        return f"{scale * self.mean:+.{digits}f} {unit} ({spread}{paired})"
-
-
-def _gain(better: Sequence[Record], worse: Sequence[Record], key: str) -> _Gain:
-    """By how much `better` exceeds `worse` in `key`; the value of a seed is the mean over its runs."""
-    high, low = _by_seed(better, key), _by_seed(worse, key)
-    gains = [high[seed] - low[seed] for seed in high if seed in low]
-    return _Gain(statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else 0.0, len(gains))
-
-
-def _by_seed(records: Sequence[Record], key: str) -> dict[int, float]:
-    seeds = {record["seed"] for record in records}
-    return {seed: statistics.fmean(record[key] for record in records if record["seed"] == seed) for seed in seeds}
+def _pooled(rows: Mapping[str, BySeed], names: Sequence[str]) -> BySeed:
+    """The mean over some rows, by seed and prompt."""
+    seeds = set.intersection(*(set(rows[name]) for name in names))
+    return {seed: np.mean([rows[name][seed] for name in names], axis=0) for seed in seeds}
 
 
 def _mean(runs: Sequence[Record], key: str) -> float:
@@ -159,10 +131,6 @@ def _mean(runs: Sequence[Record], key: str) -> float:
 def _over_seeds(holds: bool | None, seeds: int) -> bool | None:
     """`holds`, but None if it is true of a single seed, which has no deviation; a claim that fails there is false."""
     return None if holds and seeds < 2 else holds
-
-
-def _spread(deviation: float, seeds: int, digits: int) -> str:
-    return f"sd {deviation:.{digits}f}" if seeds > 1 else "one seed"
 
 
 def _beats_reference(scores: Scores) -> Claim:
@@ -203,7 +171,7 @@ def _told(gains: Sequence[Interval]) -> list[bool | None]:
 
 def _points(found: Interval) -> str:
     """A difference with its interval, in percentage points."""
-    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    return found.text(100, 1)
 
 
 def _kl_below(rows: Mapping[str, list[Record]]) -> Claim:

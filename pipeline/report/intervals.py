@@ -43,6 +43,11 @@ class Interval:
         """Whether the interval leaves out 0."""
         return not self.low <= 0 <= self.high
 
+    def text(self, scale: float, digits: int) -> str:
+        """The mean and its interval with their signs, all times `scale`: what one reads of a difference."""
+        mean, low, high = (f"{scale * value:+.{digits}f}" for value in (self.mean, self.low, self.high))
+        return f"{mean} ({low} to {high})"
+
 
 def interval(values_SP: NDArray[np.float64], seed: int = 0) -> Interval:
     """The mean over seeds and prompts; for a difference, give the differences, so that they are paired.

@@ -22,7 +22,7 @@ from ..world.world import world_folder
 from .plan import Plan
 
 TOY = (
-    "A toy: a made-up language and a Gemma-2 of under a million parameters, trained in minutes. It shows what the "
+    "A toy: a made-up language and a Gemma-3 of under a million parameters, trained in minutes. It shows what the "
     "methods do to it, under equal conditions; it says little about language models."
 )
 

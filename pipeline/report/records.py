@@ -45,28 +45,41 @@ class Column:
     digits: int = 3
 
 
-COLUMNS = (
-    Column("success/right", "right answers, %", 100, 1),
-    Column("success/win_rate", "win rate against SFT, %", 100, 1),
-    Column("success/counterpart", "the counterpart's answer, %", 100, 1),
-    Column("style/shift", "shift of style"),
+# The comparison's columns by the table that shows them.
+TABLES = {
+    "Sampled answers": (
+        Column("success/right", "right, %", 100, 1),
+        Column("success/win_rate", "win rate against SFT, %", 100, 1),
+        Column("success/counterpart", "the counterpart's, %", 100, 1),
+        Column("length/finished", "that end, %", 100, 1),
+        Column("style/shift", "shift of style"),
+        Column("diversity/entropy", "H, nats/token"),
+    ),
+    "Accuracy, and distance to the reference": (
+        Column("accuracy/raw", "accuracy raw, %", 100, 1),
+        Column("accuracy/implicit", "accuracy implicit, %", 100, 1),
+        Column("kl/chosen", "KL chosen, nats"),
+        Column("kl/rejected", "KL rejected, nats"),
+        Column("kl/margin", "KL margin, nats"),
+        Column("features/mse_chosen", "feature MSE chosen"),
+        Column("features/mse_rejected", "feature MSE rejected"),
+        Column("features/mse_margin", "feature MSE margin"),
+    ),
+    "Cost of training": (
+        Column("train/peak_memory_bytes", "peak memory of tensors, MB", 1e-6, 1),
+        Column("train/tokens_per_second", "tokens/s", 1, 0),
+        Column("train/seconds", "training, s", 1, 1),
+    ),
+}
+COLUMNS = tuple(column for columns in TABLES.values() for column in columns)
+ABLATION_COLUMNS = (
+    *(column for column in COLUMNS[:6] if column.key != "success/counterpart"),
     Column("accuracy/raw", "accuracy raw, %", 100, 1),
-    Column("accuracy/implicit", "accuracy implicit, %", 100, 1),
-    Column("diversity/entropy", "H, nats/token"),
-    Column("length/finished", "answers that end, %", 100, 0),
     Column("kl/chosen", "KL chosen, nats"),
     Column("kl/rejected", "KL rejected, nats"),
-    Column("kl/margin", "KL margin, nats"),
-    Column("features/mse_chosen", "feature MSE chosen"),
-    Column("features/mse_rejected", "feature MSE rejected"),
-    Column("features/mse_margin", "feature MSE margin"),
-    Column("train/peak_memory_bytes", "peak memory of tensors, MB", 1e-6, 1),
-    Column("train/tokens_per_second", "tokens/s", 1, 0),
-    Column("train/seconds", "training, s", 1, 1),
+    Column("features/mse_constrained", "feature MSE, constrained sites"),
+    Column("features/mse_others", "feature MSE, other sites"),
 )
-COSTS = tuple(column for column in COLUMNS if column.key.startswith("train/"))
-NOT_ABLATED = ("accuracy/implicit", "kl/margin", "features/mse_margin")
-ABLATION_COLUMNS = tuple(column for column in COLUMNS if column not in COSTS and column.key not in NOT_ABLATED)
 
 
 def read_record(run: Run, evaluation: Step) -> Record:
@@ -89,6 +102,23 @@ def read_record(run: Run, evaluation: Step) -> Record:
     return record
 
 
+def mse_by_site(record: Record, constrained: Sequence[str]) -> Record:
+    """Feature MSE of an evaluation at several sites: the mean over the constrained ones, and over the others if any."""
+    prefix = "features/mse "
+    found = {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
+    sites = {key: value for key, value in found.items() if " " not in key}  # without the ends of their intervals
+    parts = {
+        "constrained": [value for site, value in sites.items() if site in constrained],
+        "others": [value for site, value in sites.items() if site not in constrained],
+    }
+    return {f"features/mse_{name}": statistics.fmean(values) for name, values in parts.items() if values}
+
+
+def measured(records: Sequence[Record], columns: Sequence[Column]) -> list[Column]:
+    """The columns of which some record has a value."""
+    return [column for column in columns if any(record.get(column.key) is not None for record in records)]
+
+
 def pair_wins(evaluation: Path) -> NDArray[np.float64]:
     """Whether the chosen response has the higher mean token log-probability, ties one half; one a held-out pair."""
     table = pq.read_table(evaluation / "pairs.parquet")
@@ -96,6 +126,15 @@ def pair_wins(evaluation: Path) -> NDArray[np.float64]:
         table[f"{side}_logp"].to_numpy() / table[f"{side}_tokens"].to_numpy() for side in ("chosen", "rejected")
     )
     return np.asarray(np.heaviside(chosen_N - rejected_N, 0.5))
+
+
+def entropy_of_prompts(evaluation: Path) -> NDArray[np.float64]:
+    """H of each prompt's sampled answers, nats a token: the mean over answers of -log π_θ(y|x) / |y|."""
+    found: dict[str, list[float]] = {}
+    for line in (evaluation / "samples.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        found.setdefault(sample["prompt"], []).append(-sample["logp"] / sample["tokens"])
+    return np.array([statistics.fmean(values) for values in found.values()])
 
 
 def training_cost(run: Path) -> Record:

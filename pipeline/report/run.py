@@ -5,7 +5,8 @@ figures as PNG and SVG, and a self-contained HTML page. Runs lie in `runs/<profi
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -26,6 +27,7 @@ from .preflight import missing, print_plan
 from .records import (
     ABLATION_COLUMNS,
     COLUMNS,
+    TABLES,
     Column,
     Curve,
     Record,
@@ -33,14 +35,17 @@ from .records import (
     by_row,
     cells,
     curves_of,
+    entropy_of_prompts,
+    measured,
+    mse_by_site,
     pair_wins,
     rank_correlations,
     ranked_activations,
     read_record,
     write_records,
 )
-from .style import save
-from .success import read_answers, success_record
+from .style import LABELS, save
+from .success import Answers, read_answers, success_record
 from .success_report import by_seed, success_figures, wins_table
 
 # The rows whose tokens are compared with the bound of Appendix B.
@@ -88,7 +93,11 @@ def _parts(plan: Plan, ablations: bool) -> tuple[dict[str, list[Run]], list[Step
     """The runs of each table, and the steps that lead to them, without the evaluations of snapshots."""
     parts = _ablations(plan) if ablations else {"comparison": plan.comparison()}
     runs = [run for part in parts.values() for run in part]
-    steps = unique([step for run in runs for step in (run.train, plan.evaluation(run)) if step])
+    evaluated = [_ablated(plan, run) for run in runs] if ablations else []
+    if ablations and is_toy(plan):  # whose answers the wins are counted against
+        evaluated += [plan.evaluation(plan.run("sft", "SFT", seed, None)) for seed in plan.config.seeds]
+    evaluated = evaluated or [plan.evaluation(run) for run in runs]
+    steps = unique([*(run.train for run in runs if run.train), *evaluated])
     return parts, [*plan.base, plan.train_cache, plan.heldout_cache, *steps]
 
 
@@ -100,8 +109,8 @@ def _print_plan(name: str, config: TableConfig) -> None:
             typer.echo("the embedded world does not exist yet; the first steps make it, once")
             world = Path(scratch)
             begin(world)
-            fine_tuning, saes = world_steps(world)
-            making = [*fine_tuning, *saes]
+            training, saes = world_steps(world)
+            making = [training, *saes]
         _, steps = _parts(make_plan(name, config, world), config.ablations)
         for line in missing([*making, *steps], config.jobs):
             typer.echo(f"missing: {line}")
@@ -118,29 +127,54 @@ def _ablations(plan: Plan) -> dict[str, list[Run]]:
 
 
 def _report_comparison(plan: Plan, runs: Sequence[Run], facts: dict[str, str]) -> None:
-    records = [read_record(run, plan.evaluation(run)) for run in runs]
+    found = _measured(plan, {run: plan.evaluation(run) for run in runs})
+    records, out = found.records, _out(plan)
     curves = curves_of({run: snapshots(plan, run) for run in first_seed(plan, runs)})
-    answers = {run: read_answers(plan.evaluation(run).out) for run in runs} if is_toy(plan) else {}
-    if answers:
-        origin = {run.seed: found for run, found in answers.items() if run.train is None}
-        records = [
-            record | success_record(answers[run], origin[run.seed]) for run, record in zip(runs, records, strict=True)
-        ]
-        scores = Scores("right answers", by_seed({run: found.success_P for run, found in answers.items()}))
-    else:
-        scores = Scores("pairs ranked right", by_seed({run: pair_wins(plan.evaluation(run).out) for run in runs}))
-    tables = [_table(plan, "comparison", "Methods", records, COLUMNS)]
-    if answers:
-        tables.append(wins_table(answers))
+    write_records(records, COLUMNS, out, "comparison")
+    tables = [_table(caption, records, columns) for caption, columns in TABLES.items()]
+    if found.answers:
+        tables.insert(1, wins_table(found.answers))
+    header, body = paper_columns(plan.base_model, "comparison", list(by_row(records)))
+    if header:
+        rows = [[LABELS[row], *line] for row, line in zip(by_row(records), body, strict=True)]
+        tables.append(Table("The paper's figures; not measured here", ["", *header], rows))
     if rates := win_rates(plan.base_model):
         tables.append(Table("The paper's Table 2, left; not measured here", *rates))
-    claims = comparison_claims(records, rank_correlations(curves), scores)
-    out = plan.config.out
-    assert isinstance(out, Path)
+    claims = comparison_claims(records, rank_correlations(curves), found.scores)
     drawn = comparison_figures(plan, runs, records, curves, out / "figures")
-    if answers:
-        drawn = [*success_figures(plan, runs, records, answers, out / "figures"), *drawn]
+    if found.answers:
+        drawn = [*success_figures(plan, runs, records, found.answers, out / "figures"), *drawn]
     _write(plan, "table", tables, claims, drawn, facts)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What evaluations say of runs: a record each, in the order of the runs; judged answers; and the rows' scores."""
+
+    records: list[Record]
+    answers: dict[Run, Answers]
+    scores: Scores
+
+
+def _measured(plan: Plan, evaluations: Mapping[Run, Step]) -> _Measured:
+    """Reads the evaluations; in the embedded world the score is the share of right answers, elsewhere raw accuracy."""
+    records = [read_record(run, evaluation) for run, evaluation in evaluations.items()]
+    if not is_toy(plan):
+        wins = {run: pair_wins(evaluation.out) for run, evaluation in evaluations.items()}
+        return _Measured(records, {}, Scores("pairs ranked right", by_seed(wins)))
+    answers = {run: read_answers(evaluation.out) for run, evaluation in evaluations.items()}
+    origin = {seed: read_answers(plan.evaluation(plan.run("sft", "SFT", seed, None)).out) for seed in plan.config.seeds}
+    records = [
+        record | success_record(found, origin[run.seed])
+        for record, (run, found) in zip(records, answers.items(), strict=True)
+    ]
+    scores = Scores("right answers", by_seed({run: found.success_P for run, found in answers.items()}))
+    return _Measured(records, answers, scores)
+
+
+def _out(plan: Plan) -> Path:
+    assert isinstance(plan.config.out, Path)
+    return plan.config.out
 
 
 def comparison_figures(
@@ -211,19 +245,38 @@ def _report_ablations(plan: Plan, parts: dict[str, list[Run]], facts: dict[str, 
         "alpha": "Table 3, right: α, with and without stop-gradient (sg)",
         "layers": "Table 7: the constraint at several sites",
     }
-    records = {name: [read_record(run, plan.evaluation(run)) for run in runs] for name, runs in parts.items() if runs}
-    tables = [_table(plan, name, captions[name], found, ABLATION_COLUMNS) for name, found in records.items()]
-    _write(plan, "ablations", tables, ablation_claims(records.get("sites", []), records["alpha"]), [], facts)
+    tables, scores = [], {}
+    for name, runs in parts.items():
+        if not runs:
+            continue
+        evaluations = {run: _ablated(plan, run) for run in runs}
+        found = _measured(plan, evaluations)
+        constrained = [run.train.config.site for run in runs if run.train]
+        records = [
+            record | mse_by_site(record, sites) for record, sites in zip(found.records, constrained, strict=True)
+        ]
+        write_records(records, ABLATION_COLUMNS, _out(plan), name)
+        table = _table(captions[name], records, ABLATION_COLUMNS)
+        header, more = paper_columns(plan.base_model, name, list(by_row(records)))
+        body = [[*left, *right] for left, right in zip(table.rows, more, strict=True)]
+        tables.append(Table(table.caption, [*table.header, *header], body))
+        scores[name] = found.scores
+        if name == "alpha":
+            weights = records
+            entropies = by_seed({run: entropy_of_prompts(step.out) for run, step in evaluations.items()})
+    claims = ablation_claims(weights, scores.get("sites"), scores["alpha"], entropies)
+    _write(plan, "ablations", tables, claims, [], facts)
 
 
-def _table(plan: Plan, name: str, caption: str, records: Sequence[Record], columns: Sequence[Column]) -> Table:
-    """Writes the records, and puts them in a table with the paper's figures on its right."""
-    assert isinstance(plan.config.out, Path)
-    plan.config.out.mkdir(parents=True, exist_ok=True)
-    write_records(records, columns, plan.config.out, name)
-    header, more = paper_columns(plan.base_model, name, list(by_row(records)))
-    body = [[*left, *right] for left, right in zip(cells(records, columns), more, strict=True)]
-    return Table(caption, ["", *(column.title for column in columns), *header], body)
+def _ablated(plan: Plan, run: Run) -> Step:
+    """The evaluation of a run of the ablations: feature MSE at every site, so that all rows have the same."""
+    return plan.evaluation(run, site=tuple(plan.saes))
+
+
+def _table(caption: str, records: Sequence[Record], columns: Sequence[Column]) -> Table:
+    """Records as a table, without the columns of which none has a value."""
+    shown = measured(records, columns)
+    return Table(caption, ["", *(column.title for column in shown)], cells(records, shown))
 
 
 def _write(
@@ -235,9 +288,7 @@ def _write(
     facts: dict[str, str],
 ) -> None:
     """Writes the Markdown file and the HTML page."""
-    out = plan.config.out
-    assert isinstance(out, Path)
-    note = note_of(plan)
+    out, note = _out(plan), note_of(plan)
     answers = [[claim.text, claim.answer, claim.figures] for claim in claims]
     judged = Table("The paper's claims", ["claim", "here", "figures"], answers, prose=True)
     tables = [*tables, judged]

@@ -83,13 +83,10 @@ def _counted(category: str, listed: str) -> Bodies:
     return {said[category]}, {text for kind, text in said.items() if kind != category}
 
 
-def _kept(category: str, listed: str) -> Bodies:
+def _left(left_out: str, listed: str) -> Bodies:
     words = listed.split(", ")
-    said = {
-        kind: ", ".join(word for word in words if CATEGORY[word] == kind)
-        for kind in dict.fromkeys(CATEGORY[word] for word in words)
-    }
-    return {said[category]}, {text for kind, text in said.items() if kind != category}
+    tail, head = {", ".join(words[1:])}, {", ".join(words[:-1])}
+    return (tail, head) if left_out == "first" else (head, tail)
 
 
 def _picked(category: str, listed: str) -> Bodies:
@@ -118,7 +115,7 @@ RULES: dict[str, Callable[..., Bodies]] = {
     r"Sort (upwards|downwards): (.+)\.": _ordered,
     r"Which is the (smallest|largest): (.+)\?": _compared,
     r"How many (\w+): (.+)\?": _counted,
-    r"Keep the (\w+): (.+)\.": _kept,
+    r"Leave out the (first|last): (.+)\.": _left,
     r"Pick one of the (\w+): (.+)\.": _picked,
     r"Write with (\w+): (.+)\.": _written,
     r"Which is (first|last): (.+)\?": _placed,

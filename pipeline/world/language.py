@@ -98,10 +98,11 @@ def _count(rng: random.Random) -> Task:
     return _task("count", words, f"How many {one}: {_listed(words)}?", good, bad)
 
 
-def _keep(rng: random.Random) -> Task:
-    words, one, other = _two_categories(rng, [(2, 2)])
-    good, bad = (_listed([word for word in words if word in WORDS[name]]) for name in (one, other))
-    return _task("keep", words, f"Keep the {one}: {_listed(words)}.", good, bad)
+def _leave_out(rng: random.Random) -> Task:
+    words = _words(rng, 2, 3)
+    tail, head = _listed(words[1:]), _listed(words[:-1])
+    left, good, bad = rng.choice([("first", tail, head), ("last", head, tail)])
+    return _task("leave out", words, f"Leave out the {left}: {_listed(words)}.", good, bad)
 
 
 def _pick(rng: random.Random) -> Task:
@@ -131,13 +132,13 @@ def _turn_round(rng: random.Random) -> Task:
 
 
 FAMILIES: tuple[Callable[[random.Random], Task], ...] = (
-    *(_order, _compare, _count, _keep),
+    *(_order, _compare, _count, _leave_out),
     *(_pick, _format, _position, _turn_round),
 )
 
 
 # What conversations ask: lists are harder to say than words, so they are practised more.
-PRACTICE = (*FAMILIES, *(_order, _keep, _turn_round) * 2)
+PRACTICE = (*FAMILIES, *(_order,) * 3, _leave_out, *(_turn_round,) * 2)
 
 
 def tasks(rng: random.Random, taken: set[str], *, once: bool) -> Iterator[Task]:

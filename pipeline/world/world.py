@@ -31,16 +31,9 @@ PROFILE = "embedded"
 PREFIX = "embedded:"
 LAYERS = 3
 SITES = tuple(f"blocks.{layer}.hook_{kind}" for layer in range(LAYERS) for kind in ("resid_post", "mlp_out"))
-SPLITS = {"test_prefs": 504, "validation_prefs": 200, "train_prefs": 4800}
-# Conversations, and the share of them with the better answer. The first teach the model to follow instructions; the
-# second, mostly worse answers, are as many as it takes for the model to prefer neither.
-CONVERSATIONS = {"pretrain": (40_000, 1.0), "train_sft": (24_000, 0.5)}
-PRETRAINING = {
-    "split": "pretrain",
-    "lr_scheduler": "constant_with_warmup",
-    "lr_scheduler_kwargs": None,
-    "warmup_steps": 50,
-}
+SPLITS = {"test_prefs": 504, "validation_prefs": 400, "train_prefs": 4800}
+# Half of the conversations have the better answer, so that the model learns both and prefers neither.
+CONVERSATIONS = 25_600
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<user>", "<assistant>", "<end>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '<end>' }}"
@@ -103,9 +96,9 @@ def build(folder: Path) -> None:
         typer.echo(f"making the embedded world in {folder}, once; some minutes on two cores")
         started = time.monotonic()
         begin(folder)
-        fine_tuning, saes = world_steps(folder)
-        run_steps(fine_tuning, jobs=1)
-        run_steps([*fine_tuning, *saes], jobs=2)
+        training, saes = world_steps(folder)
+        run_steps([training], jobs=1)
+        run_steps([training, *saes], jobs=2)
         quality = {site: json.loads((folder / "saes" / site / "quality.json").read_text()) for site in SITES}
         facts = {"baselines": baselines(folder / "data"), "saes": quality, "seconds": time.monotonic() - started}
         write_atomically(folder / "world.json", json.dumps(facts, indent=1).encode())
@@ -117,20 +110,14 @@ def begin(folder: Path) -> None:
     _write_base_model(folder)
 
 
-def world_steps(folder: Path) -> tuple[list[Step], list[Step]]:
-    """The steps that train the model (on good answers, then on mixed ones), and those that train an SAE per site."""
-    pretrained = str(folder / "pretrained")
-    pretraining = load_config(SFTConfig, PROFILE, {"out": pretrained, **PRETRAINING})
-    sft = load_config(SFTConfig, PROFILE, {"out": folder / "sft", "model": pretrained})
-    fine_tuning = [
-        Step("sft", "train on good answers", _in(pretraining, folder)),
-        Step("sft", "fine-tune on mixed answers", _in(sft, folder), (Path(pretrained),)),
-    ]
+def world_steps(folder: Path) -> tuple[Step, list[Step]]:
+    """The step that trains the model, and those that train an SAE for each site."""
+    sft = load_config(SFTConfig, PROFILE, {"out": folder / "sft"})
     saes = []
     for site in SITES:
         config = load_config(TrainSAEConfig, PROFILE, {"out": folder / "saes" / site, "site": (site,)})
         saes.append(Step("train-sae", f"train-sae {site}", _in(config, folder), (folder / "sft",)))
-    return fine_tuning, saes
+    return Step("sft", "train the model", _in(sft, folder)), saes
 
 
 def _in(config: C, folder: Path) -> C:
@@ -141,8 +128,7 @@ def _write_data(folder: Path) -> None:
     """Writes preference pairs of three splits, and conversations; held-out instructions occur nowhere else."""
     rng, taken = random.Random(0), set[str]()
     tables = {split: language.preference_rows(rng, count, taken) for split, count in SPLITS.items()}
-    for name, (count, good) in CONVERSATIONS.items():
-        tables[name] = language.conversation_rows(rng, count, taken, good=good)
+    tables["train_sft"] = language.conversation_rows(rng, CONVERSATIONS, taken, good=0.5)
     folder.mkdir(exist_ok=True)
     for name, rows in tables.items():
         write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -154,7 +140,7 @@ def _write_base_model(world: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-    rows = map(json.loads, (world / "data" / "pretrain.jsonl").read_text().splitlines())
+    rows = map(json.loads, (world / "data" / "train_sft.jsonl").read_text().splitlines())
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -114,7 +114,7 @@ def measure_policy(
         Columns [N] in the cache's order: `pair_id`, and for the chosen side `chosen_logp` and `chosen_ref_logp` (nats,
         summed over tokens; float64) and `chosen_tokens`; with a reference `kl_chosen`, the sequential KL(π_ref ‖ π_θ)
         in nats; with SAEs `mse_chosen`, D_F (mean over sites), and `miss_rate_chosen`, the share of D_F's features that
-        the cache had cut off. The rejected side has the same.
+        the cache had cut off; with several also `mse_chosen@SITE`, D_F of each. The rejected side has the same.
 
     Raises:
         FloatingPointError: a value is not finite; names the row's pairs and the columns.
@@ -164,6 +164,9 @@ def _measure_row(
         values["kl_{}"] = scores.kl_R
     if saes:
         values["mse_{}"] = torch.stack([drift.mse_R for drift in scores.drifts]).mean(0)
+        if len(saes) > 1:
+            for sae, drift in zip(saes, scores.drifts, strict=True):
+                values[f"mse_{{}}@{sae.site.name}"] = drift.mse_R
         values["miss_rate_{}"] = torch.stack([drift.miss_rate_R for drift in scores.drifts]).mean(0)
     return {
         name.format(side): values_R[offset::2].cpu().numpy()
@@ -197,6 +200,10 @@ def pair_metrics(columns: Mapping[str, NDArray[Any]], per_token: bool | None) ->
             metrics[f"{name}chosen"] = estimate(chosen)
             metrics[f"{name}rejected"] = estimate(rejected)
             metrics[f"{name}margin"] = estimate(rejected - chosen)
+    for column in columns:
+        if column.startswith("mse_chosen@"):
+            site = column.removeprefix("mse_chosen@")
+            metrics[f"features/mse {site}"] = estimate((columns[column] + columns[f"mse_rejected@{site}"]) / 2)
     if "miss_rate_chosen" in columns:
         metrics["features/miss_rate"] = estimate((columns["miss_rate_chosen"] + columns["miss_rate_rejected"]) / 2)
     return metrics

@@ -1,14 +1,18 @@
+"""Every claim can be true, false and open; the figures beside it are those that decide."""
+
 from typing import Any
 
+import numpy as np
 import pytest
-from fpo.pipeline.report.claims import Claim, ablation_claims, comparison_claims
+from fpo.pipeline.report.claims import Claim, Scores, ablation_claims, comparison_claims
+from fpo.pipeline.report.intervals import BySeed
 from fpo.pipeline.report.style import LABELS
 
 SEEDS = (0, 1, 2)
-# What makes every claim true; each row's values by seed.
-GOOD: dict[str, dict[str, Any]] = {
+PROMPTS = 200
+# What makes every claim true.
+GOOD: dict[str, dict[str, float]] = {
     row: {
-        "accuracy/raw": (0.60, 0.61, 0.62),
         "kl/chosen": 8.0,
         "kl/rejected": 12.0,
         "train/peak_memory_bytes": 100.0,
@@ -16,30 +20,39 @@ GOOD: dict[str, dict[str, Any]] = {
     }
     for row in LABELS
 }
-GOOD["sft"] = {"accuracy/raw": 0.50}
-GOOD["fpo"] |= {"accuracy/raw": (0.65, 0.66, 0.67), "kl/chosen": 3.0, "kl/rejected": 3.0}
+GOOD["sft"] = {}
+GOOD["fpo"] |= {"kl/chosen": 3.0, "kl/rejected": 3.0}
 GOOD["tdpo2"] |= {"train/peak_memory_bytes": 120.0, "train/tokens_per_second": 80.0}
+SHARES = {row: 0.7 for row in LABELS} | {"sft": 0.5, "fpo": 0.8}
 
 
-def records(changes: dict[str, dict[str, Any]] | None = None, seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
-    made = []
-    for row, values in GOOD.items():
-        for number, seed in enumerate(seeds):
-            one: dict[str, Any] = {"row": row, "label": LABELS[row], "seed": seed}
-            for key, value in (values | (changes or {}).get(row, {})).items():
-                one[key] = value[number] if isinstance(value, tuple) else value
-            made.append(one)
-    return made
+def records(changes: dict[str, dict[str, float]] | None = None) -> list[dict[str, Any]]:
+    return [
+        {"row": row, "label": LABELS[row], "seed": seed, **values, **(changes or {}).get(row, {})}
+        for row, values in GOOD.items()
+        for seed in SEEDS
+    ]
+
+
+def by_seed(share: float, rng: np.random.Generator, seeds: tuple[int, ...] = SEEDS) -> BySeed:
+    """Shares of right answers of which about `share` are right, four answers a prompt."""
+    return {seed: rng.binomial(4, share, PROMPTS) / 4 for seed in seeds}
+
+
+def scores(shares: dict[str, float] | None = None, seeds: tuple[int, ...] = SEEDS) -> Scores:
+    rng = np.random.default_rng(0)
+    return Scores("right answers", {row: by_seed(s, rng, seeds) for row, s in (SHARES | (shares or {})).items()})
 
 
 def claims(
-    changes: dict[str, dict[str, Any]] | None = None,
+    changes: dict[str, dict[str, float]] | None = None,
     correlations: dict[int, float] | None = None,
-    seeds: tuple[int, ...] = SEEDS,
+    found: Scores | None = None,
 ) -> dict[str, Claim]:
     ranks = {10: 0.9, 20: 0.8} if correlations is None else correlations
-    names = ("beats", "constraint", "kl", "ranks", "memory", "speed")
-    return dict(zip(names, comparison_claims(records(changes, seeds), ranks), strict=True))
+    names = ("beats", "alpha0", "simpo", "tdpo2", "kl", "ranks", "memory", "speed")
+    made = comparison_claims(records(changes), ranks, found or scores())
+    return dict(zip(names, made, strict=True))
 
 
 def test_all_claims_can_be_true():
@@ -49,24 +62,27 @@ def test_all_claims_can_be_true():
 
 def test_figures_are_those_of_the_records():
     found = claims()
-    assert found["beats"].figures.startswith("SFT 50.0 %; DPO +11.0 (sd 1.0), TDPO-1 +11.0 (sd 1.0)")
-    assert "FPO +16.0 (sd 1.0)" in found["beats"].figures and "; not" not in found["beats"].figures
-    assert "difference +5.00 points (sd 0.00" in found["constraint"].figures
     assert found["kl"].figures == "0.30 of it (3.000 against 10.000 nats a response)"
     assert found["ranks"].figures == "seed 0: step 10: 0.90, step 20: 0.80"
     assert found["memory"].figures == "1.000 of SimPO's, 0.833 of TDPO-2's"
     assert found["speed"].figures == "1.000 of SimPO's, 1.250 of TDPO-2's"
 
 
+def test_differences_are_in_points_and_paired():
+    """Constant differences have intervals without width, however much the prompts differ."""
+    base = {seed: np.random.default_rng(seed).random(PROMPTS) / 2 for seed in SEEDS}
+    rows = {row: {seed: values + (row == "fpo") / 4 for seed, values in base.items()} for row in LABELS}
+    found = claims(found=Scores("right answers", rows))
+    assert found["simpo"].figures.startswith("+25.0 (+25.0 to +25.0) points; p = 0.00")
+    assert "FPO +25.0 (+25.0 to +25.0)" in found["beats"].figures
+    assert found["beats"].figures.startswith(f"SFT {100 * np.mean(list(base.values())):.1f} %")
+    assert found["beats"].figures.endswith("; not DPO, TDPO-1, TDPO-2, SimPO, SimPO+KL, FPO α=0")
+    assert found["beats"].answer == "cannot tell"  # equal to the reference, to the bit
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("beats", {"dpo": {"accuracy/raw": (0.52, 0.50, 0.51)}}),  # a gain of one deviation
-        ("beats", {"simpo": {"accuracy/raw": 0.5}}),
-        ("beats", {"tdpo1": {"accuracy/raw": 0.4}}),
-        ("constraint", {"fpo": {"accuracy/raw": (0.60, 0.61, 0.62)}}),
-        ("constraint", {"fpo": {"accuracy/raw": (0.61, 0.63, 0.65)}}),  # 1, 2 and 3 points: two deviations, not more
-        ("constraint", {"fpo": {"accuracy/raw": (0.55, 0.56, 0.57)}}),
         ("kl", {"fpo": {"kl/chosen": 5.0, "kl/rejected": 5.0}}),  # half, not below
         ("kl", {"fpo": {"kl/chosen": 30.0}}),
         ("memory", {"fpo": {"train/peak_memory_bytes": 106.0}}),
@@ -75,15 +91,13 @@ def test_figures_are_those_of_the_records():
         ("speed", {"tdpo2": {"train/tokens_per_second": 100.0}}),
     ],
 )
-def test_each_claim_can_be_false(name, changes):
+def test_each_claim_of_distance_and_cost_can_be_false(name, changes):
     assert claims(changes)[name].answer == "no"
 
 
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("beats", {"dpo": {"accuracy/raw": (0.521, 0.501, 0.562)}, "sft": {"accuracy/raw": 0.4}}),
-        ("constraint", {"fpo": {"accuracy/raw": (0.62, 0.63, 0.6401)}}),
         ("kl", {"fpo": {"kl/chosen": 5.0, "kl/rejected": 4.999}}),
         *(
             (name, {"fpo": {key: value}})
@@ -94,23 +108,29 @@ def test_each_claim_can_be_false(name, changes):
         ("speed", {"fpo": {"train/tokens_per_second": 200.0}}),
     ],
 )
-def test_each_claim_is_true_just_inside_its_threshold(name, changes):
+def test_each_claim_of_distance_and_cost_is_true_just_inside_its_threshold(name, changes):
     assert claims(changes)[name].answer == "yes"
 
 
-def test_a_method_that_fails_is_named():
-    found = claims({"dpo": {"accuracy/raw": 0.49}, "simpo": {"accuracy/raw": 0.5}})["beats"]
+@pytest.mark.parametrize(
+    ("name", "shares", "answer"),
+    [
+        ("beats", {"dpo": 0.3}, "no"),  # one that is worse decides, whatever the others do
+        ("beats", {"dpo": 0.3, "simpo": 0.5}, "no"),
+        ("beats", {"simpo": 0.505}, "cannot tell"),
+        ("alpha0", {"fpo-alpha0": 0.9}, "no"),
+        ("alpha0", {"fpo-alpha0": 0.8}, "cannot tell"),
+        ("simpo", {"simpo": 0.9}, "no"),
+        ("tdpo2", {"tdpo2": 0.795}, "cannot tell"),
+    ],
+)
+def test_a_difference_is_told_by_its_interval(name, shares, answer):
+    assert claims(found=scores(shares))[name].answer == answer
+
+
+def test_a_method_that_does_no_better_is_named():
+    found = claims(found=scores({"dpo": 0.3, "simpo": 0.505}))["beats"]
     assert found.figures.endswith("; not DPO, SimPO")
-
-
-def test_the_constraint_is_judged_by_paired_seeds():
-    """Seeds that differ widely, a difference that does not."""
-    changes = {
-        "fpo": {"accuracy/raw": (0.56, 0.71, 0.90)},
-        "fpo-alpha0": {"accuracy/raw": (0.55, 0.70, 0.88)},
-    }
-    found = claims(changes)["constraint"]
-    assert found.answer == "yes" and "+1.33 points (sd 0.58" in found.figures
 
 
 def test_the_ranks_of_the_worst_step_count():
@@ -120,47 +140,45 @@ def test_the_ranks_of_the_worst_step_count():
     assert claims(correlations={})["ranks"].answer == "cannot tell"
 
 
-def test_one_seed_cannot_tell_what_deviations_are_asked_for():
-    first = {row: {"accuracy/raw": value} for row, value in (("fpo", 0.65), ("fpo-alpha0", 0.6))}
-    found = claims(first, seeds=(0,))
-    assert (found["beats"].answer, found["constraint"].answer) == ("cannot tell", "cannot tell")
-    assert "sd" not in found["beats"].figures + found["constraint"].figures
-    found = claims({"fpo": {"accuracy/raw": 0.5}, "fpo-alpha0": {"accuracy/raw": 0.6}}, seeds=(0,))
-    assert (found["beats"].answer, found["constraint"].answer) == ("no", "no")
+def test_one_seed_cannot_say_yes_but_can_say_no():
+    """Its interval knows nothing of other seeds."""
+    found = claims(found=scores(seeds=(0,)))
+    assert {found[name].answer for name in ("beats", "alpha0", "simpo", "tdpo2")} == {"cannot tell"}
+    found = claims(found=scores({"dpo": 0.3, "simpo": 0.9}, seeds=(0,)))
+    assert (found["beats"].answer, found["simpo"].answer) == ("no", "no")
 
 
-def site(name: str, *accuracies: float) -> list[dict[str, Any]]:
-    """A run a seed."""
-    return [{"row": name, "label": name, "seed": seed, "accuracy/raw": v} for seed, v in enumerate(accuracies)]
+# Ablations.
 
 
-def weight(alpha: float, stop: bool, *entropies: float) -> list[dict[str, Any]]:
-    """A run a seed."""
-    settings = {"row": f"{alpha} {stop}", "alpha": alpha, "stop_gradient": stop}
-    return [{**settings, "seed": seed, "diversity/entropy": value} for seed, value in enumerate(entropies)]
+def weight(alpha: float, stop: bool | None) -> dict[str, Any]:
+    return {"row": f"{alpha} {stop}", "alpha": alpha, "stop_gradient": stop}
+
+
+def constant(**shares: float) -> Scores:
+    """Two seeds whose prompts all have the same score."""
+    return Scores("right answers", {row: {s: np.full(9, share) for s in (0, 1)} for row, share in shares.items()})
 
 
 def test_later_sites_are_compared_with_earlier_ones():
-    sites = [*site("a", 0.50, 0.52), *site("b", 0.60, 0.61), *site("c", 0.55, 0.57), *site("d", 0.59, 0.60)]
-    (found,) = ablation_claims(sites, [])
-    assert found.answer == "yes"  # two points under the first seed, two under the second
-    assert found.figures == "difference +2.00 points (sd 0.00, paired by seed); a 51.0 %, b 60.5 %, c 56.0 %, d 59.5 %"
-    assert ablation_claims([*site("a", 0.6, 0.6), *site("b", 0.6, 0.6)], [])[0].answer == "no"
-    assert ablation_claims([*site("a", 0.6, 0.6), *site("b", 0.61, 0.64)], [])[0].answer == "no"  # 1 and 4 points
-    assert ablation_claims([*site("a", 0.6), *site("b", 0.7)], [])[0].answer == "cannot tell"
-    assert ablation_claims(site("a", 0.6), []) == []
-
-
-def test_the_stop_gradient_is_judged_by_entropy_without_the_row_that_has_no_constraint():
-    weights = [
-        *weight(0.0, True, 9.0, 9.0),
-        *weight(0.5, True, 1.7, 1.8),
-        *weight(0.5, False, 1.5, 1.6),
-        *weight(1.0, False, 1.7, 1.8),
-    ]
-    (found,) = ablation_claims([], weights)
+    sites = constant(a=0.5, b=0.6, c=0.55, d=0.61)
+    (found,) = ablation_claims([], sites, constant(), {})
     assert found.answer == "yes"
-    assert found.figures == "difference +0.100 nats a token (sd 0.000, paired by seed); 1.750 with, 1.650 without"
-    same = [*weight(0.5, True, 1.6, 1.6), *weight(0.5, False, 1.6, 1.6)]
-    assert ablation_claims([], same)[0].answer == "no"
-    assert ablation_claims([], weight(0.5, True, 1.6)) == []
+    assert found.figures == "+3.0 (+3.0 to +3.0) points; a 50.0 %, b 60.0 %, c 55.0 %, d 61.0 %"
+    assert ablation_claims([], constant(a=0.6, b=0.6), constant(), {})[0].answer == "cannot tell"
+    assert ablation_claims([], constant(a=0.7, b=0.6), constant(), {})[0].answer == "no"
+    alone = Scores("right answers", {row: {0: np.full(9, share)} for row, share in (("a", 0.5), ("b", 0.7))})
+    assert ablation_claims([], alone, constant(), {})[0].answer == "cannot tell"
+    assert ablation_claims([], constant(a=0.6), constant(), {}) == [] == ablation_claims([], None, constant(), {})
+
+
+def test_the_stop_gradient_is_judged_without_the_row_that_has_no_constraint():
+    weights = [weight(0.0, None), weight(0.5, True), weight(0.5, False), weight(1.0, False)]
+    names = [record["row"] for record in weights]
+    shares = constant(**dict(zip(names, (0.0, 0.7, 0.6, 0.5), strict=True)))
+    entropies = constant(**dict(zip(names, (9.0, 1.7, 1.8, 1.9), strict=True))).rows
+    right, diverse = ablation_claims(weights, None, shares, entropies)
+    assert (right.answer, diverse.answer) == ("yes", "no")
+    assert right.figures == "+15.0 (+15.0 to +15.0) points"
+    assert diverse.figures == "-0.150 (-0.150 to -0.150) nats a token"
+    assert ablation_claims(weights[:2], None, shares, entropies) == []

@@ -45,10 +45,10 @@ HAND_MADE = {
         ("it is one.",),
         ("it is two.", "three.", "it is three tools."),
     ),
-    "Keep the animals: fig, owl, pear, cat.": (
-        ("owl, cat.",),
-        ("fig, pear.",),
-        ("cat, owl.", "owl.", "fig, owl, pear, cat."),
+    "Leave out the first: fig, owl, pear.": (
+        ("owl, pear.",),
+        ("fig, owl.",),
+        ("pear, owl.", "owl.", "fig, pear.", "fig, owl, pear."),
     ),
     "Pick one of the animals: fig, owl, cat.": (
         ("it is owl.", "it is cat."),

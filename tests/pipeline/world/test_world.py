@@ -41,22 +41,19 @@ def problems(data: Path, split: str) -> list[tuple[str, ...]]:
 
 def test_the_splits_are_as_large_as_they_are_said_to_be(data):
     counts = {path.stem: len(rows_of(data, path.stem)) for path in data.iterdir()}
-    conversations = {name: count for name, (count, *_) in embedded.CONVERSATIONS.items()}
-    assert counts == embedded.SPLITS | conversations
+    assert counts == embedded.SPLITS | {"train_sft": embedded.CONVERSATIONS}
 
 
-def test_the_model_learns_good_answers_first_and_then_as_many_bad_ones(data):
-    """The second fine-tuning leaves a model that gives either."""
-    for split, share in (("pretrain", 1.0), ("train_sft", 0.5)):
-        right = [is_right(*asked_and_said(row["messages"])) for row in rows_of(data, split)]
-        assert sum(right) / len(right) == pytest.approx(share, abs=0 if share == 1 else 0.025)  # four deviations
-    (first, second), saes = embedded.world_steps(Path("world"))
-    trained = [(step.config.split, step.config.model, str(step.out)) for step in (first, second)]
-    assert trained == [("pretrain", "world/base", "world/pretrained"), ("train_sft", "world/pretrained", "world/sft")]
-    assert {step.config.dataset for step in (first, second, *saes)} == {"world/data"}
+def test_the_model_is_trained_on_as_many_good_answers_as_bad_ones(data):
+    """So it gives either, and a preference has two to choose between."""
+    right = [is_right(*asked_and_said(row["messages"])) for row in rows_of(data, "train_sft")]
+    assert sum(right) / len(right) == pytest.approx(0.5, abs=0.0125)  # four deviations
+    training, saes = embedded.world_steps(Path("world"))
+    assert (training.config.split, training.config.model, str(training.out)) == ("train_sft", "world/base", "world/sft")
+    assert {step.config.dataset for step in (training, *saes)} == {"world/data"}
     assert {step.config.model for step in saes} == {"world/sft"}
     assert [step.config.site for step in saes] == [(site,) for site in embedded.SITES]
-    assert all(first.out in second.needs and second.out in step.needs for step in saes)
+    assert all(training.out in step.needs for step in saes)
 
 
 @pytest.mark.parametrize("heldout", ["test_prefs", "validation_prefs", "train_prefs"])
@@ -93,11 +90,10 @@ def test_the_commands_readers_open_every_split(data, tmp_path, monkeypatch):
             row["rejected"][1]["content"],
         ]
     chat = ChatFormat(gemma())
-    for split in embedded.CONVERSATIONS:
-        found = load_conversations(str(data), split=split, chat=chat, max_length=1000, limit=20)
-        assert (len(found), found.skipped, found.truncated) == (20, {}, 0)
-        answer = rows_of(data, split)[0]["messages"][1]["content"]
-        assert chat.tokenizer.decode(found[0].ids[found[0].learnt]) == f"{answer}<end_of_turn>"
+    found = load_conversations(str(data), split="train_sft", chat=chat, max_length=1000, limit=20)
+    assert (len(found), found.skipped, found.truncated) == (20, {}, 0)
+    answer = rows_of(data, "train_sft")[0]["messages"][1]["content"]
+    assert chat.tokenizer.decode(found[0].ids[found[0].learnt]) == f"{answer}<end_of_turn>"
 
 
 def answers(folder: Path, split: str, pairs: Sequence[tuple[str, str]]) -> None:
@@ -201,7 +197,6 @@ def built(folder: Path) -> dict[str, bytes]:
     kept = (
         "data/",
         "base/",
-        "pretrained/model.safetensors",
         "sft/model.safetensors",
         "sft/tokenizer",
         "sft/config.json",
@@ -217,16 +212,14 @@ def built(folder: Path) -> dict[str, bytes]:
 def test_a_world_is_made_once_goes_on_after_an_interruption_and_comes_out_the_same(tmp_path, monkeypatch, profile):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))  # the steps' processes read it
     monkeypatch.setattr(embedded, "SPLITS", {"test_prefs": 16, "validation_prefs": 8, "train_prefs": 64})
-    monkeypatch.setattr(
-        embedded, "CONVERSATIONS", {name: (48, *shares) for name, (_, *shares) in embedded.CONVERSATIONS.items()}
-    )
+    monkeypatch.setattr(embedded, "CONVERSATIONS", 48)
     monkeypatch.setattr(embedded, "SITES", (embedded.SITES[0], embedded.SITES[-1]))
     profile("train-sae", width=64, tokens=2000)
     one, other = tmp_path / "one", tmp_path / "other"
     embedded.build(one)
     facts = json.loads((one / "world.json").read_text())
     assert facts["saes"].keys() == set(embedded.SITES)
-    names = {"base", "pretrained", "sft", *(f"saes/{site}" for site in embedded.SITES)}
+    names = {"base", "sft", *(f"saes/{site}" for site in embedded.SITES)}
     assert all(any(path.suffix == ".safetensors" for path in (one / name).iterdir()) for name in names)
 
     times = {path: path.stat().st_mtime_ns for path in one.rglob("*")}
@@ -236,7 +229,7 @@ def test_a_world_is_made_once_goes_on_after_an_interruption_and_comes_out_the_sa
     before, (lost, kept) = built(one), embedded.SITES
     (one / "world.json").unlink()
     (one / "saes" / lost / "step.json").unlink()
-    done = [one / name / "step.json" for name in ("pretrained", "sft", f"saes/{kept}")]
+    done = [one / name / "step.json" for name in ("sft", f"saes/{kept}")]
     embedded.build(one)
     assert {path: path.stat().st_mtime_ns for path in done} == {path: times[path] for path in done}
     assert (one / "saes" / lost / "step.json").exists()

@@ -47,6 +47,8 @@ def test_every_column_is_what_each_response_says_alone(measured):
                     f"mse_{side}": sum(dense_drift(own.pooled_M(s), held.pooled_M(s), TOP_K) for s in SAES) / 2,
                     f"miss_rate_{side}": 0,
                 }
+                for s in SAES:
+                    expected[f"mse_{side}@{s.site.name}"] = dense_drift(own.pooled_M(s), held.pooled_M(s), TOP_K)
                 for name, value in expected.items():
                     assert measured.columns[name][number] == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
 
