@@ -29,14 +29,13 @@ from .style import save
 from .success import read_answers, success_record
 from .success_figures import frontier
 
-# Trials of a row: points of a Sobol sequence over what is searched, up to a factor of SPAN to either side of the
-# profile's learning rate and of the method's own β and α (docs/method.md, section 4).
+# Trials of a row: points of a Sobol sequence over what is searched, up to such a factor to either side of the profile's
+# learning rate and of the method's own β and α (docs/method.md, section 4).
 TRIALS = 16
-SPAN = 10.0
-SEARCHED = ("lr", "beta", "alpha")
+SEARCHED = {"lr": 5.0, "beta": 30.0, "alpha": 10.0}
 
 SUCCESS, ACCURACY = "success/right", "accuracy/raw"
-COLUMNS = ("row", *SEARCHED, "score", "error", "kl", SUCCESS, ACCURACY, "accuracy/implicit", "features/mse_chosen")
+COLUMNS = ("row", *SEARCHED, "score", "error", "kl", SUCCESS, ACCURACY, "accuracy/implicit")
 
 
 def run_tune(name: str, config: TuneConfig) -> None:
@@ -54,8 +53,8 @@ def run_tune(name: str, config: TuneConfig) -> None:
     plan = make_plan(name, config.model_copy(update={"heldout_split": config.validation_split}))
     reference = plan.run("sft", "SFT", plan.config.seeds[0], None)
     runs = [run for row, options in ROWS.items() if options for run in trials(plan, row)]
-    unsampled: dict[str, Any] = {} if is_toy(plan) else {"prompts": 0}
-    evaluations = {run: plan.evaluation(run, **unsampled) for run in (reference, *runs)}
+    options: dict[str, Any] = {"sae": (), "site": (), "top_k": 50} | ({} if is_toy(plan) else {"prompts": 0})
+    evaluations = {run: plan.evaluation(run, **options) for run in (reference, *runs)}
     steps = [*plan.base, plan.train_cache, plan.heldout_cache, *(run.train for run in runs if run.train)]
     run_steps([*steps, *evaluations.values()], config.jobs)
     folders = {run: evaluation.out for run, evaluation in evaluations.items()}
@@ -88,7 +87,10 @@ def trials(plan: Plan, row: str) -> list[Run]:
     centre: Mapping[str, float] = METHODS[options["method"]].defaults | {"lr": plan.config.lr}
     points = Sobol(len(names), rng=0).random(TRIALS)
     found = [
-        {name: float(f"{centre[name] * SPAN ** (2 * at - 1):.2g}") for name, at in zip(names, point, strict=True)}
+        {
+            name: float(f"{centre[name] * SEARCHED[name] ** (2 * at - 1):.2g}")
+            for name, at in zip(names, point, strict=True)
+        }
         for point in points
     ]
     return [

@@ -1,7 +1,7 @@
 """The language of the embedded world: instructions in plain English, each with a better and a worse answer.
 
 In: a seed. Out: preference pairs and conversations as message lists. Every instruction has a counterpart (smallest
-first or largest first, the animals or the tools, …), and the worse answer is the one that the counterpart asks for. So
+first or largest first, the first or the last, …), and the worse answer is the one that the counterpart asks for. So
 no answer is better by itself: one must read the instruction. How answers open and close varies at random; it is style
 and makes no answer better.
 
@@ -136,7 +136,6 @@ FAMILIES: tuple[Callable[[random.Random], Task], ...] = (
     *(_pick, _format, _position, _turn_round),
 )
 
-
 # What conversations ask: lists are harder to say than words, so they are practised more.
 PRACTICE = (*FAMILIES, *(_order,) * 3, _leave_out, *(_turn_round,) * 2)
 
@@ -181,13 +180,13 @@ def preference_rows(rng: random.Random, count: int, taken: set[str]) -> list[dic
     return rows
 
 
-def conversation_rows(rng: random.Random, count: int, taken: set[str], *, good: float) -> list[dict[str, Any]]:
-    """Conversations in UltraChat's format; the share `good` of them has the better answer.
+def conversation_rows(rng: random.Random, count: int, taken: set[str]) -> list[dict[str, Any]]:
+    """Conversations in UltraChat's format, with the better or the worse answer, either as likely.
 
     None has a problem of `taken`, but problems may repeat among them.
     """
     rows = []
     for task in islice(tasks(rng, taken, once=False), count):
         asked = {"role": "user", "content": task.instruction}
-        rows.append({"messages": [asked, _frame(rng)(task.good if rng.random() < good else task.bad)]})
+        rows.append({"messages": [asked, _frame(rng)(rng.choice((task.good, task.bad)))]})
     return rows

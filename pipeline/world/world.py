@@ -32,7 +32,7 @@ PREFIX = "embedded:"
 LAYERS = 3
 SITES = tuple(f"blocks.{layer}.hook_{kind}" for layer in range(LAYERS) for kind in ("resid_post", "mlp_out"))
 SPLITS = {"test_prefs": 504, "validation_prefs": 400, "train_prefs": 4800}
-# Half of the conversations have the better answer, so that the model learns both and prefers neither.
+# As many have the better answer as the worse one, so that the model learns both and prefers neither.
 CONVERSATIONS = 25_600
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<user>", "<assistant>", "<end>"]
 CHAT_TEMPLATE = (
@@ -128,7 +128,7 @@ def _write_data(folder: Path) -> None:
     """Writes preference pairs of three splits, and conversations; held-out instructions occur nowhere else."""
     rng, taken = random.Random(0), set[str]()
     tables = {split: language.preference_rows(rng, count, taken) for split, count in SPLITS.items()}
-    tables["train_sft"] = language.conversation_rows(rng, CONVERSATIONS, taken, good=0.5)
+    tables["train_sft"] = language.conversation_rows(rng, CONVERSATIONS, taken)
     folder.mkdir(exist_ok=True)
     for name, rows in tables.items():
         write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())

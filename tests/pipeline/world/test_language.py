@@ -50,7 +50,7 @@ def test_the_rejected_answer_is_right_for_another_instruction(seed):
 def test_equal_seeds_give_equal_rows_and_others_do_not(seed):
     assert pairs(seed, 40) == pairs(seed, 40)
     assert pairs(seed, 40) != pairs(seed + 1, 40)
-    talks = [conversation_rows(random.Random(seed), 40, set(), good=0.5) for _ in range(2)]
+    talks = [conversation_rows(random.Random(seed), 40, set()) for _ in range(2)]
     assert talks[0] == talks[1]
 
 
@@ -62,7 +62,7 @@ def test_a_problem_comes_once_however_it_is_asked_and_none_that_is_taken(seed):
     posed = [problem(row["chosen"][0]["content"]) for row in first + second]
     assert len(set(posed)) == len(posed) == len(taken)
     before = set(taken)
-    talks = conversation_rows(rng, 400, taken, good=0.5)
+    talks = conversation_rows(rng, 400, taken)
     assert taken == before
     assert set(posed).isdisjoint(problem(row["messages"][0]["content"]) for row in talks)
 
@@ -77,7 +77,7 @@ def test_both_answers_of_a_pair_open_and_close_alike(seed):
 
 @pytest.mark.parametrize("good", [0.0, 0.25, 1.0])
 def test_the_share_of_conversations_with_the_right_answer_is_the_one_asked_for(good):
-    rows = conversation_rows(random.Random(1), 1600, set(), good=good)
+    rows = conversation_rows(random.Random(1), 1600, set())
     right = sum(is_right(*asked_and_said(row["messages"])) for row in rows) / len(rows)
     assert right == good if good in (0, 1) else abs(right - good) < 0.05  # over four standard deviations
 
