@@ -23,6 +23,7 @@ from ...cache.files import write_atomically
 from ...cache.reader import open_cache
 from ...stages.train.methods import METHODS
 from ..commands.jobs import Step
+from .intervals import BySeed
 from .plan import Plan, Run
 
 Record = dict[str, Any]
@@ -192,6 +193,24 @@ def write_records(records: Sequence[Record], columns: Sequence[Column], folder: 
         values = [mean_and_deviation(runs, column.key) or ("", "") for column in columns]
         writer.writerow([row, runs[0]["label"], len(runs), *(number for pair in values for number in pair)])
     write_atomically(folder / f"{name}.csv", text.getvalue().encode())
+
+
+def write_scores(rows: Mapping[str, BySeed], path: Path) -> None:
+    """Writes one line for each row and seed with a number for each prompt, from which all intervals follow."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for row, by_seed in rows.items():
+        for seed, values_P in by_seed.items():
+            writer.writerow([row, seed, *(f"{value:.6g}" for value in values_P)])
+    write_atomically(path, text.getvalue().encode())
+
+
+def read_scores(path: Path) -> dict[str, dict[int, NDArray[np.float64]]]:
+    """What `write_scores` wrote."""
+    rows: dict[str, dict[int, NDArray[np.float64]]] = {}
+    for row, seed, *values in csv.reader(path.read_text().splitlines()):
+        rows.setdefault(row, {})[int(seed)] = np.array(values, np.float64)
+    return rows
 
 
 @dataclass(frozen=True)

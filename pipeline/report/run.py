@@ -43,6 +43,7 @@ from .records import (
     ranked_activations,
     read_record,
     write_records,
+    write_scores,
 )
 from .style import LABELS, save
 from .success import Answers, read_answers, success_record
@@ -131,6 +132,7 @@ def _report_comparison(plan: Plan, runs: Sequence[Run], facts: dict[str, str]) -
     records, out = found.records, _out(plan)
     curves = curves_of({run: snapshots(plan, run) for run in first_seed(plan, runs)})
     write_records(records, COLUMNS, out, "comparison")
+    write_scores(found.scores.rows, out / "comparison-scores.csv")
     tables = [_table(caption, records, columns) for caption, columns in TABLES.items()]
     if found.answers:
         tables.insert(1, wins_table(found.answers))
@@ -173,7 +175,9 @@ def _measured(plan: Plan, evaluations: Mapping[Run, Step]) -> _Measured:
 
 
 def _out(plan: Plan) -> Path:
+    """The folder of the results, which is there from now on."""
     assert isinstance(plan.config.out, Path)
+    plan.config.out.mkdir(parents=True, exist_ok=True)
     return plan.config.out
 
 
@@ -256,6 +260,7 @@ def _report_ablations(plan: Plan, parts: dict[str, list[Run]], facts: dict[str, 
             record | mse_by_site(record, sites) for record, sites in zip(found.records, constrained, strict=True)
         ]
         write_records(records, ABLATION_COLUMNS, _out(plan), name)
+        write_scores(found.scores.rows, _out(plan) / f"{name}-scores.csv")
         table = _table(captions[name], records, ABLATION_COLUMNS)
         header, more = paper_columns(plan.base_model, name, list(by_row(records)))
         body = [[*left, *right] for left, right in zip(table.rows, more, strict=True)]
@@ -264,6 +269,7 @@ def _report_ablations(plan: Plan, parts: dict[str, list[Run]], facts: dict[str, 
         if name == "alpha":
             weights = records
             entropies = by_seed({run: entropy_of_prompts(step.out) for run, step in evaluations.items()})
+            write_scores(entropies, _out(plan) / "alpha-entropies.csv")
     claims = ablation_claims(weights, scores.get("sites"), scores["alpha"], entropies)
     _write(plan, "ablations", tables, claims, [], facts)
 

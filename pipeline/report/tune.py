@@ -1,7 +1,7 @@
 """`fpo tune`: a search of learning rate, β and α for every row of the comparison, the same number of trials for each.
 
-In: a profile. Out: in the results folder `tuning.csv`, one line per trial on the validation split, and the figure
-`frontier`; each row's best trial on the terminal, in the form in which one copies it into the profile.
+In: a profile. Out: in the results folder `tuning.csv`, one line per trial on the validation split, `tuning.md`, the
+winners, also at equal KL, and the figure `frontier`; on the terminal the winners as one copies them into the profile.
 
 In the embedded world the score is the share of sampled answers that are right; elsewhere it is raw accuracy. Trials
 whose score is within a standard error of the best are near-ties: of these the one nearest to the reference wins.
@@ -9,6 +9,7 @@ whose score is within a standard error of the best are near-ties: of these the o
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from ...stages.train.methods import METHODS
 from ..commands.jobs import run_steps
 from ..config import TuneConfig
 from ..world.world import provide
-from .page import is_toy, short_note
+from .page import Table, is_toy, note_of, short_note
 from .plan import ROWS, Plan, Run, make_plan
 from .records import Record, read_record
-from .style import save
+from .style import LABELS, save
 from .success import read_answers, success_record
 from .success_figures import frontier
 
@@ -67,10 +68,36 @@ def run_tune(name: str, config: TuneConfig) -> None:
     best = winners(records)
     score = "right answers" if is_toy(plan) else "raw accuracy"
     save(frontier(records, best, score, short_note(plan)), out / "figures", "frontier")
+    table = _winners_table(records, best, score, plan.config.lr)
+    write_atomically(out / "tuning.md", f"{note_of(plan)}\n\n{table.markdown}".encode())
     typer.echo(f"{out / 'tuning.csv'}: {len(records)} trials; for the profile:")
     for row, record in best.items():
         found = ", ".join(f"{key}: {record[key]:g}" for key in searched(row))
         typer.echo(f"  {row}: {{{found}}}  # {100 * record['score']:.1f} %, KL {record['kl']:.2f}")
+
+
+def _winners_table(records: Sequence[Record], best: Mapping[str, Record], score: str, lr: float) -> Table:
+    """The winners, what of them lies at the end of its range, and each row at no more KL than FPO's winner."""
+    body = []
+    for row, record in best.items():
+        values = [f"{record[name]:g}" if name in searched(row) else "–" for name in SEARCHED]
+        near = best_within(records, row, best["fpo"]["kl"])
+        held = [f"{100 * near['score']:.1f}", f"{near['kl']:.2f}"] if near else ["–", "–"]
+        ends = ", ".join(at_the_end(record, lr)) or "–"
+        body.append([LABELS[row], *values, f"{100 * record['score']:.1f}", f"{record['kl']:.2f}", *held, ends])
+    header = [
+        "",
+        "lr",
+        "β",
+        "α",
+        f"{score}, %",
+        "KL, nats",
+        f"{score} at no more KL than FPO's winner, %",
+        "its KL, nats",
+    ]
+    return Table(
+        f"The best of {TRIALS} trials of each row, validation split", [*header, "at the end of its range"], body
+    )
 
 
 def searched(row: str) -> list[str]:
@@ -79,12 +106,16 @@ def searched(row: str) -> list[str]:
     return [key for key in SEARCHED if key not in options and key in {"lr", *METHODS[options["method"]].defaults}]
 
 
+def _centre(row: str, lr: float) -> Mapping[str, float]:
+    """Where a row's ranges have their middle."""
+    return METHODS[(ROWS[row] or {})["method"]].defaults | {"lr": lr}
+
+
 def trials(plan: Plan, row: str) -> list[Run]:
     """One row's runs under the first seed."""
     from scipy.stats.qmc import Sobol
 
-    options, names = ROWS[row] or {}, searched(row)
-    centre: Mapping[str, float] = METHODS[options["method"]].defaults | {"lr": plan.config.lr}
+    options, names, centre = ROWS[row] or {}, searched(row), _centre(row, plan.config.lr)
     points = Sobol(len(names), rng=0).random(TRIALS)
     found = [
         {
@@ -125,3 +156,16 @@ def winners(records: Sequence[Record]) -> dict[str, Record]:
         near = [trial for trial in mine if trial["score"] >= best["score"] - best["error"]]
         found[row] = min(near, key=lambda trial: (trial["kl"], -trial["score"], trial["lr"]))
     return found
+
+
+def at_the_end(record: Record, lr: float) -> list[str]:
+    """What of a trial's settings lies within a twentieth of its range's ends, where a wider search may find better."""
+    centre = _centre(record["row"], lr)
+    at = {name: math.log(record[name] / centre[name], SEARCHED[name]) for name in searched(record["row"])}
+    return [name for name, place in at.items() if abs(place) > 0.9]
+
+
+def best_within(records: Sequence[Record], row: str, kl: float) -> Record | None:
+    """A row's trial of the highest score among those of at most such a KL; None without one."""
+    near = [record for record in records if record["row"] == row and record["kl"] <= kl]
+    return max(near, key=lambda record: record["score"], default=None)

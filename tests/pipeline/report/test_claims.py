@@ -23,7 +23,7 @@ GOOD: dict[str, dict[str, float]] = {
 GOOD["sft"] = {}
 GOOD["fpo"] |= {"kl/chosen": 3.0, "kl/rejected": 3.0}
 GOOD["tdpo2"] |= {"train/peak_memory_bytes": 120.0, "train/tokens_per_second": 80.0}
-SHARES = {row: 0.7 for row in LABELS} | {"sft": 0.5, "fpo": 0.8}
+SHARES = dict.fromkeys(LABELS, 0.7) | {"sft": 0.5, "fpo": 0.8}
 
 
 def records(changes: dict[str, dict[str, float]] | None = None) -> list[dict[str, Any]]:

@@ -4,21 +4,28 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fpo.pipeline.commands.jobs import Step
 from fpo.pipeline.config import COMMANDS
-from fpo.pipeline.report.claims import ablation_claims, comparison_claims
+from fpo.pipeline.report.claims import Scores, ablation_claims, comparison_claims
 from fpo.pipeline.report.page import markdown
 from fpo.pipeline.report.plan import Run
 from fpo.pipeline.report.records import (
     ABLATION_COLUMNS,
     COLUMNS,
+    TABLES,
     Column,
     cells,
+    entropy_of_prompts,
     mean_and_deviation,
+    measured,
+    mse_by_site,
     read_record,
+    read_scores,
     training_cost,
     write_records,
+    write_scores,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -167,35 +174,84 @@ def test_cells_markdown_csv_and_json_lines_agree(tmp_path_factory, values):
 
 
 def test_every_column_names_its_unit_and_stands_once():
-    assert len({column.key for column in COLUMNS}) == len({column.title for column in COLUMNS}) == len(COLUMNS)
+    for columns in (COLUMNS, ABLATION_COLUMNS):
+        assert len({column.key for column in columns}) == len({column.title for column in columns}) == len(columns)
     titles = {column.key: column.title for column in COLUMNS}
     for key, unit in {"accuracy/raw": "%", "kl/chosen": "nats", "train/peak_memory_bytes": "MB"}.items():
         assert titles[key].endswith(unit)
 
 
+def test_columns_that_no_record_has_are_not_shown():
+    columns = [Column("a", "A"), Column("b", "B"), Column("c", "C")]
+    found = measured([record("dpo", 0, a=None, b=1.0), record("fpo", 0, b=None, c=0.0)], columns)
+    assert [column.key for column in found] == ["b", "c"]
+
+
+def test_feature_mse_of_several_sites_is_split_by_what_was_constrained():
+    found = {"features/mse one": 1.0, "features/mse two": 3.0, "features/mse three": 8.0}
+    measured_with_ends = found | {"features/mse one low": 100.0, "features/mse one high": 200.0}
+    assert mse_by_site(measured_with_ends, ("one", "two")) == {
+        "features/mse_constrained": 2.0,
+        "features/mse_others": 8.0,
+    }
+    assert mse_by_site(found, tuple(key.split()[1] for key in found)) == {"features/mse_constrained": 4.0}
+
+
+def test_scores_are_read_back_as_they_were(tmp_path):
+    rows = {row: {seed: np.random.default_rng(seed).integers(0, 5, 7) / 4 for seed in (3, 1)} for row in ("a", "α = 0")}
+    write_scores(rows, tmp_path / "scores.csv")
+    found = read_scores(tmp_path / "scores.csv")
+    assert list(found) == list(rows)
+    for row, by_seed in rows.items():
+        assert list(found[row]) == [3, 1]
+        assert all(np.array_equal(found[row][seed], values) for seed, values in by_seed.items())
+
+
+def test_the_entropy_of_a_prompt_is_the_mean_over_its_answers(tmp_path):
+    samples = [("a", -6.0, 3), ("a", -1.0, 1), ("b", -0.5, 2)]
+    lines = [json.dumps({"prompt": prompt, "logp": logp, "tokens": n}) for prompt, logp, n in samples]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    assert entropy_of_prompts(tmp_path).tolist() == [1.5, 0.25]
+
+
+# What is committed.
+
 RESULTS = Path(__file__).parents[3] / "results" / "embedded"
-TABLES = {"comparison": COLUMNS, "sites": ABLATION_COLUMNS, "alpha": ABLATION_COLUMNS, "layers": ABLATION_COLUMNS}
+COMMITTED = {"comparison": COLUMNS, "sites": ABLATION_COLUMNS, "alpha": ABLATION_COLUMNS, "layers": ABLATION_COLUMNS}
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", COMMITTED)
 def test_the_committed_tables_follow_from_the_committed_records(name, tmp_path):
     records = committed(name)
-    write_records(records, TABLES[name], tmp_path, name)
+    write_records(records, COMMITTED[name], tmp_path, name)
     for suffix in ("csv", "jsonl"):
         assert (tmp_path / f"{name}.{suffix}").read_bytes() == (RESULTS / f"{name}.{suffix}").read_bytes()
     page = RESULTS / ("table.md" if name == "comparison" else "ablations.md")
-    body = cells(records, TABLES[name])
-    assert markdown(["", *(column.title for column in TABLES[name])], body) in page.read_text()
+    for columns in TABLES.values() if name == "comparison" else [COMMITTED[name]]:
+        shown = measured(records, columns)
+        assert markdown(["", *(column.title for column in shown)], cells(records, shown)) in page.read_text()
 
 
 def test_the_committed_claims_follow_from_the_committed_records():
     of_curves = "rank the methods alike"  # needs the evaluations of snapshots, which are not committed
-    compared = [claim for claim in comparison_claims(committed("comparison"), {}) if of_curves not in claim.text]
-    claims = {"table.md": compared, "ablations.md": ablation_claims(committed("sites"), committed("alpha"))}
+    scores = {name: Scores("right answers", read_scores(RESULTS / f"{name}-scores.csv")) for name in COMMITTED}
+    compared = comparison_claims(committed("comparison"), {}, scores["comparison"])
+    entropies = read_scores(RESULTS / "alpha-entropies.csv")
+    claims = {
+        "table.md": [claim for claim in compared if of_curves not in claim.text],
+        "ablations.md": ablation_claims(committed("alpha"), scores["sites"], scores["alpha"], entropies),
+    }
     for name, found in claims.items():
         page = (RESULTS / name).read_text()
         for claim in found:
             assert f"| {claim.text} | {claim.answer} | {claim.figures} |" in page
+
+
+def test_the_committed_records_have_the_means_of_the_committed_scores():
+    for name in COMMITTED:
+        scores = read_scores(RESULTS / f"{name}-scores.csv")
+        for line in committed(name):
+            assert line["success/right"] == pytest.approx(scores[line["row"]][line["seed"]].mean(), abs=1e-9)
 
 
 def committed(name: str) -> list[dict[str, Any]]:

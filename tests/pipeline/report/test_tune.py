@@ -1,20 +1,24 @@
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from fpo.pipeline.config import AlignConfig, TuneConfig
+from fpo.pipeline.config import AlignConfig, TableConfig, TuneConfig
 from fpo.pipeline.config_files import load_config, write_yaml
 from fpo.pipeline.report import tune
-from fpo.pipeline.report.plan import Plan, make_plan
-from fpo.pipeline.report.tune import BETAS, RATES, trials, winners
+from fpo.pipeline.report.plan import ROWS, Plan, Run, make_plan
+from fpo.pipeline.report.style import LABELS
+from fpo.pipeline.report.tune import SEARCHED, TRIALS, at_the_end, best_within, searched, trials, winners
 from fpo.stages.train.methods import METHODS
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import many_examples
 from tiny_profile import tiny_profile
 from tiny_world import fpo, ran
+
+TUNED = [row for row, options in ROWS.items() if options]
 
 
 @pytest.fixture
@@ -23,41 +27,59 @@ def plan(world, tmp_path) -> Plan:
     return make_plan(path, load_config(TuneConfig, path, {"runs": tmp_path / "runs"}))
 
 
-def trial(method: str, accuracy: float, lr: float = 1.0, beta: float = 1.0) -> dict[str, Any]:
-    return {"method": method, "accuracy/raw": accuracy, "lr": lr, "beta": beta}
+def trial(row: str, score: float, kl: float = 1.0, lr: float = 1.0, error: float = 0.02) -> dict[str, Any]:
+    return {"row": row, "score": score, "kl": kl, "lr": lr, "error": error}
 
 
-def test_every_method_is_searched_as_much_as_any_other(plan):
-    grids = {method: trials(plan, method) for method in METHODS}
-    assert {len(grid) for grid in grids.values()} == {len(RATES) * len(BETAS)}
-    for method, grid in grids.items():
-        points = [(run.train.config.lr, run.train.config.beta) for run in grid if run.train]
-        assert len(set(points)) == len(points) == len({run.train.out for run in grid if run.train})
-        assert {lr for lr, _ in points} == {3e-4, 1e-3, 3e-3, 1e-2}
-        own = float(METHODS[method].defaults["beta"])
-        assert sorted({beta for _, beta in points}) == pytest.approx([0.3 * own, own, 3 * own])
-        assert {(run.method, run.seed, run.train.config.snapshot_steps) for run in grid if run.train} == {
-            (method, 0, None)
+def settings(run: Run) -> dict[str, float]:
+    assert run.train is not None
+    return {name: getattr(run.train.config, name) for name in searched(run.row)}
+
+
+def test_every_row_is_searched_as_much_as_any_other(plan):
+    for row in TUNED:
+        found = trials(plan, row)
+        assert len(found) == TRIALS == len({run.train.out for run in found if run.train})
+        centre = METHODS[found[0].method].defaults | {"lr": plan.config.lr}
+        for name in searched(row):
+            steps = [math.log(settings(run)[name] / centre[name], SEARCHED[name]) for run in found]
+            assert -1.01 <= min(steps) < -0.6 and 0.6 < max(steps) <= 1.01, (row, name)
+            assert len(set(steps)) == TRIALS
+        assert {(run.method, run.seed, run.train.config.snapshot_steps) for run in found if run.train} == {
+            (ROWS[row]["method"], 0, None)
         }
 
 
-def test_trials_of_a_method_differ_in_rate_and_beta_alone(plan):
-    for method in METHODS:
-        configs = [
-            run.train.config.model_dump(exclude={"out", "lr", "beta"}) for run in trials(plan, method) if run.train
-        ]
+def test_a_search_varies_what_the_method_reads_and_the_row_leaves_open():
+    assert {row: searched(row) for row in TUNED} == {
+        "dpo": ["lr", "beta"],
+        "tdpo1": ["lr", "beta", "alpha"] if "alpha" in METHODS["tdpo1"].defaults else ["lr", "beta"],
+        "tdpo2": ["lr", "beta", "alpha"],
+        "simpo": ["lr", "beta"],
+        "simpo-kl": ["lr", "beta", "alpha"],
+        "fpo": ["lr", "beta", "alpha"],
+        "fpo-alpha0": ["lr", "beta"],
+    }
+
+
+def test_trials_of_a_row_differ_in_what_is_searched_alone(plan):
+    for row in TUNED:
+        ignored = {"out", *searched(row)}
+        configs = [run.train.config.model_dump(exclude=ignored) for run in trials(plan, row) if run.train]
         assert all(config == configs[0] for config in configs)
+    assert {run.train.config.alpha for run in trials(plan, "fpo-alpha0") if run.train} == {0.0}
 
 
-def test_the_best_by_raw_accuracy_wins():
-    found = winners([trial("fpo", 0.6, 1), trial("dpo", 0.9, 2), trial("fpo", 0.7, 3), trial("dpo", 0.8, 4)])
-    assert {method: record["lr"] for method, record in found.items()} == {"dpo": 2, "fpo": 3}
-    assert list(found) == [method for method in METHODS if method in found]
+def test_of_trials_within_an_error_of_the_best_the_nearest_to_the_reference_wins():
+    best, near, far = trial("fpo", 0.70, 5.0, 1), trial("fpo", 0.68, 2.0, 2), trial("fpo", 0.679, 1.0, 3)
+    assert winners([far, best, near])["fpo"] == near
+    assert winners([far, {**best, "error": 0.0}, near])["fpo"] == best | {"error": 0.0}
+    assert winners([{**far, "error": 1.0}, best, near])["fpo"] == near  # the best one's error counts
 
 
-def test_among_equals_the_lower_rate_and_then_the_lower_beta_wins():
-    equals = [trial("dpo", 0.7, lr, beta) for lr, beta in ((3, 1), (1, 3), (1, 2), (2, 1))]
-    assert winners([*equals, trial("dpo", 0.6, 0.1, 0.1)])["dpo"] == equals[2]
+def test_each_row_has_its_own_winner():
+    found = winners([trial("fpo", 0.6, lr=1), trial("dpo", 0.9, lr=2), trial("fpo", 0.7, lr=3)])
+    assert {row: record["lr"] for row, record in found.items()} == {"dpo": 2, "fpo": 3}
 
 
 @many_examples
@@ -65,23 +87,41 @@ def test_among_equals_the_lower_rate_and_then_the_lower_beta_wins():
     st.lists(
         st.builds(
             trial,
-            st.sampled_from([*METHODS]),
-            st.sampled_from([0.5, 0.6]),
+            st.sampled_from(TUNED),
+            st.sampled_from([0.5, 0.51, 0.6]),
             st.sampled_from([1.0, 2.0]),
             st.sampled_from([1.0, 2.0]),
+            st.sampled_from([0.0, 0.02]),
         )
     ),
     st.randoms(use_true_random=False),
 )
-def test_winners_do_not_depend_on_the_order_of_trials(records, rng):
+def test_winners_are_near_the_best_and_none_as_near_has_a_lower_kl(records, rng):
     found = winners(records)
-    assert set(found) == {record["method"] for record in records}
-    for record in records:
-        best = found[record["method"]]
-        order = [(-one["accuracy/raw"], one["lr"], one["beta"]) for one in (best, record)]
-        assert order[0] <= order[1]
+    assert set(found) == {record["row"] for record in records}
+    for row, won in found.items():
+        mine = [record for record in records if record["row"] == row]
+        top = max(record["score"] for record in mine)
+        assert won["score"] >= top - 0.02
+        assert all(record["score"] < won["score"] for record in mine if record["kl"] < won["kl"])
     rng.shuffle(records)
-    assert winners(records) == found
+    assert {row: (won["score"], won["kl"]) for row, won in winners(records).items()} == {
+        row: (won["score"], won["kl"]) for row, won in found.items()
+    }
+
+
+def test_a_winner_at_the_end_of_its_range_is_told(plan):
+    record = {"row": "dpo", "lr": plan.config.lr, "beta": METHODS["dpo"].defaults["beta"] * SEARCHED["beta"]}
+    assert at_the_end(record, plan.config.lr) == ["beta"]
+    assert at_the_end({**record, "beta": 0.1, "lr": plan.config.lr / SEARCHED["lr"] * 1.02}, plan.config.lr) == ["lr"]
+    assert at_the_end({**record, "beta": 0.1}, plan.config.lr) == []
+
+
+def test_the_best_at_equal_kl_is_the_best_of_those_as_near():
+    records = [trial("dpo", 0.6, 1.0), trial("dpo", 0.8, 3.0), trial("dpo", 0.5, 0.5)]
+    assert best_within(records, "dpo", 2.0) == records[0]
+    assert best_within(records, "dpo", 3.0) == records[1]
+    assert best_within(records, "dpo", 0.1) is None
 
 
 def test_a_profile_without_a_validation_split_is_refused(world, tmp_path):
@@ -95,31 +135,33 @@ def test_a_profile_without_a_validation_split_is_refused(world, tmp_path):
     assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
 
 
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    lines = csv.DictReader((folder / "tuning.csv").read_text().splitlines())
+    return [{"row": line.pop("row")} | {key: float(value) for key, value in line.items() if value} for line in lines]
+
+
 def test_the_embedded_profile_has_the_winners_of_the_committed_log():
-    log = Path(__file__).parents[3] / "results" / "embedded" / "tuning.csv"
-    records = [
-        {"method": line["method"]} | {key: float(line[key]) for key in tune.COLUMNS[1:]}
-        for line in csv.DictReader(log.read_text().splitlines())
-    ]
-    assert [record["method"] for record in records] == [m for m in METHODS for _ in range(len(RATES) * len(BETAS))]
-    for method, best in winners(records).items():
-        config = load_config(AlignConfig, "embedded", {"method": method})
-        assert (config.lr, config.beta) == (best["lr"], best["beta"]), method
+    records = log_of(Path(__file__).parents[3] / "results" / "embedded")
+    assert [record["row"] for record in records] == [row for row in TUNED for _ in range(TRIALS)]
+    rows = load_config(TableConfig, "embedded", {}).rows
+    for row, best in winners(records).items():
+        config = load_config(AlignConfig, "embedded", {"method": ROWS[row]["method"], **rows.get(row, {})})
+        assert {name: getattr(config, name) for name in searched(row)} == {name: best[name] for name in searched(row)}
 
 
 @pytest.mark.slow
 def test_the_log_has_every_trial_and_the_terminal_the_winners(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "RATES", (1.0, 3.0))
-    monkeypatch.setattr(tune, "BETAS", (1.0,))
+    monkeypatch.setattr(tune, "TRIALS", 2)
     path = tiny_profile(world, tmp_path, max_steps=1)
     out: Path = tmp_path / "out"
     said = ran(fpo("tune", "--config", path, "--runs", tmp_path / "runs", "--out", out)).output
-    lines = list(csv.DictReader((out / "tuning.csv").read_text().splitlines()))
-    assert [line["method"] for line in lines] == [method for method in METHODS for _ in range(2)]
-    assert {line["lr"] for line in lines} == {"0.001", "0.003"}
+    records = log_of(out)
+    assert [record["row"] for record in records] == [row for row in TUNED for _ in range(2)]
     caches = [path.name for path in (tmp_path / "runs").glob("precompute-*") if path.is_dir()]
     assert sorted(name.split("-")[1] for name in caches) == ["train_prefs", "validation_prefs"]
-    records = [{"method": line["method"]} | {key: float(line[key]) for key in tune.COLUMNS[1:]} for line in lines]
-    for method, best in winners(records).items():
-        assert f"  {method}: {{lr: {best['lr']:g}, beta: {best['beta']:g}}}" in said
-        assert 0 <= best["accuracy/raw"] <= 1 and best["kl/chosen"] >= 0
+    assert (out / "figures" / "frontier.svg").read_text().count("<path") > 10
+    shown = (out / "tuning.md").read_text()
+    for row, best in winners(records).items():
+        assert f"  {row}: {{lr: {best['lr']:g}, beta: {best['beta']:g}" in said
+        assert 0 <= best["score"] == best["accuracy/raw"] <= 1 and best["kl"] >= 0
+        assert f"| {LABELS[row]} | {best['lr']:g} | {best['beta']:g} |" in shown
