@@ -77,6 +77,7 @@ class Page:
     Attributes:
         title: its heading.
         note: what a reader must know first, such as that the model is a toy; empty for none.
+        lead: the figure above the tables; None for none.
         tables: the tables.
         figures: the figures.
         facts: hardware, versions, command and time, by name.
@@ -84,6 +85,7 @@ class Page:
 
     title: str
     note: str
+    lead: PageFigure | None = None
     tables: list[Table] = field(default_factory=list)
     figures: list[PageFigure] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
@@ -92,9 +94,10 @@ class Page:
 def write_page(path: Path, page: Page) -> None:
     """Writes the page as one HTML file, whole or not at all."""
     figures = [(figure, _inline(figure, f"figure-{number}-")) for number, figure in enumerate(page.figures, 1)]
+    leading = [(page.lead, _inline(page.lead, "figure-0-"))] if page.lead else []
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = importlib.resources.files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
-    html = environment.from_string(template).render(page=page, figures=figures)
+    html = environment.from_string(template).render(page=page, leading=leading, figures=figures)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (html + "\n").encode())
 

@@ -47,7 +47,7 @@ from .records import (
 )
 from .style import LABELS, save
 from .success import Answers, read_answers, success_record
-from .success_report import by_seed, success_figures, wins_table
+from .success_report import by_seed, leading_figure, success_figures, wins_table
 
 # The rows whose tokens are compared with the bound of Appendix B.
 BOUND_ROWS = ("dpo", "tdpo2", "simpo", "fpo")
@@ -143,10 +143,12 @@ def _report_comparison(plan: Plan, runs: Sequence[Run], facts: dict[str, str]) -
     if rates := win_rates(plan.base_model):
         tables.append(Table("The paper's Table 2, left; not measured here", *rates))
     claims = comparison_claims(records, rank_correlations(curves), found.scores)
-    drawn = comparison_figures(plan, runs, records, curves, out / "figures")
+    folder = out / "figures"
+    lead = leading_figure(plan, records, found.scores, found.answers, folder)
+    drawn = comparison_figures(plan, runs, records, curves, folder)
     if found.answers:
-        drawn = [*success_figures(plan, runs, records, found.answers, out / "figures"), *drawn]
-    _write(plan, "table", tables, claims, drawn, facts)
+        drawn = [*success_figures(plan, runs, folder), *drawn]
+    _write(plan, "table", tables, claims, facts, lead, drawn)
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ def _report_ablations(plan: Plan, parts: dict[str, list[Run]], facts: dict[str, 
             entropies = by_seed({run: entropy_of_prompts(step.out) for run, step in evaluations.items()})
             write_scores(entropies, _out(plan) / "alpha-entropies.csv")
     claims = ablation_claims(weights, scores.get("sites"), scores["alpha"], entropies)
-    _write(plan, "ablations", tables, claims, [], facts)
+    _write(plan, "ablations", tables, claims, facts)
 
 
 def _ablated(plan: Plan, run: Run) -> Step:
@@ -290,8 +292,9 @@ def _write(
     name: str,
     tables: Sequence[Table],
     claims: Sequence[Claim],
-    figures: Sequence[PageFigure],
     facts: dict[str, str],
+    lead: PageFigure | None = None,
+    figures: Sequence[PageFigure] = (),
 ) -> None:
     """Writes the Markdown file and the HTML page."""
     out, note = _out(plan), note_of(plan)
@@ -301,13 +304,7 @@ def _write(
     listed = "".join(f"- {key}: {value}\n" for key, value in facts.items())
     text = f"{note}\n\n" + "".join(table.markdown for table in tables) + listed
     write_atomically(out / f"{name}.md", text.encode())
-    page = Page(
-        title=f"FPO: {name}, profile {plan.name}",
-        note=note,
-        tables=tables,
-        figures=list(figures),
-        facts=facts,
-    )
-    write_page(out / f"{name}.html", page)
+    title = f"FPO: {name}, profile {plan.name}"
+    write_page(out / f"{name}.html", Page(title, note, lead, tables, list(figures), facts))
     typer.echo(f"{out}: {name}.md, {name}.html" + (", figures/" if figures else ""))
     typer.echo(tables[0].markdown)

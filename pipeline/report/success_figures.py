@@ -47,36 +47,38 @@ def frontier(records: Sequence[Record], best: Mapping[str, Record], score: str, 
 
 
 @styled
-def headline(success: Mapping[str, Interval], wins: Mapping[str, Interval], kl: Bars, title_note: str) -> Figure:
-    """For each row its success and its win rate against SFT with 95 % intervals over seeds and prompts, and its KL.
+def headline(
+    score: str, scores: Mapping[str, Interval], wins: Mapping[str, Interval], kl: Bars, title_note: str
+) -> Figure:
+    """For each row its score, its win rate against SFT, both with 95 % intervals over seeds and prompts, and its KL.
 
     Args:
-        success: share of right answers, the reference included.
-        wins: win rate against the reference, for all other rows.
-        kl: mean KL of chosen and rejected responses by seed, nats a response, for the same rows as `wins`.
+        score: what the score is.
+        scores: from 0 to 1, the reference included.
+        wins: win rate against the reference, for all other rows; empty where no rule tells who wins.
+        kl: mean KL of chosen and rejected responses by seed, nats a response, for all rows but the reference.
         title_note: small print.
     """
-    figure = new_figure(10, 1.6 + 0.34 * len(success), "Lines: 95 % intervals over seeds and prompts.", title_note)
-    panels = figure.subplots(1, 3, sharey=True)
-    places = {row: place for place, row in enumerate(success)}
-    for axes, found in zip(panels, (success, wins), strict=False):
+    figure = new_figure(10, 1.6 + 0.34 * len(scores), "Lines: 95 % intervals over seeds and prompts.", title_note)
+    *shares, distance = figure.subplots(1, 3 if wins else 2, sharey=True)
+    places = {row: place for place, row in enumerate(scores)}
+    for axes, found in zip(shares, (scores, wins), strict=False):
         for row, each in found.items():
-            look, ends = LOOKS[row], [[each.mean - each.low], [each.high - each.mean]]
-            x = 100 * each.mean
-            axes.errorbar(
-                x, places[row], xerr=[[100 * end[0]] for end in ends], color=look.colour, marker=look.marker, capsize=3
-            )
+            look, x = LOOKS[row], 100 * each.mean
+            ends = [[100 * (each.mean - each.low)], [100 * (each.high - each.mean)]]
+            axes.errorbar(x, places[row], xerr=ends, color=look.colour, marker=look.marker, capsize=3)
             axes.annotate(f"{x:.1f}", (x, places[row]), xytext=(0, 5), textcoords="offset points", ha="center")
     for row, mean in zip(kl.values, kl.means, strict=True):
-        panels[2].scatter(mean, places[row], 40, LOOKS[row].colour, marker=LOOKS[row].marker)
-        draw_seeds(panels[2], places[row], kl.values[row], 0.0, upright=False)
-    panels[0].set_yticks(list(places.values()), [LABELS[row] for row in places])
-    panels[0].invert_yaxis()
-    panels[0].set(title="Right answers", xlabel="%")
-    panels[1].set(title="Win rate against SFT", xlabel="%, ties one half")
-    panels[1].axvline(50, color=GREY, linewidth=0.8)
-    panels[2].set(title="KL to the reference", xlabel="nats a response, a dot a seed", xscale="log")
-    plain_log_ticks(panels[2], "x")
+        distance.scatter(mean, places[row], 40, LOOKS[row].colour, marker=LOOKS[row].marker)
+        draw_seeds(distance, places[row], kl.values[row], 0.0, upright=False)
+    shares[0].set_yticks(list(places.values()), [LABELS[row] for row in places])
+    shares[0].invert_yaxis()
+    shares[0].set(title=score.capitalize(), xlabel="%")
+    if wins:
+        shares[1].set(title="Win rate against SFT", xlabel="%, ties one half")
+        shares[1].axvline(50, color=GREY, linewidth=0.8)
+    distance.set(title="KL to the reference", xlabel="nats a response, a dot a seed", xscale="log")
+    plain_log_ticks(distance, "x")
     return figure
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from .claims import Scores
 from .figures import Bars
 from .followed import by_temperature, first_seed, snapshots
 from .intervals import mean_of
@@ -47,54 +48,59 @@ def wins_table(answers: Mapping[Run, Answers]) -> Table:
     )
 
 
-def success_figures(
-    plan: Plan, runs: Sequence[Run], records: Sequence[Record], answers: Mapping[Run, Answers], folder: Path
-) -> list[PageFigure]:
-    """Draws and saves the figures of what the answers are; `records` belong to `runs`, in the same order."""
+def leading_figure(
+    plan: Plan, records: Sequence[Record], scores: Scores, answers: Mapping[Run, Answers], folder: Path
+) -> PageFigure:
+    """Draws and saves the picture that the page begins with; `answers` are empty where no rule tells who wins."""
+    origin = {run.seed: found for run, found in answers.items() if run.train is None}
+    won = {run: found.wins_P(origin[run.seed]) for run, found in answers.items() if run.train is not None}
+    figure = headline(
+        scores.name,
+        {row: mean_of(values) for row, values in scores.rows.items()},
+        {row: mean_of(values) for row, values in by_seed(won).items()},
+        Bars({row: list(map(_kl, found)) for row, found in by_row(records).items() if row != "sft"}, "nats"),
+        short_note(plan),
+    )
+    caption = f"{scores.name.capitalize()} of each method, and how far it moved from the reference."
+    return PageFigure(caption, save(figure, folder, "headline").read_text(), caption)
+
+
+def _kl(record: Record) -> float:
+    """Mean over chosen and rejected responses, nats a response."""
+    return float(record["kl/chosen"] + record["kl/rejected"]) / 2
+
+
+def success_figures(plan: Plan, runs: Sequence[Run], folder: Path) -> list[PageFigure]:
+    """Draws and saves success over training and by temperature, both of the first seed of `runs`."""
     note, first = short_note(plan), plan.config.seeds[0]
     note_of_seed = f"{note}; seed {first} alone"
-    origin = {run.seed: found for run, found in answers.items() if run.train is None}
-    success = {row: mean_of(values) for row, values in by_seed({r: a.success_P for r, a in answers.items()}).items()}
-    won = {run: found.wins_P(origin[run.seed]) for run, found in answers.items() if run.train is not None}
-    wins = {row: mean_of(values) for row, values in by_seed(won).items()}
-    kl = {
-        row: [(record["kl/chosen"] + record["kl/rejected"]) / 2 for record in found]
-        for row, found in by_row(records).items()
-        if row != "sft"
-    }
-    followed = {run: snapshots(plan, run) for run in first_seed(plan, runs)}
     points = {}
-    for run, by_step in followed.items():
-        found = [(step, read_answers(made.out), read_record(run, made)) for step, made in sorted(by_step.items())]
+    for run in first_seed(plan, runs):
+        evaluations = sorted(snapshots(plan, run).items())
         points[run.row] = [
-            (step, float(one.right_PA.mean()), (record["kl/chosen"] + record["kl/rejected"]) / 2)
-            for step, one, record in found
+            (step, float(read_answers(made.out).right_PA.mean()), _kl(read_record(run, made)))
+            for step, made in evaluations
         ]
     sampled = {
         run.row: {at: read_answers(step.out) for at, step in by.items()}
         for run, by in by_temperature(plan, runs).items()
     }
-    warm = {row: {at: mean_of({first: a.success_P}) for at, a in by.items()} for row, by in sampled.items()}
-    warm_wins = {
+    success = {row: {at: mean_of({first: a.success_P}) for at, a in by.items()} for row, by in sampled.items()}
+    wins = {
         row: {at: mean_of({first: a.wins_P(sampled["sft"][at])}) for at, a in by.items()}
         for row, by in sampled.items()
         if row != "sft"
     }
     drawn: list[tuple[str, str, Callable[[], Figure]]] = [
         (
-            "success",
-            "What the methods' sampled answers are, and how far they moved from the reference.",
-            lambda: headline(success, wins, Bars(kl, "nats"), note),
-        ),
-        (
             "success-over-training",
-            f"Success over training and against KL, seed {first}.",
+            f"Right answers over training and against KL, seed {first}.",
             lambda: over_training(points, note_of_seed),
         ),
         (
             "figure-3-right",
-            f"Figure 3, right: success and win rate by temperature, seed {first}.",
-            lambda: over_temperature(warm, warm_wins, note_of_seed),
+            f"Figure 3, right: right answers and win rate by temperature, seed {first}.",
+            lambda: over_temperature(success, wins, note_of_seed),
         ),
     ]
     return [PageFigure(caption, save(draw(), folder, name).read_text(), caption) for name, caption, draw in drawn]

@@ -1,6 +1,7 @@
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class Reader(HTMLParser):
 @pytest.fixture
 def page(tmp_path: Path) -> Page:
     figures = [PageFigure("Figure 3", SVG, "KL rises"), PageFigure("Figure 4", SVG, "FPO needs least")]
-    return Page("Reproduction", "Toy world.", [TABLE, TABLE], figures, FACTS)
+    return Page("Reproduction", "Toy world.", None, [TABLE, TABLE], figures, FACTS)
 
 
 def written(page: Page, folder: Path) -> Reader:
@@ -80,6 +81,14 @@ def test_everything_given_is_on_the_page(page, tmp_path):
         assert name in shown and value in shown
     assert shown.index(page.note) < shown.index(TABLE.caption)
     assert [drawing["aria-label"] for drawing in reader.named("svg")] == ["KL rises", "FPO needs least"]
+
+
+def test_the_leading_figure_stands_above_the_tables_and_has_its_own_parts(page, tmp_path):
+    reader = written(replace(page, lead=PageFigure("Right answers", SVG, "FPO leads")), tmp_path)
+    shown = "".join(reader.texts)
+    assert shown.index(page.note) < shown.index("Right answers") < shown.index(TABLE.caption) < shown.index("Figure 3")
+    assert [drawing["aria-label"] for drawing in reader.named("svg")] == ["FPO leads", "KL rises", "FPO needs least"]
+    assert set(Counter(tag["id"] for _, tag in reader.tags if "id" in tag).values()) == {1}
 
 
 def test_the_page_needs_nothing_beside_it(page, tmp_path):
@@ -135,7 +144,7 @@ hostile = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=20) |
 @given(hostile, hostile, hostile)
 def test_any_text_comes_back_as_it_was_given(tmp_path_factory, first, second, third):
     table = Table(first, ["method", second], [[third, first]])
-    page = Page(f"T{first}", third, [table], [PageFigure(second, SVG, first)], {"f" + second: third})
+    page = Page(f"T{first}", third, None, [table], [PageFigure(second, SVG, first)], {"f" + second: third})
     reader = written(page, tmp_path_factory.mktemp("page"))
     assert reader.cells == ["method", second, third, first]
     assert not reader.named("script")

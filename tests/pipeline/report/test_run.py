@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 # What only the rule of the embedded world can measure.
 JUDGED = {"success/right", "success/win_rate", "success/counterpart", "style/shift"}
-FIGURES = ("figure-2-left", "figure-3", "figure-4-left", "figure-4-right", "kl-against-mse", "token-bound")
+FIGURES = ("headline", "figure-2-left", "figure-3", "figure-4-left", "figure-4-right", "kl-against-mse", "token-bound")
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,20 @@ FIGURES: dict[str, tuple[Any, list[str]]] = {
     "frontier": (lambda: frontier(records(), best(), "right answers", NOTE), TRAINED),
     "headline": (
         lambda: headline(
+            "right answers",
             {row: interval(share) for row, share in SHARES.items()},
             {row: interval(0.4 + SHARES[row] / 4) for row in TRAINED},
             Bars({row: [0.1 * 2**n, 0.2 * 2**n] for n, row in enumerate(TRAINED)}, "nats"),
+            NOTE,
+        ),
+        list(LABELS),
+    ),
+    "headline without wins": (
+        lambda: headline(
+            "pairs ranked right",
+            {row: interval(share) for row, share in SHARES.items()},
+            {},
+            Bars({row: [0.5] for row in TRAINED}, "nats"),
             NOTE,
         ),
         list(LABELS),
