@@ -77,6 +77,7 @@ def comparison_claims(records: Sequence[Record], correlations: Mapping[int, floa
             steps,
         ),
         *(_cost_claims(rows)),
+        *_holds_style(rows),
     ]
 
 
@@ -160,6 +161,24 @@ def _beats_others(scores: Scores) -> list[Claim]:
             f"{_points(found)} points; p = {p:.3g} (Holm)",
         )
         for row, found, higher, p in zip(others, gains, _told(gains), holm([g.p for g in gains]), strict=True)
+    ]
+
+
+def _holds_style(rows: Mapping[str, list[Record]]) -> list[Claim]:
+    """Whether the constraint holds what no preference rewards; nothing where no rule tells style from content."""
+    shifts: list[BySeed] = [
+        {record["seed"]: np.array([record["style/shift"]]) for record in rows.get(row, ()) if "style/shift" in record}
+        for row in ("fpo-alpha0", "fpo")
+    ]
+    if not all(shifts):
+        return []
+    found = gain(*shifts)
+    return [
+        Claim(
+            "FPO's style stays nearer to SFT's than without its constraint (α = 0)",
+            _over_seeds(_told([found])[0], len(shifts[1])),
+            f"shift {mean_of(shifts[1]).mean:.3f} against {mean_of(shifts[0]).mean:.3f}; {found.text(1, 3)} nearer",
+        )
     ]
 
 

@@ -55,10 +55,13 @@ TABLES = {
         Column("length/finished", "that end, %", 100, 1),
         Column("style/shift", "shift of style"),
         Column("diversity/entropy", "H, nats/token"),
+        Column("diversity/repetition", "repeated 4-grams, %", 100, 1),
     ),
     "Accuracy, and distance to the reference": (
         Column("accuracy/raw", "accuracy raw, %", 100, 1),
         Column("accuracy/implicit", "accuracy implicit, %", 100, 1),
+        Column("margin/raw", "margin raw, nats/token"),
+        Column("margin/implicit", "margin implicit, nats"),
         Column("kl/chosen", "KL chosen, nats"),
         Column("kl/rejected", "KL rejected, nats"),
         Column("kl/margin", "KL margin, nats"),

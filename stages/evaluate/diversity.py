@@ -1,7 +1,7 @@
 """Diversity H of a policy's answers (method.md section 6).
 
-In: a policy and prompts. Out: sampled answers with their log-probabilities, and three means with confidence intervals:
-H, the answers' length, and the share that ended by themselves.
+In: a policy and prompts. Out: sampled answers with their log-probabilities, and four means with confidence intervals:
+H, how much the answers repeat themselves, their length, and the share that ended by themselves.
 
 H is E_q[-(1/|y|) log π_θ(y|x)] in nats per token. Answers are drawn from q, the policy cut to its nucleus, and scored
 under the whole policy by the code that scores every response.
@@ -122,7 +122,7 @@ def score_answers(
 
 
 def sample_metrics(samples: Sequence[Sequence[Sample]]) -> dict[str, Estimate]:
-    """H in nats per token, mean length in tokens, share of finished answers; prompts are the resampled units."""
+    """H in nats per token, repetition, length in tokens, share of finished answers; prompts are the resampled units."""
     counts = [len(of_prompt) for of_prompt in samples]
 
     def mean(value: Callable[[Sample], float]) -> Estimate:
@@ -130,6 +130,16 @@ def sample_metrics(samples: Sequence[Sequence[Sample]]) -> dict[str, Estimate]:
 
     return {
         "diversity/entropy": mean(lambda sample: -sample.logp / len(sample.ids)),
+        "diversity/repetition": mean(lambda sample: repetition(sample.ids)),
         "length/mean": mean(lambda sample: len(sample.ids)),
         "length/finished": mean(lambda sample: sample.finished),
     }
+
+
+def repetition(ids: Int32, size: int = 4) -> float:
+    """The share of an answer's runs of `size` tokens that came before in it; 0 if it has none.
+
+    It is seq-rep-4 of Welleck et al., *Neural Text Generation with Unlikelihood Training*, ICLR 2020.
+    """
+    runs = [tuple(ids[start : start + size].tolist()) for start in range(len(ids) - size + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0

@@ -178,8 +178,9 @@ def _measure_row(
 def pair_metrics(columns: Mapping[str, NDArray[Any]], per_token: bool | None) -> dict[str, Estimate]:
     """Means over pairs; metrics whose columns were not measured are absent.
 
-    `kl/margin` and `features/mse_margin` are rejected minus chosen, with their sign and without β; the paper's Figure 3
-    plots β times the absolute value.
+    Margins of log-probabilities are chosen minus rejected: the raw one in nats a token; the implicit one, the gain over
+    the reference, in nats, or nats a token where the method divides. `kl/margin` and `features/mse_margin` are rejected
+    minus chosen, with their sign and without β; the paper's Figure 3 plots β times the absolute value.
 
     Args:
         columns: from `measure_policy`.
@@ -187,13 +188,14 @@ def pair_metrics(columns: Mapping[str, NDArray[Any]], per_token: bool | None) ->
             reference, whose implicit accuracy is not defined.
     """
     means = [columns[f"{side}_logp"] / columns[f"{side}_tokens"] for side in SIDES]
-    metrics = {"accuracy/raw": estimate(_wins(means[0] - means[1]))}
+    metrics = {"accuracy/raw": estimate(_wins(means[0] - means[1])), "margin/raw": estimate(means[0] - means[1])}
     if per_token is not None:
         # The sign of LPD minus the reference's margin does not depend on β > 0.
         gains = [columns[f"{side}_logp"] - columns[f"{side}_ref_logp"] for side in SIDES]
         if per_token:
             gains = [gain / columns[f"{side}_tokens"] for gain, side in zip(gains, SIDES, strict=True)]
         metrics["accuracy/implicit"] = estimate(_wins(gains[0] - gains[1]))
+        metrics["margin/implicit"] = estimate(gains[0] - gains[1])
     for column, name in (("kl", "kl/"), ("mse", "features/mse_")):
         if f"{column}_chosen" in columns:
             chosen, rejected = (columns[f"{column}_{side}"] for side in SIDES)

@@ -112,12 +112,14 @@ class Fabricated:
         trained = model.parent.parent if snapshot else model
         training = next((done.config for done in self.steps if done.command == "align" and done.out == trained), None)
         rng = generator(step.out.name)
-        metrics = {"accuracy/raw": rng.uniform(0.2, 0.9)}
+        metrics = {"accuracy/raw": rng.uniform(0.2, 0.9), "margin/raw": rng.uniform(0.2, 0.9)}
         if training is not None:
-            metrics["accuracy/implicit"] = rng.uniform(0.2, 0.9)
+            metrics |= {"accuracy/implicit": rng.uniform(0.2, 0.9), "margin/implicit": rng.uniform(1, 9)}
         if config.prompts:
-            metrics |= {"diversity/entropy": rng.uniform(1, 3), "length/mean": rng.uniform(5, 30)}
-            metrics |= {"length/finished": rng.uniform(0.1, 0.9)}
+            metrics |= {"diversity/entropy": rng.uniform(1, 3), "diversity/repetition": rng.uniform(0.1, 0.9)}
+            metrics |= {"length/mean": rng.uniform(5, 30), "length/finished": rng.uniform(0.1, 0.9)}
+        if len(config.site) > 1:
+            metrics |= {f"features/mse {site}": rng.uniform(1, 9) for site in config.site}
         for name in ("kl/", "features/mse_"):
             metrics |= {f"{name}{side}": rng.uniform(1, 9) for side in ("chosen", "rejected", "margin")}
         metrics |= {"features/miss_rate": rng.uniform(0, 1)}
@@ -127,6 +129,11 @@ class Fabricated:
         document = {name: {"mean": value, "low": value - 0.1, "high": value + 0.1} for name, value in metrics.items()}
         (step.out / "metrics.json").write_text(json.dumps({"metrics": document, "pairs": 7}))
         pq.write_table(pa.table(tokens), step.out / "tokens.parquet")
+        pairs = {f"{side}_logp": rng.uniform(-9, -1, 7) for side in ("chosen", "rejected")}
+        pairs |= {f"{side}_tokens": rng.integers(1, 9, 7) for side in ("chosen", "rejected")}
+        pq.write_table(pa.table(pairs), step.out / "pairs.parquet")
+        samples = [{"prompt": f"{n % 3}", "logp": rng.uniform(-9, -1), "tokens": 4} for n in range(6)]
+        (step.out / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
         cost = self.costs.get(trained, {})
         self.evaluated.append(Evaluated(config, training, snapshot, metrics, cost, tokens))
 

@@ -22,8 +22,11 @@ TRAINED = [label for label in ROWS if label != "SFT"]
 UNITS = {
     "accuracy raw, %": ("accuracy/raw", 100),
     "accuracy implicit, %": ("accuracy/implicit", 100),
+    "margin raw, nats/token": ("margin/raw", 1),
+    "margin implicit, nats": ("margin/implicit", 1),
     "H, nats/token": ("diversity/entropy", 1),
-    "answers that end, %": ("length/finished", 100),
+    "repeated 4-grams, %": ("diversity/repetition", 100),
+    "that end, %": ("length/finished", 100),
     "KL chosen, nats": ("kl/chosen", 1),
     "KL rejected, nats": ("kl/rejected", 1),
     "KL margin, nats": ("kl/margin", 1),
@@ -49,13 +52,16 @@ def one(lab) -> Comparison:
 
 
 def test_every_column_shows_mean_and_deviation_of_its_number_in_its_unit(three):
-    lines = shown(three)
-    assert [line[""] for line in lines] == list(ROWS)
+    parts = [shown(three, number=number) for number in range(3)]
+    assert all([line[""] for line in part] == list(ROWS) for part in parts)
+    lines = [one | two | three for one, two, three in zip(*parts, strict=True)]
     assert set(lines[0]) == {"", *UNITS}
     for line in lines:
         for title, (name, scale) in UNITS.items():
             values = three.ends(line[""], name)
-            assert len(values) == (0 if line[""] == "SFT" and name.startswith(("accuracy/implicit", "train")) else 3)
+            assert len(values) == (
+                0 if line[""] == "SFT" and name.startswith(("accuracy/implicit", "margin/implicit", "train")) else 3
+            )
             assert_cell(line[title], values, scale)
 
 
@@ -71,6 +77,19 @@ def test_ablations_show_the_numbers_of_their_runs(lab):
             for title, (name, scale) in UNITS.items():
                 if title in line:
                     assert_cell(line[title], [one.metrics[name] for one in runs], scale)
+            for title, chosen in (("constrained sites", True), ("other sites", False)):
+                drifts = [
+                    [value for site, value in of_sites(one).items() if (site in one.training.site) == chosen]
+                    for one in runs
+                ]
+                if all(drifts):
+                    assert_cell(line[f"feature MSE, {title}"], [float(np.mean(values)) for values in drifts], 1)
+
+
+def of_sites(run: Any) -> dict[str, float]:
+    """The feature MSE at each site."""
+    prefix = "features/mse "
+    return {name.removeprefix(prefix): value for name, value in run.metrics.items() if name.startswith(prefix)}
 
 
 def row_of(run: Any, part: str) -> str | None:

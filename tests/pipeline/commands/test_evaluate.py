@@ -25,10 +25,11 @@ from tiny_tokenizers import gemma
 from tiny_world import SITES, World, files, ran, save_model, state_of
 
 SAMPLING = {"prompts": 3, "samples": 3, "max_new_tokens": 6, "seed": 1}
-ALWAYS = {"accuracy/raw", "accuracy/implicit"}
-OF_SAMPLES = {"diversity/entropy", "length/mean", "length/finished"}
+ALWAYS = {"accuracy/raw", "accuracy/implicit", "margin/raw", "margin/implicit"}
+OF_SAMPLES = {"diversity/entropy", "diversity/repetition", "length/mean", "length/finished"}
 OF_KL = {"kl/chosen", "kl/rejected", "kl/margin"}
 OF_FEATURES = {"features/mse_chosen", "features/mse_rejected", "features/mse_margin", "features/miss_rate"}
+OF_SITES = {f"features/mse {site.name}" for site in SITES}
 OF_BOUND = {"bound/violations", "bound/spectral_norm"}
 
 
@@ -72,7 +73,7 @@ def test_the_folder_holds_the_metrics_and_what_they_were_computed_from(world, po
     assert {path.name for path in out.iterdir()} == {
         *("metrics.json", "pairs.parquet", "run.yaml", "samples.jsonl", "tokens.parquet")
     }
-    assert found["metrics"].keys() == ALWAYS | OF_SAMPLES | OF_KL | OF_FEATURES | OF_BOUND
+    assert found["metrics"].keys() == ALWAYS | OF_SAMPLES | OF_KL | OF_FEATURES | OF_SITES | OF_BOUND
     manifest = open_cache(world.eval_cache).manifest
     assert (found["pairs"], found["model_sha256"]) == (manifest.num_pairs, find_model(str(policy)).sha256)
     record = yaml.safe_load((out / "run.yaml").read_text())
@@ -90,7 +91,10 @@ def test_every_mean_follows_from_the_files(whole):
     expected = {
         "accuracy/raw": raw > 0,
         "accuracy/implicit": gains[0] > gains[1],
+        "margin/raw": raw,
+        "margin/implicit": gains[0] - gains[1],
         "diversity/entropy": [-sample["logp"] / sample["tokens"] for sample in samples],
+        "diversity/repetition": np.zeros(len(samples)),  # no answer of six tokens says four of them twice here
         "length/mean": [sample["tokens"] for sample in samples],
         "length/finished": [sample["finished"] for sample in samples],
         "features/miss_rate": np.zeros(len(raw)),  # the world's caches keep all features
@@ -101,6 +105,9 @@ def test_every_mean_follows_from_the_files(whole):
         for side in ("chosen", "rejected"):
             expected[f"{name}{side}"] = pairs[f"{column}_{side}"]
         expected[f"{name}margin"] = pairs[f"{column}_rejected"] - pairs[f"{column}_chosen"]
+    for site in SITES:
+        sides = [pairs[f"mse_{side}@{site.name}"] for side in ("chosen", "rejected")]
+        expected[f"features/mse {site.name}"] = (sides[0] + sides[1]) / 2
     assert expected.keys() == found["metrics"].keys()
     for name, values in expected.items():
         estimate = found["metrics"][name]
@@ -173,7 +180,7 @@ def test_the_method_says_whether_implicit_accuracy_is_per_token(world, policy, t
 def test_the_reference_itself_has_no_implicit_accuracy_and_no_distance(world, tmp_path):
     options = {"cache": world.eval_cache, "reference": world.gemma, "sae": world.saes[0], "site": SITES[0].name}
     found = evaluate(tmp_path / "out", model=world.gemma, prompts=0, **options)["metrics"]
-    assert found.keys() == {"accuracy/raw"} | OF_KL | OF_FEATURES | OF_BOUND
+    assert found.keys() == {"accuracy/raw", "margin/raw"} | OF_KL | OF_FEATURES | OF_BOUND
     assert all(found[name]["mean"] == 0 for name in (*OF_KL, "bound/violations"))
     assert found["features/mse_chosen"]["mean"] < 1e-9
 

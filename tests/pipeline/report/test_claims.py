@@ -148,6 +148,26 @@ def test_one_seed_cannot_say_yes_but_can_say_no():
     assert (found["beats"].answer, found["simpo"].answer) == ("no", "no")
 
 
+def test_style_is_compared_by_seed_where_it_is_measured():
+    def answer(mine: tuple[float, ...], free: tuple[float, ...]) -> tuple[str, str]:
+        shifts = {"fpo": mine, "fpo-alpha0": free}
+        made = [
+            record | ({"style/shift": shifts[record["row"]][record["seed"]]} if record["row"] in shifts else {})
+            for record in records()
+        ]
+        claim = comparison_claims(made, {}, scores())[-1]
+        assert "style" in claim.text
+        return claim.answer, claim.figures
+
+    assert answer((0.1, 0.1, 0.1), (0.3, 0.3, 0.3)) == (
+        "yes",
+        "shift 0.100 against 0.300; +0.200 (+0.200 to +0.200) nearer",
+    )
+    assert answer((0.3, 0.3, 0.3), (0.1, 0.1, 0.1))[0] == "no"
+    assert answer((0.1, 0.5, 0.3), (0.3, 0.3, 0.3))[0] == "cannot tell"
+    assert not any("style" in claim.text for claim in claims().values())
+
+
 # Ablations.
 
 

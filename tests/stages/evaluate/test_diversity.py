@@ -11,6 +11,7 @@ from fpo.stages.evaluate.diversity import (
     Sample,
     closing_token,
     distinct_prompts,
+    repetition,
     sample_answers,
     sample_metrics,
     score_answers,
@@ -96,6 +97,22 @@ def test_h_is_the_expectation_under_what_was_sampled_of_the_whole_policy_s_surpr
         assert metrics[name]["mean"] == pytest.approx(np.mean(drawn))
         assert abs(metrics[name]["mean"] - value) <= 3.5 * error + 1e-9, name
         assert metrics[name]["n"] == len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"),
+    [
+        ([1, 2, 3, 4, 5], 0.0),
+        ([1, 2, 3], 0.0),
+        ([7] * 7, 3 / 4),  # four runs, one of them new
+        ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),
+        ([1, 2, 3, 4, 2, 3, 4, 1], 0.0),
+    ],
+)
+def test_repetition_is_the_share_of_runs_of_four_that_came_before(ids, share):
+    assert repetition(np.array(ids, np.int32)) == pytest.approx(share)
+    found = sample_metrics([[Sample(np.array(ids, np.int32), -1.0, True)] * 2])
+    assert found["diversity/repetition"]["mean"] == pytest.approx(share)
 
 
 def test_truncation_is_told_apart_from_none():

@@ -153,6 +153,8 @@ def test_margins_are_rejected_minus_chosen_with_their_sign():
     metrics = pair_metrics(columns, per_token=True)
     means = {name: found["mean"] for name, found in metrics.items() if not name.startswith("accuracy")}
     assert means == {
+        "margin/raw": 1.0,
+        "margin/implicit": 0.0,
         "kl/chosen": 3.0,
         "kl/rejected": 2.5,
         "kl/margin": -0.5,
@@ -165,8 +167,20 @@ def test_margins_are_rejected_minus_chosen_with_their_sign():
 
 def test_what_was_not_measured_is_absent():
     columns = columns_of([(-1.0, -1.0, 1)] * 2, [(-2.0, -2.0, 1)] * 2)
-    assert pair_metrics(columns, None).keys() == {"accuracy/raw"}
-    assert pair_metrics(columns, True).keys() == {"accuracy/raw", "accuracy/implicit"}
+    assert pair_metrics(columns, None).keys() == {"accuracy/raw", "margin/raw"}
+    assert pair_metrics(columns, True).keys() == {
+        *("accuracy/raw", "accuracy/implicit"),
+        *("margin/raw", "margin/implicit"),
+    }
+
+
+def test_margins_of_log_probs_are_by_hand():
+    columns = columns_of([(-2.0, -4.0, 2), (-3.0, -3.0, 1)], [(-6.0, -5.0, 2), (-1.0, -2.0, 1)])
+    # a token: -1 and -3, -3 and -1
+    assert pair_metrics(columns, None)["margin/raw"]["mean"] == (2.0 - 2.0) / 2
+    # gains: 2 and -1, 0 and 1
+    assert pair_metrics(columns, per_token=False)["margin/implicit"]["mean"] == (3.0 - 1.0) / 2
+    assert pair_metrics(columns, per_token=True)["margin/implicit"]["mean"] == (1.5 - 1.0) / 2
 
 
 # Intervals
