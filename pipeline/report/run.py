@@ -148,7 +148,15 @@ def _report_comparison(plan: Plan, runs: Sequence[Run], facts: dict[str, str]) -
     drawn = comparison_figures(plan, runs, records, curves, folder)
     if found.answers:
         drawn = [*success_figures(plan, runs, folder), *drawn]
+        facts = facts | {"SFT's answers, asked for / the counterpart's, %": _by_family(plan, found.answers)}
     _write(plan, "table", tables, claims, facts, lead, drawn)
+
+
+def _by_family(plan: Plan, answers: Mapping[Run, Answers]) -> str:
+    """What the reference says in each family of tasks, under the first seed."""
+    (reference,) = (run for run in answers if run.train is None and run.seed == plan.config.seeds[0])
+    shares = answers[reference].by_family()
+    return ", ".join(f"{name} {100 * right:.0f} / {100 * other:.0f}" for name, (right, other) in shares.items())
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..world.judge import frame, judge, win_rate
+from ..world.judge import family, frame, judge, win_rate
 from .records import Record
 
 INSTRUCTION = re.compile(r"<user>(.*)<end>", re.DOTALL)
@@ -54,6 +54,14 @@ class Answers:
         if self.prompts != other.prompts:
             raise ValueError("expected answers to the same prompts, found others")
         return win_rate(self.right_PA, other.right_PA)
+
+    def by_family(self) -> dict[str, tuple[float, float]]:
+        """The shares of right answers and of the counterpart's in each family of tasks."""
+        names = np.array([family(prompt) for prompt in self.prompts])
+        return {
+            str(name): (float(self.right_PA[names == name].mean()), float(self.counterpart_PA[names == name].mean()))
+            for name in dict.fromkeys(names)
+        }
 
     def style_shift(self, other: "Answers") -> float:
         """How far apart the two distributions of frames are, in total variation: from 0 (the same) to 1 (disjoint)."""

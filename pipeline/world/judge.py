@@ -45,9 +45,24 @@ def bodies(instruction: str) -> Bodies:
     Raises:
         ValueError: the language has no such instruction.
     """
-    for pattern, solve in RULES.items():
+    _, solve, parts = _read_instruction(instruction)
+    return solve(*parts)
+
+
+def family(instruction: str) -> str:
+    """The family of an instruction's task.
+
+    Raises:
+        ValueError: the language has no such instruction.
+    """
+    return _read_instruction(instruction)[0]
+
+
+def _read_instruction(instruction: str) -> tuple[str, Callable[..., Bodies], tuple[str, ...]]:
+    """An instruction's family, the rule for it, and what the rule takes."""
+    for name, (pattern, solve) in RULES.items():
         if found := re.fullmatch(pattern, instruction):
-            return solve(*found.groups())
+            return name, solve, found.groups()
     raise ValueError(f"expected an instruction of the embedded world, found {instruction!r}")
 
 
@@ -106,20 +121,21 @@ def _placed(place: str, listed: str) -> Bodies:
     return (first, last) if place == "first" else (last, first)
 
 
-def _read(way: str, listed: str) -> Bodies:
+def _turned(way: str, listed: str) -> Bodies:
     forwards, backwards = {listed}, {", ".join(reversed(listed.split(", ")))}
     return (forwards, backwards) if way == "forwards" else (backwards, forwards)
 
 
-RULES: dict[str, Callable[..., Bodies]] = {
-    r"Sort (upwards|downwards): (.+)\.": _ordered,
-    r"Which is the (smallest|largest): (.+)\?": _compared,
-    r"How many (\w+): (.+)\?": _counted,
-    r"Leave out the (first|last): (.+)\.": _left,
-    r"Pick one of the (\w+): (.+)\.": _picked,
-    r"Write with (\w+): (.+)\.": _written,
-    r"Which is (first|last): (.+)\?": _placed,
-    r"Read (forwards|backwards): (.+)\.": _read,
+# By family: what an instruction looks like, and what it asks for.
+RULES: dict[str, tuple[str, Callable[..., Bodies]]] = {
+    "order": (r"Sort (upwards|downwards): (.+)\.", _ordered),
+    "compare": (r"Which is the (smallest|largest): (.+)\?", _compared),
+    "count": (r"How many (\w+): (.+)\?", _counted),
+    "leave out": (r"Leave out the (first|last): (.+)\.", _left),
+    "pick": (r"Pick one of the (\w+): (.+)\.", _picked),
+    "format": (r"Write with (\w+): (.+)\.", _written),
+    "position": (r"Which is (first|last): (.+)\?", _placed),
+    "turn round": (r"Read (forwards|backwards): (.+)\.", _turned),
 }
 
 

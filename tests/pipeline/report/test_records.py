@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,15 @@ def test_the_committed_records_have_the_means_of_the_committed_scores():
         scores = read_scores(RESULTS / f"{name}-scores.csv")
         for line in committed(name):
             assert line["success/right"] == pytest.approx(scores[line["row"]][line["seed"]].mean(), abs=1e-9)
+
+
+def test_the_committed_reference_gives_either_answer_in_every_family():
+    """Four of five answers are the asked or the counterpart's, about as many of either."""
+    (shares,) = re.findall(r"- SFT's answers.*?: (.*)", (RESULTS / "table.md").read_text())
+    found = [tuple(map(int, pair)) for pair in re.findall(r"(\d+) / (\d+)", shares)]
+    assert len(found) == 8
+    for right, other in found:
+        assert right + other >= 80 and abs(right - other) <= 20
 
 
 def committed(name: str) -> list[dict[str, Any]]:

@@ -74,3 +74,7 @@ def test_answers_to_other_prompts_are_not_compared(one, tmp_path):
     lone = evaluation(tmp_path / "lone", {SORT: [("two, nine.", True), ("two, nine.", True)]})
     with pytest.raises(ValueError, match="same prompts"):
         read_answers(one).wins_P(read_answers(lone))
+
+
+def test_shares_by_family_are_those_of_its_prompts(one):
+    assert read_answers(one).by_family() == {"order": (0.5, 0.5), "pick": (1.0, 0.0)}

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 from fpo.pipeline.world.judge import body, frame, judge, win_rate
+from fpo.pipeline.world.judge import family as family_of
 from fpo.pipeline.world.language import CLOSINGS, FAMILIES, OPENINGS, preference_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ def test_every_chosen_answer_is_right_and_every_rejected_one_the_counterpart_s()
     for row in preference_rows(random.Random(5), 800, set()):
         assert judge(*asked_and_said(row["chosen"])) == "right", row
         assert judge(*asked_and_said(row["rejected"])) == "counterpart", row
+        assert family_of(row["chosen"][0]["content"]) == row["family"]
 
 
 @settings(max_examples=200, deadline=None)
