@@ -27,14 +27,15 @@ run: install
 		$(if $(wildcard runs/embedded-fpo/run.yaml),--resume)
 
 # The paper's comparison, its ablations, and the search for learning rates and β that the comparison stands on.
-# PROFILE is a profile or a YAML file; ARGS, for example, --dry-run.
+# PROFILE is a profile or a YAML file; SEEDS how many, if not the profile's; ARGS, for example, --dry-run.
 PROFILE ?= embedded
+TABLE = $(BIN)/fpo table --config $(PROFILE) $(if $(SEEDS),$(patsubst %,--seeds %,$(shell seq 0 $$(($(SEEDS) - 1)))))
 
 reproduce-table: install
-	$(BIN)/fpo table --config $(PROFILE) $(ARGS)
+	$(TABLE) $(ARGS)
 
 reproduce-ablations: install
-	$(BIN)/fpo table --config $(PROFILE) --ablations $(ARGS)
+	$(TABLE) --ablations $(ARGS)
 
 tune: install
 	$(BIN)/fpo tune --config $(PROFILE) $(ARGS)

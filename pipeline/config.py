@@ -338,6 +338,7 @@ class TableConfig(ComparisonConfig):
     """The paper's comparison: every method under every seed, evaluated; tables, figures and a page."""
 
     command = "table"
+    seeds: tuple[int, ...] = option((0,), "Seeds, each a run of every method. Repeatable.")
     ablations: bool = option(False, "The ablations instead of the comparison.")
     dry_run: bool = option(False, "Print every step, what it reads, and what is missing; run nothing.")
 

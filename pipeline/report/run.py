@@ -16,6 +16,7 @@ from ...cache.errors import UserError
 from ...cache.files import write_atomically
 from ..commands.jobs import Step, run_steps, seconds_of
 from ..config import TableConfig
+from ..config_files import load_config
 from ..world.world import begin, in_the_world, is_made, provide, world_folder, world_steps
 from . import figures
 from .claims import Claim, Scores, ablation_claims, comparison_claims
@@ -81,6 +82,8 @@ def run_table(name: str, config: TableConfig) -> None:
         )
         run_steps(steps, config.jobs)
     command = f"make reproduce-{'ablations' if ablations else 'table'} PROFILE={name}"
+    if config.seeds != load_config(TableConfig, name, {}).seeds:
+        command += f" SEEDS={len(config.seeds)}"
     facts = facts_of(plan, command) | {
         "Time": f"{sum(map(seconds_of, steps)):.0f} s over {len(steps)} steps, {config.jobs} at a time"
     }

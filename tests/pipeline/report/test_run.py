@@ -211,6 +211,8 @@ def test_a_dry_run_writes_nothing_and_prints_every_step(world, tmp_path):
         assert label in said
     assert "precompute train_prefs" in said and "precompute test_prefs" in said
     assert "17 to do, 0 done" in said and "missing" not in said
+    of_two_seeds = fresh.table("--dry-run", "--seeds", "3", "--seeds", "4")
+    assert f"{17 + 7 + 8} to do, 0 done" in " ".join(ran(of_two_seeds).output.split())
     parameters = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(world.gemma).parameters())
     (line,) = re.findall(r"align DPO \|.*?\| (\d+) MB", said)
     assert int(line) == round(16 * parameters / 1e6)
