@@ -344,11 +344,14 @@ class TableConfig(ComparisonConfig):
 
 
 class TuneConfig(ComparisonConfig):
-    """Search learning rate and β of every method on the validation split, with one budget for all."""
+    """Search learning rate, β and α of every method on the validation split, with one budget for all."""
 
     command = "tune"
     validation_split: str | None = in_file(None, "Split to choose on.")
-    lr: PositiveFloat = in_file(5e-7, "Learning rate around which the grid lies.")
+    lr: PositiveFloat = in_file(5e-7, "Learning rate around which the search lies.")
+    lr_range: tuple[PositiveFloat, PositiveFloat] = in_file((0.2, 5.0), "Its range, as factors of the learning rate.")
+    beta_range: tuple[PositiveFloat, PositiveFloat] = in_file((0.1, 10.0), "As factors of the method's own β.")
+    alpha_range: tuple[PositiveFloat, PositiveFloat] = in_file((0.1, 10.0), "As factors of the method's own α.")
 
 
 COMMANDS: dict[str, type[Config]] = {

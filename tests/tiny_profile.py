@@ -54,7 +54,12 @@ def tiny_profile(world: World, folder: Path, *, table: dict[str, Any] | None = N
             "seeds": [0],
             "jobs": 2,
         },
-        "tune": {"validation_split": "validation_prefs", "jobs": 2},
+        "tune": {
+            "validation_split": "validation_prefs",
+            "lr_range": [0.2, 3.0],
+            "beta_range": [0.5, 100.0],
+            "jobs": 2,
+        },
     }
     sections["table"] |= table or {}
     path = folder / "tiny.yaml"

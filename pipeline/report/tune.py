@@ -30,10 +30,9 @@ from .style import LABELS, save
 from .success import read_answers, success_record
 from .success_figures import frontier
 
-# Trials of a row: points of a Sobol sequence over what is searched, up to such a factor to either side of the profile's
-# learning rate and of the method's own β and α (docs/method.md, section 4).
+# Trials of a row: points of a Sobol sequence, on a logarithmic scale, over what is searched.
 TRIALS = 16
-SEARCHED = {"lr": 5.0, "beta": 30.0, "alpha": 10.0}
+SEARCHED = ("lr", "beta", "alpha")
 
 SUCCESS, ACCURACY = "success/right", "accuracy/raw"
 COLUMNS = ("row", *SEARCHED, "score", "error", "kl", SUCCESS, ACCURACY, "accuracy/implicit")
@@ -68,7 +67,7 @@ def run_tune(name: str, config: TuneConfig) -> None:
     best = winners(records)
     score = "right answers" if is_toy(plan) else "raw accuracy"
     save(frontier(records, best, score, short_note(plan)), out / "figures", "frontier")
-    table = _winners_table(records, best, score, plan.config.lr)
+    table = _winners_table(records, best, score, plan.config)
     write_atomically(out / "tuning.md", f"{note_of(plan)}\n\n{table.markdown}".encode())
     typer.echo(f"{out / 'tuning.csv'}: {len(records)} trials; for the profile:")
     for row, record in best.items():
@@ -76,14 +75,14 @@ def run_tune(name: str, config: TuneConfig) -> None:
         typer.echo(f"  {row}: {{{found}}}  # {100 * record['score']:.1f} %, KL {record['kl']:.2f}")
 
 
-def _winners_table(records: Sequence[Record], best: Mapping[str, Record], score: str, lr: float) -> Table:
+def _winners_table(records: Sequence[Record], best: Mapping[str, Record], score: str, config: TuneConfig) -> Table:
     """The winners, what of them lies at the end of its range, and each row at no more KL than FPO's winner."""
     body = []
     for row, record in best.items():
         values = [f"{record[name]:g}" if name in searched(row) else "–" for name in SEARCHED]
         near = best_within(records, row, best["fpo"]["kl"])
         held = [f"{100 * near['score']:.1f}", f"{near['kl']:.2f}"] if near else ["–", "–"]
-        ends = ", ".join(at_the_end(record, lr)) or "–"
+        ends = ", ".join(at_the_end(record, config)) or "–"
         body.append([LABELS[row], *values, f"{100 * record['score']:.1f}", f"{record['kl']:.2f}", *held, ends])
     header = [
         "",
@@ -106,21 +105,23 @@ def searched(row: str) -> list[str]:
     return [key for key in SEARCHED if key not in options and key in {"lr", *METHODS[options["method"]].defaults}]
 
 
-def _centre(row: str, lr: float) -> Mapping[str, float]:
-    """Where a row's ranges have their middle."""
-    return METHODS[(ROWS[row] or {})["method"]].defaults | {"lr": lr}
+def ranges(row: str, config: TuneConfig) -> dict[str, tuple[float, float]]:
+    """The least and the largest value of what a row's search varies."""
+    own = METHODS[(ROWS[row] or {})["method"]].defaults | {"lr": config.lr}
+    factors = {name: getattr(config, f"{name}_range") for name in searched(row)}
+    return {name: (own[name] * low, own[name] * high) for name, (low, high) in factors.items()}
 
 
 def trials(plan: Plan, row: str) -> list[Run]:
     """One row's runs under the first seed."""
     from scipy.stats.qmc import Sobol
 
-    options, names, centre = ROWS[row] or {}, searched(row), _centre(row, plan.config.lr)
-    points = Sobol(len(names), rng=0).random(TRIALS)
+    options, within = ROWS[row] or {}, ranges(row, plan.config)
+    points = Sobol(len(within), rng=0).random(TRIALS)
     found = [
         {
-            name: float(f"{centre[name] * SEARCHED[name] ** (2 * at - 1):.2g}")
-            for name, at in zip(names, point, strict=True)
+            name: float(f"{low * (high / low) ** at:.2g}")
+            for (name, (low, high)), at in zip(within.items(), point, strict=True)
         }
         for point in points
     ]
@@ -158,11 +159,13 @@ def winners(records: Sequence[Record]) -> dict[str, Record]:
     return found
 
 
-def at_the_end(record: Record, lr: float) -> list[str]:
+def at_the_end(record: Record, config: TuneConfig) -> list[str]:
     """What of a trial's settings lies within a twentieth of its range's ends, where a wider search may find better."""
-    centre = _centre(record["row"], lr)
-    at = {name: math.log(record[name] / centre[name], SEARCHED[name]) for name in searched(record["row"])}
-    return [name for name, place in at.items() if abs(place) > 0.9]
+    at = {
+        name: math.log(record[name] / low) / math.log(high / low)
+        for name, (low, high) in ranges(record["row"], config).items()
+    }
+    return [name for name, place in at.items() if not 0.05 <= place <= 0.95]
 
 
 def best_within(records: Sequence[Record], row: str, kl: float) -> Record | None:

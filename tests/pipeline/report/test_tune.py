@@ -10,7 +10,7 @@ from fpo.pipeline.config_files import load_config, write_yaml
 from fpo.pipeline.report import tune
 from fpo.pipeline.report.plan import ROWS, Plan, Run, make_plan
 from fpo.pipeline.report.style import LABELS
-from fpo.pipeline.report.tune import SEARCHED, TRIALS, at_the_end, best_within, searched, trials, winners
+from fpo.pipeline.report.tune import TRIALS, at_the_end, best_within, ranges, searched, trials, winners
 from fpo.stages.train.methods import METHODS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +18,8 @@ from pairs import many_examples
 from tiny_profile import tiny_profile
 from tiny_world import fpo, ran
 
+# How far the search of the tiny profile goes.
+FACTORS = {"lr": (0.2, 3.0), "beta": (0.5, 100.0), "alpha": (0.1, 10.0)}
 TUNED = [row for row, options in ROWS.items() if options]
 
 
@@ -40,11 +42,13 @@ def test_every_row_is_searched_as_much_as_any_other(plan):
     for row in TUNED:
         found = trials(plan, row)
         assert len(found) == TRIALS == len({run.train.out for run in found if run.train})
-        centre = METHODS[found[0].method].defaults | {"lr": plan.config.lr}
+        own = METHODS[found[0].method].defaults | {"lr": plan.config.lr}
         for name in searched(row):
-            steps = [math.log(settings(run)[name] / centre[name], SEARCHED[name]) for run in found]
-            assert -1.01 <= min(steps) < -0.6 and 0.6 < max(steps) <= 1.01, (row, name)
-            assert len(set(steps)) == TRIALS
+            low, high = FACTORS[name]
+            assert ranges(row, plan.config)[name] == pytest.approx((own[name] * low, own[name] * high))
+            places = [math.log(settings(run)[name] / own[name] / low) / math.log(high / low) for run in found]
+            assert -0.01 <= min(places) < 0.2 and 0.8 < max(places) <= 1.01, (row, name)
+            assert len(set(places)) == TRIALS
         assert {(run.method, run.seed, run.train.config.snapshot_steps) for run in found if run.train} == {
             (ROWS[row]["method"], 0, None)
         }
@@ -111,10 +115,10 @@ def test_winners_are_near_the_best_and_none_as_near_has_a_lower_kl(records, rng)
 
 
 def test_a_winner_at_the_end_of_its_range_is_told(plan):
-    record = {"row": "dpo", "lr": plan.config.lr, "beta": METHODS["dpo"].defaults["beta"] * SEARCHED["beta"]}
-    assert at_the_end(record, plan.config.lr) == ["beta"]
-    assert at_the_end({**record, "beta": 0.1, "lr": plan.config.lr / SEARCHED["lr"] * 1.02}, plan.config.lr) == ["lr"]
-    assert at_the_end({**record, "beta": 0.1}, plan.config.lr) == []
+    record = {"row": "dpo", "lr": plan.config.lr, "beta": METHODS["dpo"].defaults["beta"] * FACTORS["beta"][1]}
+    assert at_the_end(record, plan.config) == ["beta"]
+    assert at_the_end({**record, "beta": 0.1, "lr": plan.config.lr * FACTORS["lr"][0] * 1.02}, plan.config) == ["lr"]
+    assert at_the_end({**record, "beta": 0.1}, plan.config) == []
 
 
 def test_the_best_at_equal_kl_is_the_best_of_those_as_near():
