@@ -153,7 +153,7 @@ def winners(records: Sequence[Record]) -> dict[str, Record]:
     found = {}
     for row in dict.fromkeys(record["row"] for record in records):
         mine = [record for record in records if record["row"] == row]
-        best = max(mine, key=lambda trial: (trial["score"], -trial["kl"]))
+        best = max(mine, key=lambda trial: (trial["score"], -trial["kl"], trial["error"]))
         near = [trial for trial in mine if trial["score"] >= best["score"] - best["error"]]
         found[row] = min(near, key=lambda trial: (trial["kl"], -trial["score"], trial["lr"]))
     return found
