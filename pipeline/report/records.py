@@ -132,11 +132,16 @@ def pair_wins(evaluation: Path) -> NDArray[np.float64]:
     return np.asarray(np.heaviside(chosen_N - rejected_N, 0.5))
 
 
+def read_samples(evaluation: Path) -> list[dict[str, Any]]:
+    """The sampled answers of an evaluation, a line each; what Unicode calls a line's end may stand inside an answer."""
+    with (evaluation / "samples.jsonl").open() as lines:
+        return [json.loads(line) for line in lines]
+
+
 def entropy_of_prompts(evaluation: Path) -> NDArray[np.float64]:
     """H of each prompt's sampled answers, nats a token: the mean over answers of -log π_θ(y|x) / |y|."""
     found: dict[str, list[float]] = {}
-    for line in (evaluation / "samples.jsonl").read_text().splitlines():
-        sample = json.loads(line)
+    for sample in read_samples(evaluation):
         found.setdefault(sample["prompt"], []).append(-sample["logp"] / sample["tokens"])
     return np.array([statistics.fmean(values) for values in found.values()])
 

@@ -6,7 +6,6 @@ record: success, win rate against the reference of the same seed, and how far th
 Legend: P prompts, A answers a prompt.
 """
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..world.judge import family, frame, judge, win_rate
-from .records import Record
+from .records import Record, read_samples
 
 INSTRUCTION = re.compile(r"<user>(.*)<end>", re.DOTALL)
 
@@ -73,8 +72,7 @@ def read_answers(evaluation: Path) -> Answers:
     """Judges the answers of an evaluation's folder."""
     verdicts: dict[str, list[tuple[bool, bool, bool]]] = {}
     frames: Counter[tuple[str, str]] = Counter()
-    for line in (evaluation / "samples.jsonl").read_text().splitlines():
-        sample = json.loads(line)
+    for sample in read_samples(evaluation):
         (instruction,) = INSTRUCTION.findall(sample["prompt"])
         verdict = judge(instruction, sample["sample"]) if sample["finished"] else "neither"
         found = (verdict == "right", verdict == "counterpart", sample["finished"])
