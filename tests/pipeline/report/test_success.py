@@ -12,11 +12,12 @@ PROMPT = "<bos><user>{}<end><assistant>"
 
 def evaluation(folder: Path, answers: dict[str, list[tuple[str, bool]]]) -> Path:
     folder.mkdir()
-    lines = [
-        json.dumps({"prompt": PROMPT.format(asked), "sample": said, "tokens": 3, "logp": -1.0, "finished": finished})
+    rows = [
+        {"prompt": PROMPT.format(asked), "sample": said, "tokens": 3, "logp": -1.0, "finished": finished}
         for asked, samples in answers.items()
         for said, finished in samples
     ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]  # as `fpo evaluate` writes them
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -74,6 +75,12 @@ def test_answers_to_other_prompts_are_not_compared(one, tmp_path):
     lone = evaluation(tmp_path / "lone", {SORT: [("two, nine.", True), ("two, nine.", True)]})
     with pytest.raises(ValueError, match="same prompts"):
         read_answers(one).wins_P(read_answers(lone))
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x1e"])
+def test_an_answer_may_hold_what_unicode_calls_the_end_of_a_line(tmp_path, end):
+    found = read_answers(evaluation(tmp_path / "odd", {SORT: [(f"two,{end} nine.", True), ("two, nine.", True)]}))
+    assert found.right_PA.tolist() == [[False, True]]
 
 
 def test_shares_by_family_are_those_of_its_prompts(one):
