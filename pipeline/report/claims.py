@@ -108,6 +108,12 @@ def ablation_claims(
     constrained = {record["row"]: record["stop_gradient"] for record in weights if record["alpha"]}
     held = [row for row, stop in constrained.items() if stop is not False]
     free = [row for row, stop in constrained.items() if stop is False]
+    without = [record["row"] for record in weights if not record["alpha"]]
+    if held and without:
+        found = gain(_pooled(scores.rows, held), scores.rows[without[0]])
+        text = f"The constraint gives more {scores.name} than α = 0 at the same learning rate and β, mean over α"
+        told = _over_seeds(_told([found])[0], len(scores.rows[held[0]]))
+        claims.append(Claim(text, told, f"{_points(found)} points"))
     if held and free:
         gains = [gain(_pooled(rows, held), _pooled(rows, free)) for rows in (scores.rows, entropies)]
         texts = (f"The stop-gradient gives more {scores.name}", "The stop-gradient gives more diversity (H)")

@@ -99,7 +99,8 @@ def over_training(points: Mapping[str, Sequence[tuple[int, float, float]]], titl
         by_step.plot(steps, [100 * share for share in shares], **style)
         by_kl.plot(kl, [100 * share for share in shares], **style)
     by_step.set(title="Right answers over training", xlabel="optimiser step", ylabel="right answers, %")
-    by_kl.set(title="Right answers against KL", xlabel="sequential KL, nats a response", xscale="symlog")
+    by_kl.set(title="Right answers against KL", xlabel="sequential KL, nats a response", xscale="log")
+    plain_log_ticks(by_kl, "x")
     method_legend(figure, list(points), lines=True)
     return figure
 

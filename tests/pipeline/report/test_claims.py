@@ -192,13 +192,15 @@ def test_later_sites_are_compared_with_earlier_ones():
     assert ablation_claims([], constant(a=0.6), constant(), {}) == [] == ablation_claims([], None, constant(), {})
 
 
-def test_the_stop_gradient_is_judged_without_the_row_that_has_no_constraint():
+def test_the_constraint_and_its_stop_gradient_are_judged_apart():
     weights = [weight(0.0, None), weight(0.5, True), weight(0.5, False), weight(1.0, False)]
     names = [record["row"] for record in weights]
     shares = constant(**dict(zip(names, (0.0, 0.7, 0.6, 0.5), strict=True)))
     entropies = constant(**dict(zip(names, (9.0, 1.7, 1.8, 1.9), strict=True))).rows
-    right, diverse = ablation_claims(weights, None, shares, entropies)
-    assert (right.answer, diverse.answer) == ("yes", "no")
+    added, right, diverse = ablation_claims(weights, None, shares, entropies)
+    assert (added.answer, right.answer, diverse.answer) == ("yes", "yes", "no")
+    assert added.text.startswith("The constraint gives more") and added.figures == "+70.0 (+70.0 to +70.0) points"
     assert right.figures == "+15.0 (+15.0 to +15.0) points"
     assert diverse.figures == "-0.150 (-0.150 to -0.150) nats a token"
-    assert ablation_claims(weights[:2], None, shares, entropies) == []
+    assert ablation_claims(weights[:2], None, shares, entropies) == [added]
+    assert ablation_claims(weights[1:2], None, shares, entropies) == []
