@@ -12,13 +12,21 @@ NAMES = [site.name for site in SITES]
 COSTS = ("train/peak_memory_bytes", "train/tokens_per_second", "train/seconds")
 
 
-def tiny_profile(world: World, folder: Path, *, table: dict[str, Any] | None = None, **changes: Any) -> Path:
+def tiny_profile(
+    world: World,
+    folder: Path,
+    *,
+    table: dict[str, Any] | None = None,
+    tune: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
     """Writes `tiny.yaml` and its data into a folder.
 
     Args:
         world: where the model and the SAEs are.
         folder: to write.
         table: changes of what holds for `table` alone.
+        tune: changes of what holds for `tune` alone.
         changes: changes of all else.
     """
     prefs = folder / "prefs"
@@ -62,6 +70,7 @@ def tiny_profile(world: World, folder: Path, *, table: dict[str, Any] | None = N
         },
     }
     sections["table"] |= table or {}
+    sections["tune"] |= tune or {}
     path = folder / "tiny.yaml"
     path.write_text(write_yaml({**settings, **changes, **sections}))
     return path

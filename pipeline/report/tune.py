@@ -59,6 +59,7 @@ def run_tune(name: str, config: TuneConfig) -> None:
     run_steps([*steps, *evaluations.values()], config.jobs)
     folders = {run: evaluation.out for run, evaluation in evaluations.items()}
     records = [scored(read_record(run, evaluations[run]), folders[run], folders[reference], plan) for run in runs]
+    out.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -1,6 +1,7 @@
 """Checks of the options of `table` and `tune`, and of what only their profile sets."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,9 +38,14 @@ def config(lab: Lab, command: str) -> None:
     assert made.result.exit_code == 0, made.result.output
     aligned = [step.config for step in made.fabricated.steps if step.command == "align"]
     assert {config.model for config in aligned} == {str(lab.world.gemma)}
-    rates = {3e-4} if command == "table" else {9e-5, 3e-4, 9e-4, 3e-3}
-    assert {config.lr for config in aligned} == rates
-    assert {one.config.top_k for one in made.fabricated.evaluated} == {7}
+    rates = {config.lr for config in aligned}
+    if command == "table":
+        assert rates == {3e-4}
+    else:
+        assert len(rates) > 8 and all(0.2 * 3e-4 <= rate <= 5 * 3e-4 for rate in rates)
+    assert {config.top_k for config in aligned if config.method == "fpo"} == {7}
+    measured = {one.config.top_k for one in made.fabricated.evaluated}
+    assert measured == ({7} if command == "table" else {50})  # a search measures no features
     assert "--config" in fails(lab, command, "--config", "nowhere")
 
 
@@ -123,20 +129,61 @@ def validation_split(lab: Lab, command: str) -> None:
     assert made.result.exit_code == 0, made.result.output
     assert (measured_on(made), trained_on(made)) == ({"validation_prefs"}, {"train_prefs"})
     assert splits(made) == {"validation_prefs", "train_prefs"}
-    # What is logged of a trial is what was measured of it, and the best of a method is printed.
+    # What is logged of a trial is what was measured of it; of near-ties the one of the lowest KL is printed.
     lines = made.csv("tuning.csv")
-    ends = {(one.config.method, one.training.lr, one.training.beta): one.metrics for one in made.fabricated.evaluated}
-    assert len(lines) == len(ends) == 6 * 4 * 3
+    trials = [one for one in made.fabricated.evaluated if one.training]
+    ends = {_trial(one.training.method, one.training): one.metrics for one in trials}
+    assert len(lines) == len(ends) == len(trials) == 7 * 16
     for line in lines:
-        found = ends[line["method"], float(line["lr"]), float(line["beta"])]
-        for name in ("accuracy/raw", "accuracy/implicit", "kl/chosen", "kl/rejected"):
+        key = line["row"], *(float(line[name]) if line[name] else None for name in ("lr", "beta", "alpha"))
+        found = ends[key]
+        for name in ("accuracy/raw", "accuracy/implicit"):
             assert float(line[name]) == pytest.approx(found[name])
-    for method in distinct(line["method"] for line in lines):
-        key, best = max(
-            ((key, found["accuracy/raw"]) for key, found in ends.items() if key[0] == method), key=lambda item: item[1]
-        )
-        wanted = f"{method}: {{lr: {key[1]:g}, beta: {key[2]:g}}}  # {100 * best:.1f} %"
-        assert wanted in made.result.output
+        assert float(line["score"]) == pytest.approx(found["accuracy/raw"])
+        assert float(line["kl"]) == pytest.approx((found["kl/chosen"] + found["kl/rejected"]) / 2)
+    for row in distinct(line["row"] for line in lines):
+        mine = [line for line in lines if line["row"] == row]
+        best = max(mine, key=lambda line: float(line["score"]))
+        near = [line for line in mine if float(line["score"]) >= float(best["score"]) - float(best["error"])]
+        winner = min(near, key=lambda line: float(line["kl"]))
+        assert f"  {row}: {{lr: {float(winner['lr']):g}, beta: {float(winner['beta']):g}" in made.result.output
+
+
+def _trial(method: str, training: Any) -> tuple[Any, ...]:
+    """A trial's row and settings."""
+    free = method == "fpo" and training.alpha == 0
+    return "fpo-alpha0" if free else method, training.lr, training.beta, training.alpha
+
+
+@effect("table", "seeds")
+def seeds_of_a_call(lab: Lab, command: str) -> None:
+    """Those of the call win over the profile's."""
+    made = compare(lab, command, "--seeds", 4, "--seeds", 6, table_section={"seeds": [3]})
+    assert made.result.exit_code == 0, made.result.output
+    assert {config.seed for config in aligned(made)} == {4, 6}
+
+
+@effect(FILE, "rows")
+def rows(lab: Lab, command: str) -> None:
+    """Settings of a row that shares its method with another one reach that row alone."""
+    made = compare(lab, "table", table_section={"rows": {"fpo-alpha0": {"lr": 7e-4, "beta": 0.3}}, "seeds": [3]})
+    assert made.result.exit_code == 0, made.result.output
+    of_fpo = {config.alpha: (config.lr, config.beta) for config in aligned(made) if config.method == "fpo"}
+    assert of_fpo[0.0] == (7e-4, 0.3) and all(found != (7e-4, 0.3) for alpha, found in of_fpo.items() if alpha != 0)
+
+
+@effect(FILE, "lr_range", "beta_range", "alpha_range")
+def trial_ranges(lab: Lab, command: str) -> None:
+    """Trials lie in them, as factors of the profile's learning rate and the method's own β and α."""
+    wide = {"lr_range": [0.5, 2.0], "beta_range": [3.0, 4.0], "alpha_range": [5.0, 6.0]}
+    made = compare(lab, "tune", lr=1e-3, tune=wide)
+    assert made.result.exit_code == 0, made.result.output
+    slack = 1.05  # settings are rounded to two digits
+    for config in aligned(made):
+        own = {"dpo": 0.1, "tdpo1": 0.1, "tdpo2": 0.1, "fpo": 0.1, "simpo": 2.0, "simpo-kl": 2.0}[config.method]
+        assert 0.5e-3 / slack <= config.lr <= 2e-3 * slack and 3 / slack <= config.beta / own <= 4 * slack
+        if config.alpha:
+            assert 5 / slack <= config.alpha / 0.5 <= 6 * slack
 
 
 @effect(FILE, "ablation_sites", "ablation_sums")

@@ -215,6 +215,7 @@ def test_a_world_is_made_once_goes_on_after_an_interruption_and_comes_out_the_sa
     monkeypatch.setattr(embedded, "CONVERSATIONS", 48)
     monkeypatch.setattr(embedded, "SITES", (embedded.SITES[0], embedded.SITES[-1]))
     profile("train-sae", width=64, tokens=2000)
+    profile("sft", lr_scheduler="constant_with_warmup", lr_scheduler_kwargs=None, warmup_steps=1)
     one, other = tmp_path / "one", tmp_path / "other"
     embedded.build(one)
     facts = json.loads((one / "world.json").read_text())
