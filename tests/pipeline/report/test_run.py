@@ -339,7 +339,9 @@ def test_more_seeds_have_a_spread_and_ablations_use_what_is_there(killed):
     sites, alphas, sums = (both.csv(name) for name in ("sites", "alpha", "layers"))
     assert list(sites) == NAMES and len(alphas) == 9 and list(sums) == ["+".join(NAMES)]
     for line in (sites[NAMES[0]], alphas["α = 0.5, with sg"]):
-        assert all(line[key] == both.csv()["fpo"][key] for key in line if key not in ("row", "label"))
+        compared_line = both.csv()["fpo"]
+        common = (line.keys() & compared_line.keys()) - {"row", "label"}
+        assert len(common) > 10 and all(line[key] == compared_line[key] for key in common)
     text = (both.out / "ablations.md").read_text()
     for part in ("Table 3, left", "Table 3, right", "Table 7", "The stop-gradient gives", "Later sites give"):
         assert part in text
