@@ -1,4 +1,4 @@
-"""How many sampled answers of the embedded world are right, by its rule, and how often they win (method.md section 8).
+"""How many sampled answers of the embedded world are right, by its rule, and how often they win (method.md section 6).
 
 In: the samples of evaluations (`samples.jsonl`). Out: for each run the verdict on every answer, and figures for its
 record: success, win rate against the reference of the same seed, and how far the style has moved.

@@ -1,4 +1,4 @@
-"""The rule that decides which answers of the embedded world are right (method.md section 8).
+"""The rule that decides which answers of the embedded world are right (method.md section 6).
 
 In: an instruction and an answer, as text. Out: whether the answer is what the instruction asks for, what its
 counterpart asks for, or neither; and from such verdicts the rate at which one model's answers win against another's.
