@@ -51,14 +51,21 @@ class Question:
         id: the benchmark's; AlpacaEval has none and finds answers by the question's text.
         prompts: what the user says, turn by turn.
         temperature: at which the benchmark has it answered.
-        dataset: where AlpacaEval has it from.
+        category: the benchmark's: AlpacaEval's data set, Arena-Hard's cluster or category, MT-Bench's category.
+        references: right answers, one a turn, that a judge may be shown; empty for most questions.
     """
 
     format: Format
     id: int | str | None
     prompts: tuple[str, ...]
     temperature: float
-    dataset: str | None = None
+    category: str | None = None
+    references: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> int | str:
+        """What answers name it by: the benchmark's id, or AlpacaEval's instruction."""
+        return self.prompts[0] if self.id is None else self.id
 
     def record(self, answers: Sequence[str], model_name: str, tstamp: float) -> dict[str, Any]:
         """The answers, one a turn, as the judge reads them.
@@ -68,7 +75,7 @@ class Question:
         `tstamp` is in seconds since 1970; AlpacaEval has none.
         """
         if self.format == "alpaca-eval":
-            asked = {"dataset": self.dataset, "instruction": self.prompts[0]}
+            asked = {"dataset": self.category, "instruction": self.prompts[0]}
             return {**asked, "output": answers[0], "generator": model_name}
         answer_id = str(uuid.uuid5(uuid.NAMESPACE_OID, canonical_json([self.id, model_name, list(answers)])))
         if self.format == "arena-hard-v2.0":
@@ -81,7 +88,7 @@ class Question:
         return {**ids, "choices": [{"index": 0, "turns": turns}], "tstamp": tstamp}
 
 
-# Rows of question files. Fields that only the judge reads (references, clusters) are ignored.
+# Rows of question files; other fields are ignored.
 
 
 def _has_words(text: str) -> str:
@@ -109,28 +116,34 @@ class _Content(BaseModel, strict=True):
 class _ArenaHardV01(BaseModel, strict=True):  # lmarena/arena-hard-auto, data/arena-hard-v0.1/question.jsonl
     question_id: str
     turns: list[_Content] = Field(min_length=1)
+    cluster: str | None = None
 
     def question(self) -> Question:
         # The temperature of both versions is in config/gen_answer_config.yaml.
-        return Question("arena-hard-v0.1", self.question_id, tuple(turn.content for turn in self.turns), 0.0)
+        prompts = tuple(turn.content for turn in self.turns)
+        return Question("arena-hard-v0.1", self.question_id, prompts, 0.0, self.cluster)
 
 
 class _ArenaHardV2(BaseModel, strict=True):  # lmarena/arena-hard-auto, gen_answer.py of 2025
     uid: str
     prompt: Words
+    category: str | None = None
 
     def question(self) -> Question:
-        return Question("arena-hard-v2.0", self.uid, (self.prompt,), 0.0)
+        return Question("arena-hard-v2.0", self.uid, (self.prompt,), 0.0, self.category)
 
 
 class _MTBench(BaseModel, strict=True):  # lm-sys/FastChat, fastchat/llm_judge/data/mt_bench/question.jsonl
     question_id: int
     category: str
     turns: list[Words] = Field(min_length=1)
+    reference: list[str] = []
 
     def question(self) -> Question:
         temperature = MT_BENCH_TEMPERATURES.get(self.category, 0.7)
-        return Question("mt-bench", self.question_id, tuple(self.turns), temperature)
+        return Question(
+            "mt-bench", self.question_id, tuple(self.turns), temperature, self.category, tuple(self.reference)
+        )
 
 
 def read_questions(path: Path, benchmark: Benchmark) -> list[Question]:

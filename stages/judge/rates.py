@@ -26,7 +26,7 @@ LARGEST = 30.0
 
 @dataclass(frozen=True)
 class Rate:
-    """A rate from 0 to 1.
+    """A mean over questions, such as a rate from 0 to 1.
 
     Attributes:
         mean: over questions.
@@ -41,8 +41,8 @@ class Rate:
     high: float
 
 
-def win_rate(preference_Q: Floats) -> Rate:
-    """The mean preference, as AlpacaEval's `win_rate`; ties are one half."""
+def mean_rate(preference_Q: Floats) -> Rate:
+    """The mean over questions, such as AlpacaEval's `win_rate` of preferences."""
     size = preference_Q.size
     error = float(np.std(preference_Q, ddof=1) / np.sqrt(size)) if size > 1 else float("nan")
     return Rate(float(preference_Q.mean()), error, *resampled(lambda chosen: float(preference_Q[chosen].mean()), size))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from fpo.stages.judge.rates import Battles, arena_rates, fit_logistic, length_controlled, strengths, win_rate
+from fpo.stages.judge.rates import Battles, arena_rates, fit_logistic, length_controlled, mean_rate, strengths
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import few_examples
@@ -11,7 +11,7 @@ from scipy.special import expit
 
 
 def test_the_raw_rate_is_the_mean_with_its_standard_error():
-    found = win_rate(np.array([1.0, 0.0, 0.5, 1.0]))
+    found = mean_rate(np.array([1.0, 0.0, 0.5, 1.0]))
     assert (found.mean, found.error) == (
         0.625,
         pytest.approx(np.sqrt(0.6875 / 3 / 4)),
@@ -22,7 +22,7 @@ def test_the_raw_rate_is_the_mean_with_its_standard_error():
 @few_examples
 @given(share=st.floats(0.2, 0.8), seed=st.integers(0, 9))
 def test_the_interval_is_about_two_errors_wide(share, seed):
-    found = win_rate(np.random.default_rng(seed).binomial(1, share, 400).astype(float))
+    found = mean_rate(np.random.default_rng(seed).binomial(1, share, 400).astype(float))
     assert found.high - found.low == pytest.approx(2 * 1.96 * found.error, rel=0.15)
 
 
@@ -68,7 +68,7 @@ def test_difficulties_are_a_column_of_their_own():
 def test_ties_equal_lengths_one_question_and_one_side_break_nothing(preference, longer, rate):
     found = length_controlled(np.array(preference), np.array(longer, float))
     assert found.mean == pytest.approx(rate, abs=1e-4) and 0 <= found.low <= found.high <= 1
-    assert np.isnan(win_rate(np.array([0.8])).error)
+    assert np.isnan(mean_rate(np.array([0.8])).error)
 
 
 @few_examples
