@@ -14,7 +14,8 @@ from typing import Annotated, Any, cast, get_args
 import typer
 from typer.core import TyperGroup
 
-from .config import COMMANDS, Config, TableConfig, TuneConfig, flag
+from .base_config import Config, flag
+from .config import COMMANDS, JudgeConfig, TableConfig, TuneConfig
 from .config_files import field_name, load_config, profile_names, to_yaml
 from .errors import user_errors
 from .options import IN_FILE, nearest
@@ -125,6 +126,8 @@ def _run(config: Config, name: str | None) -> None:
     if name is not None and isinstance(config, TableConfig | TuneConfig):
         module = importlib.import_module(f".report.{'run' if isinstance(config, TableConfig) else 'tune'}", __package__)
         getattr(module, f"run_{config.command}")(name, config)
+    elif isinstance(config, JudgeConfig):
+        importlib.import_module(".report.judge", __package__).run_judge(config)
     else:
         from .commands import run_command
         from .world.world import provide

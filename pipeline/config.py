@@ -5,14 +5,14 @@ that says which do not.
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, PrivateAttr, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..cache.errors import UserError
 from ..stages.train.methods import METHODS
+from .base_config import Config, flag
 from .options import (
-    NEEDED,
     AdapterOptions,
     CacheOptions,
     ChatOptions,
@@ -23,7 +23,6 @@ from .options import (
     MethodOptions,
     ModelOptions,
     OptimisationOptions,
-    Options,
     OutputOptions,
     Place,
     PreferenceOptions,
@@ -35,89 +34,6 @@ from .options import (
     needed,
     option,
 )
-
-# What names of a model or data set can only be paths.
-FILE_ENDINGS = (".gguf", ".parquet", ".json", ".jsonl", ".csv", ".tsv", ".jinja")
-
-
-def flag(name: str) -> str:
-    """The option of a field."""
-    return f"--{name.replace('_', '-')}"
-
-
-class Config(Options):
-    """What every command's class has. Its docstring is the command's help."""
-
-    command: ClassVar[str]
-    # What is told when the command is interrupted.
-    go_on: ClassVar[str] = "nothing was written"
-    # The profile of a command that needs one.
-    profile: ClassVar[str | None] = None
-    # The options that most people need, which `--help` shows first.
-    first: ClassVar[tuple[str, ...]] = ()
-
-    _given: frozenset[str] = PrivateAttr(frozenset())
-
-    def model_post_init(self, context: Any) -> None:
-        """Takes the names of the options that stand on the command line from the context of the validation."""
-        self._given = frozenset((context or {}).get("given", ()))
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        self.check()
-        return self
-
-    def check(self) -> None:
-        """Refuses options that contradict each other.
-
-        Raises:
-            UserError: they do.
-        """
-
-    def refuse(self, reason: str, *names: str) -> None:
-        """Refuses options that would be ignored; a file may hold them for other commands, the command line may not.
-
-        Raises:
-            UserError: one of them is on the command line.
-        """
-        for name in names:
-            if name in self._given:
-                raise UserError(f"{flag(name)}: {reason}; leave it out")
-
-    def needs(self) -> list[str]:
-        """The fields without which the command cannot run."""
-        return [name for name, field in type(self).model_fields.items() if field.json_schema_extra == NEEDED]
-
-    def check_ready(self) -> None:
-        """Refuses a configuration with which the command cannot begin: all that is missing is named at once.
-
-        Raises:
-            UserError: a needed option is missing, or a file or cache is not where an option says.
-        """
-        needs = self.needs()
-        needs.sort(key=lambda name: self.first.index(name) if name in self.first else len(self.first))
-        if missing := [flag(name) for name in needs if getattr(self, name) in (None, (), "")]:
-            raise UserError(
-                f"{', '.join(missing)}: expected a value{' for each' * (len(missing) > 1)}, found none; "
-                "give it as an option, or in the configuration"
-            )
-        for name in ("model", "base", "reference", "dataset", "chat_template", "questions"):
-            value = getattr(self, name, None)
-            if value is not None and _names_a_file(value) and not Path(value).expanduser().exists():
-                raise UserError(f"{flag(name)}: expected a file or folder at {value}, found none; correct the path")
-        for name in ("cache", "eval_cache"):
-            place = getattr(self, name, None)
-            if isinstance(place, Path) and not (place / "manifest.json").exists():
-                raise UserError(
-                    f"{flag(name)}: expected a finished cache in {place}, found no manifest.json; give its folder, or "
-                    "run `fpo precompute` to its end"
-                )
-
-
-def _names_a_file(value: str | Path) -> bool:
-    if isinstance(value, Path):
-        return True
-    return value.startswith((".", "/", "~")) or (value.endswith(FILE_ENDINGS) and not value.startswith("package:"))
 
 
 class PrecomputeConfig(
@@ -354,7 +270,77 @@ class TuneConfig(ComparisonConfig):
     alpha_range: tuple[PositiveFloat, PositiveFloat] = in_file((0.1, 10.0), "As factors of the method's own α.")
 
 
+class JudgeConfig(Config):
+    """Ask a judge, any model behind an OpenAI-compatible endpoint, whose answers are better.
+
+    Needs --answers (and --against, but for mt-bench's scores), or --calibrate. FPO_JUDGE_KEY is the endpoint's key.
+    """
+
+    command = "judge"
+    go_on = "judgments that were made are kept: run the same command again to go on"
+    panel = "Method"
+    first = ("benchmark", "answers", "against", "endpoint", "judge", "out")
+    benchmark: Literal["alpaca-eval", "arena-hard", "mt-bench", "pairwise"] = option(
+        "pairwise", "In whose terms: alpaca-eval, arena-hard, mt-bench, or pairwise for any two files of answers."
+    )
+    answers: Path | None = option(None, "Answers to judge: the benchmark's file, or the folder of `fpo evaluate`.")
+    against: Path | None = option(None, "Answers to compare them with, of the same kind.")
+    questions: Path | None = option(
+        None, "The benchmark's questions; alpaca-eval and pairwise have them in the answers."
+    )
+    difficulties: Path | None = option(
+        None, "AlpacaEval's instruction_difficulty.csv for its baseline, in the order of --questions."
+    )
+    calibrate: str | None = option(None, "Preference pairs to ask the judge about instead: hub id, file or folder.")
+    split: str = option("test_prefs", "Split of --calibrate.")
+    limit: PositiveInt | None = option(None, "Judge only the first N questions; default all.")
+    endpoint: str = needed("Address of the endpoint up to /v1, as http://localhost:8000/v1.")
+    judge: str = needed("The judge's name there.")
+    mode: Literal["logprob", "verdict"] = option(
+        "logprob", "What a preference is read from: the probabilities of the two verdicts, or the text."
+    )
+    prompt: Path | None = option(
+        None, "Words for the judge, with fields such as {question}; default the project's own."
+    )
+    reply_tokens: PositiveInt = option(1024, "Longest reply that is read as text, tokens.")
+    temperature: float = option(0.0, "Temperature of the judge.", ge=0)
+    seed: NonNegativeInt = option(0, "Seed of the judge's sampling.")
+    concurrency: PositiveInt = option(8, "Requests at a time.")
+    timeout: PositiveFloat = option(120.0, "Seconds that one reply may take.")
+    out: Folder = needed("Folder of judgments and summary; judgments that are there are not asked for again.")
+
+    def check(self) -> None:
+        """What is judged must be one thing, in terms that fit."""
+        if self.calibrate is not None:
+            self.refuse("with --calibrate the pairs are judged", "answers", "against", "questions", "difficulties")
+            if self.benchmark != "pairwise":
+                raise UserError(f"--calibrate: expected --benchmark pairwise, found {self.benchmark}")
+        else:
+            self.refuse("there is no --calibrate", "split")
+        if self.benchmark in ("arena-hard", "mt-bench"):
+            self.refuse(f"{self.benchmark} reads text", "mode")
+        elif self.mode == "logprob":
+            self.refuse("--mode logprob reads no text", "reply_tokens")
+        if self.difficulties is not None and (self.benchmark != "alpaca-eval" or self.questions is None):
+            raise UserError("--difficulties: expected --benchmark alpaca-eval with --questions, found other options")
+
+    def check_ready(self) -> None:
+        """There must be something to judge."""
+        super().check_ready()
+        if self.calibrate is None and self.answers is None:
+            raise UserError(
+                "--answers: expected a file of answers, or --calibrate with preference pairs, found neither"
+            )
+        if self.answers is not None and self.against is None and self.benchmark != "mt-bench":
+            raise UserError(f"--against: expected the answers that {self.answers} is compared with, found none")
+        if self.answers is not None and self.questions is None and self.benchmark in ("arena-hard", "mt-bench"):
+            raise UserError(f"--questions: expected the questions of {self.benchmark}, found none")
+
+
 COMMANDS: dict[str, type[Config]] = {
     config.command: config
-    for config in (PrecomputeConfig, AlignConfig, SFTConfig, EvaluateConfig, TrainSAEConfig, TableConfig, TuneConfig)
+    for config in (
+        *(PrecomputeConfig, AlignConfig, SFTConfig, EvaluateConfig, JudgeConfig),
+        *(TrainSAEConfig, TableConfig, TuneConfig),
+    )
 }

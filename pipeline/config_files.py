@@ -21,7 +21,8 @@ from pydantic import ValidationError
 
 from ..cache.errors import UserError
 from ..stages.train.methods import METHODS
-from .config import COMMANDS, AlignConfig, Config, flag
+from .base_config import Config, flag
+from .config import COMMANDS, AlignConfig
 from .options import nearest, read_method
 
 # What `run.yaml` says of a run beside its configuration: ignored when it is read back.

@@ -16,6 +16,7 @@ WINGS = (
     "stages/precompute",
     "stages/train",
     "stages/evaluate",
+    "stages/judge",
     "pipeline",
     "pipeline/commands",
     "pipeline/world",

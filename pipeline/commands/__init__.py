@@ -2,7 +2,7 @@
 
 import importlib
 
-from ..config import Config
+from ..base_config import Config
 
 
 def run_command(config: Config) -> None:

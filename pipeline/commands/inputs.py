@@ -36,7 +36,8 @@ from ...stages.model.models import (
 from ...stages.model.sae import SiteSAE, load_sae, parse_site
 from ...stages.model.tokenizer import load_tokenizer, tokenizer_sha256
 from ...stages.scoring.supported import load_supported
-from ..config import Config, PrecomputeConfig, TrainSAEConfig
+from ..base_config import Config
+from ..config import PrecomputeConfig, TrainSAEConfig
 from ..config_files import read_yaml, to_yaml, write_yaml
 from ..options import CompileOptions, FeatureOptions, MethodOptions, ModelOptions, SAEOptions
 

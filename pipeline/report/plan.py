@@ -15,8 +15,9 @@ from typing import Any
 from ...cache.errors import UserError
 from ...cache.files import canonical_json
 from ...stages.train.methods import METHODS
+from ..base_config import Config
 from ..commands.jobs import Step
-from ..config import COMMANDS, AlignConfig, ComparisonConfig, Config, SFTConfig
+from ..config import COMMANDS, AlignConfig, ComparisonConfig, SFTConfig
 from ..config_files import has_section, load_config
 from ..world.world import in_the_world, located, world_folder
 from .style import LABELS

@@ -21,8 +21,9 @@ import typer
 
 from ...cache.files import canonical_json, user_folder, write_atomically
 from ...cache.locks import locked
+from ..base_config import Config
 from ..commands.jobs import Step, run_steps
-from ..config import Config, SFTConfig, TrainSAEConfig
+from ..config import SFTConfig, TrainSAEConfig
 from ..config_files import load_config
 from . import language
 

@@ -123,11 +123,10 @@ def _graded(
         f"User: {prompt}\n\nAssistant: {answer}"
         for prompt, answer in zip(question.prompts[:turn], answers[:turn], strict=True)
     ]
-    fields = {"conversation": "\n\n".join(said)}
+    reference = question.references[turn - 1] if len(question.references) >= turn else ""
     plain, by_reference = templates
-    if by_reference is None or len(question.references) < turn:
-        return plain.messages(fields)
-    return by_reference.messages(fields | {"reference": question.references[turn - 1]})
+    template = by_reference if by_reference and reference else plain
+    return template.messages({"conversation": "\n\n".join(said), "reference": reference})
 
 
 def summarise(
@@ -178,6 +177,32 @@ def summarise(
     categories = {name: mean_rate(values_Q[labels == name]) for name in sorted(set(labels)) if name}
     lengths = tuple(float(np.mean([_length(one, q) for q in questions])) if one else 0.0 for one in (ours, theirs))
     return Summary(rates, categories, first, len(judgments), unparsed, len(counted), (lengths[0], lengths[1]))
+
+
+def calibration(
+    questions: Sequence[Question], chosen: Answers, rejected: Answers, judgments: Sequence[Judgment]
+) -> dict[str, Rate]:
+    """How a judge of known pairs agrees with them, and how it likes length; pairs that it did not judge are left out.
+
+    Args:
+        questions: the pairs' prompts.
+        chosen: the answers that people, or a better judge, preferred.
+        rejected: the others.
+        judgments: those of `tasks_of` with the chosen answers as ours.
+    """
+    by_question: dict[str, list[Judgment]] = {str(question.key): [] for question in questions}
+    for judgment in judgments:
+        by_question[judgment.question].append(judgment)
+    counted = [q for q in questions if all(found.verdict is not None for found in by_question[str(q.key)])]
+    preference_Q, _ = _preferences([by_question[str(question.key)] for question in counted])
+    longer_Q = np.array([_length(chosen, question) - _length(rejected, question) for question in counted])
+    differ = longer_Q != 0
+    rates = {"agreement": mean_rate(np.heaviside(preference_Q - 0.5, 0.5)), "preference": mean_rate(preference_Q)}
+    if differ.any():
+        for_longer_Q = np.where(longer_Q > 0, preference_Q, 1 - preference_Q)[differ]
+        rates["preference for the longer answer"] = mean_rate(for_longer_Q)
+        rates["the longer answer is the chosen one"] = mean_rate((longer_Q[differ] > 0).astype(float))
+    return rates
 
 
 def _length(answers: Answers | None, question: Question) -> float:

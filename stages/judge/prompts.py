@@ -7,7 +7,7 @@ for the user, with the fields in braces.
 
 import hashlib
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -31,11 +31,11 @@ class Template:
     user: str
 
     @classmethod
-    def read(cls, path: Path, fields: frozenset[str]) -> Self:
+    def read(cls, path: Path, *allowed: frozenset[str]) -> Self:
         """Reads a template from a file: the user's part, or the system's, a line of `---`, and the user's.
 
         Raises:
-            UserError: there is no such file, or it lacks one of the fields, or has another one.
+            UserError: there is no such file, or its fields are none of the allowed sets.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -43,10 +43,10 @@ class Template:
             raise UserError(f"--prompt: expected a text file, found none at {path} ({error})") from error
         system, separator, user = text.rpartition(SEPARATOR)
         found = {name for _, name, _, _ in _parsed(path, user) if name is not None}
-        if found != fields:
+        if found not in allowed:
             raise UserError(
-                f"--prompt {path}: expected the fields {', '.join(f'{{{name}}}' for name in sorted(fields))}, found "
-                f"{', '.join(f'{{{name}}}' for name in sorted(found)) or 'none'}; double other braces"
+                f"--prompt {path}: expected the fields {' or '.join(map(_listed, allowed))}, found "
+                f"{_listed(found) or 'none'}; double other braces"
             )
         return cls(system if separator else "", user)
 
@@ -59,6 +59,10 @@ class Template:
     def sha256(self) -> str:
         """Hash of the words: judgments under other words are others."""
         return hashlib.sha256(f"{self.system}{SEPARATOR}{self.user}".encode()).hexdigest()
+
+
+def _listed(fields: Set[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in sorted(fields))
 
 
 def _parsed(path: Path, text: str) -> list[tuple[str, str | None, str | None, str | None]]:
