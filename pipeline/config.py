@@ -170,9 +170,19 @@ class EvaluateConfig(Config, ModelOptions, RecipeOptions, CacheOptions, MethodOp
         None, "Write answers to --questions in this benchmark's format, for its judge."
     )
     questions: Path | None = option(None, "The benchmark's questions, in its own file format.")
+    endpoint: str | None = option(
+        None, "Address up to /v1 of a server that answers --questions with its model --model; none is loaded here."
+    )
 
     def check(self) -> None:
         """Options that lack another one, or that would be ignored without a cache, an SAE or sampling."""
+        if self.endpoint is not None and (self.cache is not None or not self.outputs):
+            raise UserError(
+                "--endpoint: expected --outputs and --questions alone, which a server answers, found others"
+            )
+        if self.endpoint is not None:
+            own = ("base", "attention", "dtype", "device", "compile")
+            self.refuse("the server of --endpoint computes", *(name for name in own if name in type(self).model_fields))
         if self.outputs and self.questions is None:
             raise UserError("--questions: expected the file of the benchmark's questions for --outputs, found none")
         if self.questions and self.outputs is None:

@@ -23,11 +23,13 @@ from ...cache.files import atomic_file, remove_leftovers, write_atomically
 from ...cache.reader import Cache, open_cache
 from ...cache.schema import Pair
 from ...stages.data.chat import ChatFormat
-from ...stages.evaluate.answers import Question, read_questions, write_benchmark_answers
+from ...stages.evaluate.answers import Question, read_questions, write_answers, write_benchmark_answers
 from ...stages.evaluate.diversity import closing_token, distinct_prompts, sample_answers, sample_metrics
 from ...stages.evaluate.generate import Sampling, check_room
 from ...stages.evaluate.heldout import Estimate, measure_policy, pair_metrics
 from ...stages.evaluate.token_bound import token_bound
+from ...stages.judge.client import Asking, Endpoint
+from ...stages.judge.served import answers_of_server
 from ...stages.model.adapters import AdapterSource, load_adapter
 from ...stages.model.models import ModelSource, attentions_to_try, autocast, load_model
 from ...stages.model.sae import SiteSAE, check_fits
@@ -90,6 +92,9 @@ def run_evaluate(config: EvaluateConfig) -> None:
     if questions and not sampled and config.temperature is None and not any(q.temperature for q in questions):
         config.refuse("at temperature 0, which is the benchmark's, nothing is drawn", "top_p", "seed")
     _check_out(config, out, {})  # checked again below, with the hashes of what is measured
+    if config.endpoint is not None:
+        _ask_server(config, config.endpoint, questions)
+        return
     inputs = _prepare(config)
     if inputs.is_reference:
         config.refuse(
@@ -112,13 +117,35 @@ def run_evaluate(config: EvaluateConfig) -> None:
         versions = {name: importlib.metadata.version(name) for name in ("fpo", "torch", "transformers", "sae-lens")}
         write_atomically(out / RECORD, record_of(config, identity | day | {"versions": versions}).encode())
         if questions:
-            _write_answers(config, inputs, sampling, questions, out)
+            _write_answers(config, inputs, sampling, questions)
         if inputs.cache is not None:
             metrics = _measure(config, inputs, inputs.cache, sampling, out, identity | day)
             _print_metrics(metrics)
         mark_finished(out)
     if inputs.cache is not None:
         typer.echo(f"{out}: metrics.json, and what it was computed from")
+
+
+def _ask_server(config: EvaluateConfig, url: str, questions: Sequence[Question]) -> None:
+    """Writes the answers of a model that a server holds."""
+    assert config.model is not None
+    how = Asking(config.max_new_tokens, seed=config.seed, top_p=config.top_p)
+    with sole_writer(config.out):
+        _remove_interrupted(config.out)
+        versions = {"versions": {"fpo": importlib.metadata.version("fpo")}}
+        write_atomically(config.out / RECORD, record_of(config, versions).encode())
+        total = sum(len(question.prompts) for question in questions)
+        with Progress(total, "answer", "answers") as progress:
+            endpoint = Endpoint(url, config.model, concurrency=config.generation_batch)
+            answers = answers_of_server(questions, endpoint, how, config.temperature, progress.advance)
+        path = _answers_file(config)
+        write_answers(path, questions, answers, Path(config.model).name)
+        mark_finished(config.out)
+    typer.echo(f"{path}: {total} answers of '{config.model}'")
+
+
+def _answers_file(config: EvaluateConfig) -> Path:
+    return config.out / f"answers-{config.outputs}.{'json' if config.outputs == 'alpaca-eval' else 'jsonl'}"
 
 
 def _measure(
@@ -202,10 +229,8 @@ def _prepare(config: EvaluateConfig) -> _Inputs:
     return _Inputs(source, policy, chat, cache, saes, reference, prompts)
 
 
-def _write_answers(
-    config: EvaluateConfig, inputs: _Inputs, sampling: Sampling, questions: Sequence[Question], out: Path
-) -> None:
-    path = out / f"answers-{config.outputs}.{'json' if config.outputs == 'alpaca-eval' else 'jsonl'}"
+def _write_answers(config: EvaluateConfig, inputs: _Inputs, sampling: Sampling, questions: Sequence[Question]) -> None:
+    path = _answers_file(config)
     # A judge's name for the model: its folder's or file's, as in its hub id.
     name = (Path(inputs.source.name).name or inputs.source.folder.name).removesuffix(".gguf")
     total = sum(len(question.prompts) for question in questions)

@@ -39,12 +39,14 @@ class Asking:
         temperature: of sampling; 0 is greedy.
         top_logprobs: likeliest tokens whose log-probabilities come with each position; None for none.
         seed: of sampling.
+        top_p: probability of the nucleus that is sampled from; 1 is the whole distribution.
     """
 
     max_tokens: int
     temperature: float = 0.0
     top_logprobs: int | None = None
     seed: int = 0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Endpoint:
 
     async def _ask_once(self, messages: Messages, how: Asking) -> Reply:
         body: dict[str, Any] = {"model": self.judge, "messages": list(messages), "max_tokens": how.max_tokens}
-        body |= {"temperature": how.temperature, "seed": how.seed}
+        body |= {"temperature": how.temperature, "top_p": how.top_p, "seed": how.seed}
         if how.top_logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": how.top_logprobs}
         try:

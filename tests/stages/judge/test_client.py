@@ -40,6 +40,7 @@ def test_the_request_says_what_is_asked_and_of_whom(monkeypatch):
         "messages": ASKED,
         "max_tokens": 1,
         "temperature": 0.5,
+        "top_p": 1.0,
         "seed": 3,
         "logprobs": True,
         "top_logprobs": 5,
