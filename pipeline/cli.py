@@ -15,10 +15,10 @@ import typer
 from typer.core import TyperGroup
 
 from .base_config import Config, flag
-from .config import COMMANDS, JudgeConfig, TableConfig, TuneConfig
-from .config_files import field_name, load_config, profile_names, to_yaml
+from .config_files import COMMANDS, field_name, load_config, profile_names, to_yaml
 from .errors import user_errors
 from .options import IN_FILE, nearest
+from .report_config import JudgeConfig, TableConfig, TuneConfig
 
 PANELS = ("Most used", "Data", "Model", "Method", "Optimisation", "Output", "Advanced")
 

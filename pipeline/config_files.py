@@ -22,9 +22,18 @@ from pydantic import ValidationError
 from ..cache.errors import UserError
 from ..stages.train.methods import METHODS
 from .base_config import Config, flag
-from .config import COMMANDS, AlignConfig
+from .config import AlignConfig, EvaluateConfig, PrecomputeConfig, SFTConfig, TrainSAEConfig
 from .options import nearest, read_method
+from .report_config import JudgeConfig, TableConfig, TuneConfig
 
+# Every command by its name, which is that of its section in a file.
+COMMANDS: dict[str, type[Config]] = {
+    config.command: config
+    for config in (
+        *(PrecomputeConfig, AlignConfig, SFTConfig, EvaluateConfig, JudgeConfig),
+        *(TrainSAEConfig, TableConfig, TuneConfig),
+    )
+}
 # What `run.yaml` says of a run beside its configuration: ignored when it is read back.
 RECORD_KEYS = {
     *("command", "versions", "cache_fingerprint", "start_sha256", "model_sha256", "data_sha256"),

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 from fpo.pipeline.cli import app
-from fpo.pipeline.config import COMMANDS
-from fpo.pipeline.config_files import load_config
+from fpo.pipeline.config_files import COMMANDS, load_config
 
 PROJECT = Path(__file__).parents[1]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]

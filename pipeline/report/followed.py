@@ -33,8 +33,9 @@ def snapshots(plan: Plan, run: Run) -> dict[int, Step]:
 
 
 def by_temperature(plan: Plan, runs: Sequence[Run]) -> dict[Run, dict[float, Step]]:
-    """In the embedded world, the samples of the first seed's runs by temperature."""
-    first = [run for run in runs if is_toy(plan) and run.seed == plan.config.seeds[0]]
+    """The samples of the first seed's runs by temperature, where a rule or a judge tells who wins."""
+    told = is_toy(plan) or plan.config.judge_endpoint is not None
+    first = [run for run in runs if told and run.seed == plan.config.seeds[0]]
     return {
         run: {at: plan.evaluation(run) if at == 1 else plan.sampling(run, at) for at in TEMPERATURES} for run in first
     }

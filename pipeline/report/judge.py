@@ -34,7 +34,7 @@ from ...stages.judge.judgments import Judgment, Task, judge_all, key_of, read_ju
 from ...stages.judge.prompts import PAIR_FIELDS, REFERENCE_FIELDS, SCORE_FIELDS, Template
 from ...stages.judge.rates import Rate
 from ..commands.inputs import RECORD, Progress, check_folder, differing, read_record, record_of, sole_writer
-from ..config import JudgeConfig
+from ..report_config import JudgeConfig
 from .page import Page, Table, write_page
 
 # What a verdict of one token takes, with a few before it that a model may say first.
@@ -55,6 +55,17 @@ class _Contest:
 
 def run_judge(config: JudgeConfig) -> None:
     """`fpo judge`."""
+    judge_answers(config)
+    typer.echo((config.out / "summary.md").read_text())
+    typer.echo(f"{config.out}: summary.json, summary.md, judge.html, judgments.jsonl")
+
+
+def judge_answers(config: JudgeConfig) -> Summary:
+    """Judges what has not been judged yet, and writes and returns what it comes to.
+
+    Raises:
+        UserError: an option, a file or the endpoint is not as it should be, or no reply holds a verdict.
+    """
     out = config.out
     contest = _pairs(config) if config.calibrate is not None else _answers(config)
     templates = _templates(config)
@@ -74,6 +85,7 @@ def run_judge(config: JudgeConfig) -> None:
             assert contest.theirs is not None
             rates = calibration(contest.questions, contest.ours, contest.theirs, judgments)
         _write(config, contest, summary, rates, judgments, templates[0])
+    return summary
 
 
 def _answers(config: JudgeConfig) -> _Contest:
@@ -197,7 +209,7 @@ def _write(
     judgments: Sequence[Judgment],
     template: Template,
 ) -> None:
-    """Writes the summary as JSON, Markdown and a page, and prints its table."""
+    """Writes the summary as JSON, Markdown and a page."""
     scale, unit = (1.0, "") if config.benchmark == "mt-bench" else (100.0, ", %")
     rows = [[name, *_cells(rate, scale)] for name, rate in rates.items()]
     header = ["", f"mean{unit}", "95 % interval", "standard error"]
@@ -235,8 +247,6 @@ def _write(
     listed = "".join(f"- {name}: {value}\n" for name, value in facts.items())
     write_atomically(config.out / "summary.md", ("".join(table.markdown for table in tables) + listed).encode())
     write_page(config.out / "judge.html", Page(f"FPO: {config.benchmark}", "", None, tables, [], facts))
-    typer.echo(tables[0].markdown)
-    typer.echo(listed + f"{config.out}: summary.json, summary.md, judge.html, judgments.jsonl")
 
 
 def _cells(rate: Rate, scale: float) -> list[str]:

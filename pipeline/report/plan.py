@@ -17,8 +17,9 @@ from ...cache.files import canonical_json
 from ...stages.train.methods import METHODS
 from ..base_config import Config
 from ..commands.jobs import Step
-from ..config import COMMANDS, AlignConfig, ComparisonConfig, SFTConfig
-from ..config_files import has_section, load_config
+from ..config import AlignConfig, SFTConfig
+from ..config_files import COMMANDS, has_section, load_config
+from ..report_config import ComparisonConfig
 from ..world.world import in_the_world, located, world_folder
 from .style import LABELS
 

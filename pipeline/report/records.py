@@ -51,6 +51,9 @@ TABLES = {
     "Sampled answers": (
         Column("success/right", "right, %", 100, 1),
         Column("success/win_rate", "win rate against SFT, %", 100, 1),
+        Column("judge/win_rate", "win rate against SFT by the judge, %", 100, 1),
+        Column("judge/controlled", "the same, length-controlled, %", 100, 1),
+        Column("judge/unparsed", "replies without a verdict, %", 100, 1),
         Column("success/counterpart", "the counterpart's, %", 100, 1),
         Column("length/finished", "that end, %", 100, 1),
         Column("style/shift", "shift of style"),

@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from ...cache.errors import UserError
 from ...cache.files import write_atomically
 from ..commands.jobs import Step, run_steps, seconds_of
-from ..config import TableConfig
 from ..config_files import load_config
+from ..report_config import TableConfig
 from ..world.world import begin, in_the_world, is_made, provide, world_folder, world_steps
 from . import figures
 from .claims import Claim, Scores, ablation_claims, comparison_claims
 from .followed import by_temperature, first_seed, snapshots
+from .judged import judged_figure, judged_records
 from .page import Page, PageFigure, Table, facts_of, is_toy, note_of, short_note, write_page
 from .paper import paper_columns, win_rates
 from .plan import Plan, Run, make_plan
@@ -131,8 +132,10 @@ def _ablations(plan: Plan) -> dict[str, list[Run]]:
 
 
 def _report_comparison(plan: Plan, runs: Sequence[Run], facts: dict[str, str]) -> None:
-    found = _measured(plan, {run: plan.evaluation(run) for run in runs})
-    records, out = found.records, _out(plan)
+    evaluations = {run: plan.evaluation(run) for run in runs}
+    found, out = _measured(plan, evaluations), _out(plan)
+    judged = judged_records(plan, evaluations) if plan.config.judge_endpoint else {}
+    records = [record | judged.get(run, {}) for run, record in zip(runs, found.records, strict=True)]
     curves = curves_of({run: snapshots(plan, run) for run in first_seed(plan, runs)})
     write_records(records, COLUMNS, out, "comparison")
     write_scores(found.scores.rows, out / "comparison-scores.csv")
@@ -151,7 +154,10 @@ def _report_comparison(plan: Plan, runs: Sequence[Run], facts: dict[str, str]) -
     drawn = comparison_figures(plan, runs, records, curves, folder)
     if found.answers:
         drawn = [*success_figures(plan, runs, folder), *drawn]
-        facts = facts | {"SFT's answers, asked for / the counterpart's, %": _by_family(plan, found.answers)}
+        facts |= {"SFT's answers, asked for / the counterpart's, %": _by_family(plan, found.answers)}
+    if judged:
+        drawn = [judged_figure(plan, runs, folder), *drawn]
+        facts |= {"Judge": f"{plan.config.judge}, {plan.config.judge_mode}; first sample to each prompt, both orders"}
     _write(plan, "table", tables, claims, facts, lead, drawn)
 
 

@@ -109,10 +109,17 @@ def over_training(points: Mapping[str, Sequence[tuple[int, float, float]]], titl
 def over_temperature(
     success: Mapping[str, Mapping[float, Interval]], wins: Mapping[str, Mapping[float, Interval]], title_note: str
 ) -> Figure:
-    """Figure 3, right: success, and win rate against SFT at the same temperature, by the temperature of sampling."""
-    figure = new_figure(9.5, 4.2, "Bands: 95 % intervals over seeds and prompts.", title_note)
-    panels = figure.subplots(1, 2)
-    for axes, found in zip(panels, (success, wins), strict=True):
+    """Figure 3, right: success, and win rate against SFT at the same temperature, by the temperature of sampling.
+
+    Args:
+        success: share of right answers; empty where no rule tells them.
+        wins: win rate against SFT, for all other rows.
+        title_note: small print.
+    """
+    shown = {"Right answers": success, "Win rate against SFT": wins} if success else {"Win rate against SFT": wins}
+    figure = new_figure(4.75 * len(shown), 4.2, "Bands: 95 % intervals over seeds and prompts.", title_note)
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (title, found) in zip(panels, shown.items(), strict=True):
         for row, points in found.items():
             look, at = LOOKS[row], list(points)
             axes.plot(
@@ -126,8 +133,6 @@ def over_temperature(
             )
             low, high = ([100 * getattr(point, end) for point in points.values()] for end in ("low", "high"))
             axes.fill_between(at, low, high, color=look.colour, alpha=0.12, linewidth=0)
-        axes.set(xlabel="temperature")
-    panels[0].set(title="Right answers", ylabel="%")
-    panels[1].set(title="Win rate against SFT", ylabel="%, ties one half")
-    method_legend(figure, list(success), lines=True)
+        axes.set(title=title, xlabel="temperature", ylabel="%, ties one half" if found is wins else "%")
+    method_legend(figure, list(success or wins), lines=True)
     return figure

@@ -21,7 +21,7 @@ from ...cache.errors import UserError
 from ...cache.files import write_atomically
 from ...stages.train.methods import METHODS
 from ..commands.jobs import run_steps
-from ..config import TuneConfig
+from ..report_config import TuneConfig
 from ..world.world import provide
 from .page import Table, is_toy, note_of, short_note
 from .plan import ROWS, Plan, Run, make_plan

@@ -9,8 +9,8 @@ from fpo.cache.reader import open_cache, verify
 from fpo.pipeline.cli import app
 from fpo.pipeline.commands import precompute as run_precompute
 from fpo.pipeline.commands import train_sae as run_train_sae
-from fpo.pipeline.config import COMMANDS, AlignConfig
-from fpo.pipeline.config_files import load_config
+from fpo.pipeline.config import AlignConfig
+from fpo.pipeline.config_files import COMMANDS, load_config
 from fpo.pipeline.errors import user_errors
 from fpo.stages.model.sae import load_sae
 from tiny_world import SITES, files, fpo, ran, rows, to_arguments, write_rows

@@ -21,8 +21,7 @@ from chats import BARE, FORMATS, answer, example, user
 from forged import MANIFEST_NAME, change_json, forge, sound_files, write_files
 from fpo.cache.manifest import Manifest
 from fpo.cache.shard import DAMAGE, read_footer, read_table
-from fpo.pipeline.config import COMMANDS
-from fpo.pipeline.config_files import load_config, to_yaml
+from fpo.pipeline.config_files import COMMANDS, load_config, to_yaml
 from fpo.stages.data.chat import GEMMA_TURNS, ChatFormat
 from fpo.stages.data.conversations import load_conversations
 from fpo.stages.data.preferences import load_preferences

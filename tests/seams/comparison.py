@@ -45,6 +45,7 @@ class Evaluated:
         metrics: what was found.
         cost: what training took.
         tokens: KL and squared feature change of each token.
+        said: the first answer to each prompt, a digit.
     """
 
     config: EvaluateConfig
@@ -53,6 +54,7 @@ class Evaluated:
     metrics: dict[str, float]
     cost: dict[str, float]
     tokens: dict[str, np.ndarray[Any, Any]]
+    said: list[int]
 
     @property
     def seed(self) -> int:
@@ -132,10 +134,14 @@ class Fabricated:
         pairs = {f"{side}_logp": rng.uniform(-9, -1, 7) for side in ("chosen", "rejected")}
         pairs |= {f"{side}_tokens": rng.integers(1, 9, 7) for side in ("chosen", "rejected")}
         pq.write_table(pa.table(pairs), step.out / "pairs.parquet")
-        samples = [{"prompt": f"{n % 3}", "logp": rng.uniform(-9, -1), "tokens": 4} for n in range(6)]
+        samples = [
+            {"prompt": f"{n % 3}", "sample": f"{rng.integers(0, 9)}", "logp": rng.uniform(-9, -1), "tokens": 4}
+            for n in range(6)
+        ]
         (step.out / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
         cost = self.costs.get(trained, {})
-        self.evaluated.append(Evaluated(config, training, snapshot, metrics, cost, tokens))
+        said = [int(sample["sample"]) for sample in samples[:3]]
+        self.evaluated.append(Evaluated(config, training, snapshot, metrics, cost, tokens, said))
 
 
 def generator(name: str) -> np.random.Generator:

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 from fpo.pipeline.cli import app
-from fpo.pipeline.config import COMMANDS
+from fpo.pipeline.config_files import COMMANDS
 from seams.lab import Lab
 
 Check = Callable[[Lab, str], None]

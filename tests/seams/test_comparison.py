@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from judge_server import Answer, completion, serving
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex
@@ -90,6 +91,40 @@ def of_sites(run: Any) -> dict[str, float]:
     """The feature MSE at each site."""
     prefix = "features/mse "
     return {name.removeprefix(prefix): value for name, value in run.metrics.items() if name.startswith(prefix)}
+
+
+def test_a_judge_s_columns_and_figure_show_what_it_said_of_first_answers(lab):
+    def larger(body: dict[str, Any]) -> Answer:
+        """Prefers the larger number with a probability of 0.8."""
+        content = body["messages"][-1]["content"]
+        one, other = (int(content.split(f"<answer_{name}>")[1].split("<")[0]) for name in ("a", "b"))
+        of_first = 0.5 + 0.3 * np.sign(one - other)
+        return completion("?", [{"A": float(np.log(of_first)), "B": float(np.log(1 - of_first))}])
+
+    with serving(larger) as server:
+        flags = ("--judge-endpoint", server.url, "--judge", "some-judge")
+        made = compare(lab, "table", *flags, table_section={"seeds": [3]})
+    assert made.result.exit_code == 0, made.result.output
+    said: dict[tuple[str, float], list[int]] = {}
+    for run in made.fabricated.evaluated:
+        if run.step is None and run.config.prompts:
+            said[run.label, 1.0 if run.config.temperature is None else run.config.temperature] = run.said
+
+    def rate(label: str, at: float) -> float:
+        pairs = zip(said[label, at], said["SFT", at], strict=True)
+        return float(np.mean([0.5 + 0.3 * np.sign(mine - other) for mine, other in pairs]))
+
+    lines = {line[""]: line for line in shown(made)}
+    for label in TRAINED:
+        assert_cell(lines[label]["win rate against SFT by the judge, %"], [rate(label, 1.0)], 100)
+    assert {line["replies without a verdict, %"] for label, line in lines.items() if label != "SFT"} == {"0.0"}
+    (axes,) = made.figure("Win rate against SFT").axes
+    of_colour = colours(made.figure("Win rate against SFT"))
+    assert [of_colour[to_hex(line.get_color())] for line in axes.lines] == TRAINED
+    for line in axes.lines:
+        label = of_colour[to_hex(line.get_color())]
+        assert list(line.get_xdata()) == [0.2, 0.4, 0.6, 0.8, 1.0]
+        assert list(line.get_ydata()) == pytest.approx([100 * rate(label, at) for at in line.get_xdata()])
 
 
 def row_of(run: Any, part: str) -> str | None:

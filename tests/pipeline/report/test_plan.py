@@ -4,9 +4,10 @@ from typing import Any
 import pytest
 import yaml
 from fpo.pipeline.commands.jobs import Step
-from fpo.pipeline.config import COMMANDS, AlignConfig, SFTConfig, TableConfig
-from fpo.pipeline.config_files import load_config, write_yaml
+from fpo.pipeline.config import AlignConfig, SFTConfig
+from fpo.pipeline.config_files import COMMANDS, load_config, write_yaml
 from fpo.pipeline.report.plan import ROWS, WHERE, Plan, Run, make_plan, make_step
+from fpo.pipeline.report_config import TableConfig
 from fpo.stages.train.methods import METHODS
 from hypothesis import assume, given
 from hypothesis import strategies as st

@@ -6,12 +6,13 @@ import pytest
 import torch
 import yaml
 from fpo.pipeline.commands.jobs import DONE, Step
-from fpo.pipeline.config import COMMANDS, AlignConfig, TableConfig
-from fpo.pipeline.config_files import load_config, profile_names
+from fpo.pipeline.config import AlignConfig
+from fpo.pipeline.config_files import COMMANDS, load_config, profile_names
 from fpo.pipeline.report import preflight
 from fpo.pipeline.report.hub import Repo
 from fpo.pipeline.report.plan import make_plan, make_step
 from fpo.pipeline.report.preflight import free_memory, missing, needed_repos
+from fpo.pipeline.report_config import TableConfig
 from transformers import AutoModelForCausalLM
 
 REGISTRY = {"res": SimpleNamespace(repo_id="owner/saes", saes_map={"layer_1": "folder/1", "layer_2": "folder/2"})}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fpo.pipeline.commands.jobs import Step
-from fpo.pipeline.config import COMMANDS
+from fpo.pipeline.config_files import COMMANDS
 from fpo.pipeline.report.claims import Scores, ablation_claims, comparison_claims
 from fpo.pipeline.report.page import markdown
 from fpo.pipeline.report.plan import Run

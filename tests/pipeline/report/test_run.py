@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import Result
-from fpo.pipeline.config import TableConfig
 from fpo.pipeline.config_files import load_config, write_yaml
 from fpo.pipeline.report import run as report
 from fpo.pipeline.report.plan import ROWS, Plan, Run, make_plan
 from fpo.pipeline.report.records import COLUMNS, TABLES, Curve, Tokens, read_record
+from fpo.pipeline.report_config import TableConfig
 from fpo.pipeline.world import world as embedded
 from matplotlib.image import imread
 from tiny_profile import COSTS, NAMES, tiny_profile

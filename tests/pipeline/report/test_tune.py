@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import yaml
-from fpo.pipeline.config import AlignConfig, TableConfig, TuneConfig
+from fpo.pipeline.config import AlignConfig
 from fpo.pipeline.config_files import load_config, write_yaml
 from fpo.pipeline.report import tune
 from fpo.pipeline.report.plan import ROWS, Plan, Run, make_plan
 from fpo.pipeline.report.style import LABELS
 from fpo.pipeline.report.tune import TRIALS, at_the_end, best_within, ranges, searched, trials, winners
+from fpo.pipeline.report_config import TableConfig, TuneConfig
 from fpo.stages.train.methods import METHODS
 from hypothesis import given
 from hypothesis import strategies as st
