@@ -159,10 +159,12 @@ def _read(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[st
             f"{name}: 'for' is no longer a key; move its commands to the top level, and its methods under 'methods'"
         )
     shared = {key: value for key, value in content.items() if key not in RECORD_KEYS}
+    known = {field for config in COMMANDS.values() for field in config.model_fields}
     sections = {
-        command: _section(shared.pop(field_name(command)), f"{name}: {command}", config)
+        command: _section(shared.pop(key), f"{name}: {command}", config)
         for command, config in COMMANDS.items()
-        if field_name(command) in shared
+        # `judge` is a command and an option: a mapping is the command's section.
+        if (key := field_name(command)) in shared and (isinstance(shared[key], dict) or key not in known)
     }
     methods = shared.pop("methods", {})
     if not isinstance(methods, dict):
@@ -176,7 +178,6 @@ def _read(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[st
     }
     if wrong := [method for method, settings in methods.items() if "method" in settings]:
         raise UserError(f"{name}: methods: {wrong[0]}: found 'method', which is {wrong[0]} here; leave it out")
-    known = {field for config in COMMANDS.values() for field in config.model_fields}
     _check_keys(shared, name, known, {*known, *map(field_name, COMMANDS), "methods"})
     return shared, sections, methods
 

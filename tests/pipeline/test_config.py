@@ -8,16 +8,17 @@ import typer
 import yaml
 from fpo.cache.errors import UserError
 from fpo.pipeline.cli import app
-from fpo.pipeline.config import (
+from fpo.pipeline.config import AlignConfig, EvaluateConfig, PrecomputeConfig, SFTConfig, TrainSAEConfig
+from fpo.pipeline.config_files import (
     COMMANDS,
-    AlignConfig,
-    EvaluateConfig,
-    PrecomputeConfig,
-    SFTConfig,
-    TableConfig,
-    TrainSAEConfig,
+    RECORD_KEYS,
+    has_section,
+    load_config,
+    profile_names,
+    to_yaml,
+    write_yaml,
 )
-from fpo.pipeline.config_files import RECORD_KEYS, has_section, load_config, profile_names, to_yaml, write_yaml
+from fpo.pipeline.report_config import TableConfig
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import many_examples
@@ -41,8 +42,9 @@ def test_every_profile_loads(name):
     assert config.dataset == ("embedded:data" if name == "embedded" else "HuggingFaceH4/ultrafeedback_binarized")
     align = load_config(AlignConfig, name, {})
     assert len(config.sae) == len(align.sae) == len(align.site) == 1
-    for command in COMMANDS.values():
-        assert load_config(command, name, {}).model
+    for command, config_class in COMMANDS.items():
+        loaded = load_config(config_class, name, {})
+        assert command == "judge" or loaded.model  # a judge has an endpoint
 
 
 def test_the_profiles_are_those_that_the_help_names():
@@ -199,14 +201,23 @@ def test_options_win_over_a_method_s_settings_these_over_a_command_s_and_these_o
 
 
 def test_every_command_reads_its_own_section_and_what_all_share(tmp_path):
-    sections = {name: {"model": name} for name in COMMANDS}
+    reading = {name: config for name, config in COMMANDS.items() if "model" in config.model_fields}
+    assert COMMANDS.keys() - reading == {"judge"}
+    sections = {name: {"model": name} for name in reading}
     path = written(tmp_path, {"model": "shared", "top_k": 7, "drop_ties": True, **sections})
-    for name, command in COMMANDS.items():
+    for name, command in reading.items():
         config = load_config(command, path, {})
         assert config.model == name
         assert getattr(config, "top_k", 7) == 7 and getattr(config, "drop_ties", True)
     path = written(tmp_path, {"lr": 1.0, "align": {"model": "policy"}})
     assert load_config(AlignConfig, path, {}).model == "policy" and load_config(SFTConfig, path, {}).model is None
+
+
+def test_judge_is_a_command_s_section_and_an_option(tmp_path):
+    found = load_config(COMMANDS["judge"], written(tmp_path, {"judge": {"judge": "a-model", "seed": 3}}), {})
+    assert (found.judge, found.seed) == ("a-model", 3)
+    found = load_config(COMMANDS["judge"], written(tmp_path, {"judge": "a-model"}), {})
+    assert found.judge == "a-model"
 
 
 @pytest.mark.parametrize(
