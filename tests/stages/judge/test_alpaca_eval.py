@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from fpo.stages.judge import rates
 from fpo.stages.judge.client import Reply
 from fpo.stages.judge.rates import length_controlled, mean_rate
 from fpo.stages.judge.verdicts import preference_by_logprobs
@@ -73,6 +74,7 @@ def its_rates(
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("penalty", [False, True])
 def test_the_rates_are_its_own_to_a_tenth_of_a_point(seed, penalty, monkeypatch, tmp_path):
+    monkeypatch.setattr(rates, "RESAMPLES", 10)  # the interval is not compared
     preference, ours, theirs = judgments(seed)
     found = its_rates(preference, ours, theirs, monkeypatch, tmp_path, penalty)
     raw = mean_rate(preference)
