@@ -97,10 +97,10 @@ def _answers(config: JudgeConfig) -> _Contest:
         questions = read_questions(config.questions, config.benchmark)
     else:
         questions = [Question("alpaca-eval", None, (str(prompt),), 0.0) for prompt in ours.turns]
-        if theirs is not None and (more := theirs.turns.keys() - ours.turns.keys()):
+        if theirs is not None and (more := [prompt for prompt in theirs.turns if prompt not in ours.turns]):
             raise UserError(
                 f"--against: expected answers to the {len(questions)} questions of --answers, found {len(more)} others "
-                f"such as {str(next(iter(more)))[:60]!r}; give the answers to the same questions"
+                f"such as {str(more[0])[:60]!r}; give the answers to the same questions"
             )
     questions = questions[: config.limit]
     check_answered(questions, ours, "--answers")
