@@ -51,9 +51,6 @@ TABLES = {
     "Sampled answers": (
         Column("success/right", "right, %", 100, 1),
         Column("success/win_rate", "win rate against SFT, %", 100, 1),
-        Column("judge/win_rate", "win rate against SFT by the judge, %", 100, 1),
-        Column("judge/controlled", "the same, length-controlled, %", 100, 1),
-        Column("judge/unparsed", "replies without a verdict, %", 100, 1),
         Column("success/counterpart", "the counterpart's, %", 100, 1),
         Column("length/finished", "that end, %", 100, 1),
         Column("style/shift", "shift of style"),
@@ -79,6 +76,12 @@ TABLES = {
     ),
 }
 COLUMNS = tuple(column for columns in TABLES.values() for column in columns)
+# What a judge adds, where there is one.
+JUDGED = (
+    Column("judge/win_rate", "win rate against SFT by the judge, %", 100, 1),
+    Column("judge/controlled", "the same, length-controlled, %", 100, 1),
+    Column("judge/unparsed", "replies without a verdict, %", 100, 1),
+)
 ABLATION_COLUMNS = (
     *(column for column in COLUMNS[:6] if column.key != "success/counterpart"),
     Column("accuracy/raw", "accuracy raw, %", 100, 1),

@@ -29,6 +29,7 @@ from .preflight import missing, print_plan
 from .records import (
     ABLATION_COLUMNS,
     COLUMNS,
+    JUDGED,
     TABLES,
     Column,
     Curve,
@@ -137,11 +138,13 @@ def _report_comparison(plan: Plan, runs: Sequence[Run], facts: dict[str, str]) -
     judged = judged_records(plan, evaluations) if plan.config.judge_endpoint else {}
     records = [record | judged.get(run, {}) for run, record in zip(runs, found.records, strict=True)]
     curves = curves_of({run: snapshots(plan, run) for run in first_seed(plan, runs)})
-    write_records(records, COLUMNS, out, "comparison")
+    write_records(records, (*COLUMNS, *JUDGED) if judged else COLUMNS, out, "comparison")
     write_scores(found.scores.rows, out / "comparison-scores.csv")
     tables = [_table(caption, records, columns) for caption, columns in TABLES.items()]
     if found.answers:
         tables.insert(1, wins_table(found.answers))
+    if judged:
+        tables.insert(0, _table(f"Sampled answers, judged by {plan.config.judge}", records, JUDGED))
     header, body = paper_columns(plan.base_model, "comparison", list(by_row(records)))
     if header:
         rows = [[LABELS[row], *line] for row, line in zip(by_row(records), body, strict=True)]
