@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fpo.stages.judge import rates
+from judge_server import completion, serving
 from seams.comparison import Comparison, assert_cell, compare, distinct, shown
 from seams.lab import Lab
 from seams.options import FILE, effect
@@ -153,6 +155,33 @@ def _trial(method: str, training: Any) -> tuple[Any, ...]:
     """A trial's row and settings."""
     free = method == "fpo" and training.alpha == 0
     return "fpo-alpha0" if free else method, training.lr, training.beta, training.alpha
+
+
+def by_judge(lab: Lab, *flags: str) -> list[dict[str, Any]]:
+    """What a judge was asked for a table that has its columns."""
+    even = {"A": float(np.log(0.5)), "B": float(np.log(0.5))}
+    with pytest.MonkeyPatch.context() as patch, serving(completion("[[A]]", [even])) as server:
+        patch.setattr(rates, "RESAMPLES", 9)  # the intervals are tested in test_rates.py
+        named = ("--judge-endpoint", server.url, "--judge", "some-judge")
+        made = compare(lab, "table", *named, *flags, table_section={"seeds": [3]})
+    assert made.result.exit_code == 0, made.result.output
+    assert "win rate against SFT by the judge, %" in shown(made)[0]
+    return server.requests
+
+
+@effect("table", "judge_endpoint", "judge")
+def judge(lab: Lab, command: str) -> None:
+    """Columns of win rates by that judge at that address."""
+    assert {request["model"] for request in by_judge(lab)} == {"some-judge"}
+    assert "win rate against SFT by the judge, %" not in shown(compare(lab, command))[0]
+    assert "--judge" in fails(lab, command, "--judge", "some-judge")
+
+
+@effect("table", "judge_mode")
+def judge_mode(lab: Lab, command: str) -> None:
+    """`verdict` reads text, and asks for no log-probabilities; the default asks for them."""
+    assert not any("logprobs" in request for request in by_judge(lab, "--judge-mode", "verdict"))
+    assert all(request["logprobs"] for request in by_judge(lab, "--judge-mode", "logprob"))
 
 
 @effect("table", "seeds")

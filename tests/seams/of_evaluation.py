@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from fpo.cache.schema import Pair
+from judge_server import completion, serving
 from scipy.stats import chisquare
 from seams.lab import Lab, Run, by_hand, in_turns, lines_of, plain_model, tokens
 from seams.options import effect
@@ -240,3 +241,21 @@ def outputs(lab: Lab, command: str) -> None:
     classes = {text: number for number, text in enumerate(dict.fromkeys(vocabulary))}
     of_class = torch.zeros(len(classes)).double().index_add_(0, torch.tensor([classes[t] for t in vocabulary]), q_V)
     assert_drawn_from([classes[text] for text in texts], of_class)
+
+
+@effect("evaluate", "endpoint")
+def endpoint(lab: Lab, command: str) -> None:
+    """The model of that name at that address answers; no model is loaded here."""
+    asked = lab.new("alpaca.json")
+    asked.write_text(json.dumps([{"instruction": "What is Paris?", "dataset": "d"}]))
+    drawn = {"max_new_tokens": 5, "temperature": 0.25, "top_p": 0.5, "seed": 7}
+    options = {"model": "served-model", "cache": None, "prompts": None, "token_budget": None, "outputs": "alpaca-eval"}
+    with serving(completion(" A town. ")) as server:
+        run = lab.run(command, endpoint=server.url, questions=asked, **options | drawn)
+    (answer,) = json.loads((run.folder / "answers-alpaca-eval.json").read_text())
+    assert answer["output"] == "A town."
+    (request,) = server.requests
+    assert request["messages"] == [{"role": "user", "content": "What is Paris?"}]
+    found = [request[name] for name in ("model", "max_tokens", "temperature", "top_p", "seed")]
+    assert found == ["served-model", *drawn.values()]
+    assert "--endpoint" in lab.refused(command, endpoint="http://127.0.0.1:9/v1")  # it has a cache to measure

@@ -10,6 +10,7 @@ from seams import (  # noqa: F401 (they register their checks)
     of_comparison,
     of_data,
     of_evaluation,
+    of_judge,
     of_objective,
     of_running,
     of_sae,
