@@ -29,12 +29,18 @@ def preference_by_logprobs(reply: Reply) -> float | None:
 
 
 def preference_by_text(text: str) -> float | None:
-    """1 for A, 0 for B: the reply is that letter, or ends with it in double brackets; None for anything else."""
+    """1 for A, 0 for B; None for anything else.
+
+    The reply has that letter in double brackets, and not the other one; or it begins with the letter and a mark or line
+    end after it (`A: …`), and does not name the other one.
+    """
     bracketed = re.findall(r"\[\[\s*(A|B)\s*\]\]", text)
     if bracketed:
         return None if len(set(bracketed)) > 1 else float(bracketed[0] == "A")
-    alone = re.fullmatch(r"\W*(?:Answer\s+)?(A|B)\W*", text)
-    return float(alone[1] == "A") if alone else None
+    leading = re.match(r"\W*(?:Answer\s+)?(A|B)(?=[:.,;)*\n]|\W*$)", text)
+    if leading is None or len(set(re.findall(r"\b(A|B)\b", text))) > 1:
+        return None
+    return float(leading[1] == "A")
 
 
 def verdict_of_five(text: str) -> str | None:

@@ -39,6 +39,12 @@ def test_the_preference_is_the_share_of_a_where_a_verdict_first_appears(position
         ("Both are fine, but the first is shorter. [[A]]", 1.0),
         ("[[B]] because", 0.0),
         ("[[A]] or perhaps [[B]]", None),
+        ("A: the first one is shorter", 1.0),
+        ("B\n\nIt is clear.", 0.0),
+        ("A: A\n", 1.0),
+        ("A: good. B: bad.", None),
+        ("B: A good answer", None),
+        ("A good answer is short.", None),  # no verdict, but an article
         ("A is better than B", None),
         ("I cannot judge this.", None),
         ("AB", None),
