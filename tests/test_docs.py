@@ -1,6 +1,7 @@
 """README and docs: commands and Python parse, links resolve, and tables are those that commands wrote."""
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
@@ -114,3 +115,19 @@ def test_the_table_of_the_readme_is_a_part_of_those():
 
 def test_the_readme_is_read_in_ten_minutes():
     assert len((PROJECT / "README.md").read_text().splitlines()) <= 140
+
+
+def test_what_a_judge_is_worth_is_what_its_calibration_said():
+    found = json.loads((PROJECT / "results" / "judging" / "smollm2-135m.json").read_text())
+    (table,) = tables_with(PROJECT / "docs" / "judging.md", "agreement with the known choice")
+    shown = cells(table)
+    names = {"agreement with the known choice": "agreement"}
+    for row, line in shown.items():
+        if row == "preference for the answer that comes first":
+            assert line["%"] == f"{100 * found['first']:.1f}"
+            continue
+        rate = found["rates"][names.get(row, row)]
+        assert line["%"] == f"{100 * rate['mean']:.1f}"
+        assert line["95 % interval"] == f"{100 * rate['low']:.1f} to {100 * rate['high']:.1f}"
+    assert len(shown) == len(found["rates"])  # all but the mean preference, and the first answer's share
+    assert (found["questions"], found["judged"], found["unparsed"]) == (50, 100, 0)
